@@ -1,0 +1,32 @@
+"""Consequentialism weight updates: gradients that foresee what a step does to the rest of the mini-batch.
+
+A step taken for one sample disturbs the outputs of the others, by the off-diagonal of the layer's input Gram.
+The emended gradient ``dw = dy^T (x x^T + c I)^-1 x`` undoes that beforehand. `Linear` and `Embedding` give it to
+any torch optimizer; `convert` puts them into an existing model.
+
+Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
+"""
+
+from . import reference
+from .convert import convert, param_groups, revert
+from .dispatch import backends
+from .embedding import Embedding
+from .functional import emended_linear, emended_weight_grad, predict_change
+from .linear import Linear
+from .options import Options
+from .version import __version__
+
+__all__ = [
+    "Embedding",
+    "Linear",
+    "Options",
+    "__version__",
+    "backends",
+    "convert",
+    "emended_linear",
+    "emended_weight_grad",
+    "param_groups",
+    "predict_change",
+    "reference",
+    "revert",
+]

@@ -1,0 +1,165 @@
+"""`convert` and `revert`: emended layers into an existing model and out of it, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .embedding import Embedding
+from .linear import EmendedModule, Linear
+from .options import OPTION_NAMES, Options
+
+Model = TypeVar("Model", bound=nn.Module)
+
+EMENDED: dict[type[nn.Module], type[EmendedModule]] = {nn.Linear: Linear, nn.Embedding: Embedding}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
+
+
+def convert(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None = None, **options: Any) -> Model:
+    """Make every layer of ``model`` that can be emended an emended one, in place.
+
+    Modules stay the same objects with the same parameters, hooks and names; only their class changes, so an
+    existing optimizer goes on. Convert before wrapping in DDP or FSDP2. What cannot be emended is left alone and
+    named in one warning: parametrised or tied weights, `torch.nn.MultiheadAttention`, layers without an emended form.
+
+    Args:
+        model: Any module, also a single layer.
+        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to convert; None, all.
+        **options: The fields of `consequentialism.Options`, for every layer. Layers that are emended already
+            take them too.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: A bad option or argument; nothing is then converted.
+    """
+    _check_model(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
+    settings = Options(**options)
+    tied = _tied_parameters(model)
+    attention = _inside_attention(model)
+    chosen: list[nn.Module] = []
+    left_alone: list[str] = []
+    for name, module in model.named_modules():
+        weights = [p for p in module._parameters.values() if p is not None]
+        has_matrix = any(p.ndim >= 2 for p in weights) or parametrize.is_parametrized(module)
+        if not has_matrix or id(module) in attention:
+            continue
+        candidate = isinstance(module, (*EMENDED, EmendedModule))
+        if filter_fn is not None and candidate and not filter_fn(module, name):
+            continue
+        reason = _obstacle(module, tied)
+        if reason is None:
+            chosen.append(module)
+        else:
+            left_alone.append(f"{name or '(the model itself)'}: {reason}")
+    for module in chosen:
+        emended = module if isinstance(module, EmendedModule) else _swap(module, EMENDED[type(module)])
+        emended.set_options(settings)  # type: ignore[operator]
+    if left_alone:
+        warnings.warn("consequentialism.convert left alone " + "; ".join(left_alone), UserWarning, stacklevel=2)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Give every emended layer of ``model`` torch's own class again, in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model(model)
+    for module in model.modules():
+        plain = PLAIN.get(type(module))
+        if plain is None:
+            continue
+        for name in OPTION_NAMES:
+            module.__dict__.pop(name, None)
+        _swap(module, plain)
+    return model
+
+
+def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Optimizer groups: the emended layers' parameters with ``lr``, the rest with ``other``.
+
+    Args:
+        model: A model with emended layers.
+        lr: The learning rate of the emended parameters; with ``scale="nlms"``, NLMS's step size.
+        other: The options of the other group, as ``{"lr": 1e-3, "weight_decay": 0.1}``.
+
+    Returns:
+        Up to two groups, each with ``"params"``; a group without parameters is left out.
+
+    Raises:
+        TypeError, ValueError: A model that is no module, an ``lr`` that is no number, or an ``other`` that is no
+            mapping or names ``"params"``.
+    """
+    _check_model(model)
+    if isinstance(lr, bool) or not isinstance(lr, (int, float, torch.Tensor)):
+        raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__})")
+    if not isinstance(other, Mapping):
+        raise TypeError(f"other must be a dict of optimizer options, got {other!r} ({type(other).__name__})")
+    if "params" in other:
+        raise ValueError("other must not name 'params': param_groups fills them in")
+    emended = {id(p) for m in model.modules() if isinstance(m, EmendedModule) for p in m.parameters(recurse=False)}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in emended], "lr": lr},
+        {"params": [p for p in parameters if id(p) not in emended], **other},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+
+
+def _swap(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
+    module.__class__ = new_class
+    return module
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Parameters that more than one module holds."""
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return {parameter for parameter, count in holders.items() if count > 1}
+
+
+def _inside_attention(model: nn.Module) -> set[int]:
+    """The modules inside a MultiheadAttention; the attention itself is named instead."""
+    attention = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return {id(inner) for m in attention for inner in m.modules() if inner is not m}
+
+
+def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
+    """Why this module cannot be emended, or None."""
+    kind = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        return "MultiheadAttention passes its weights around its modules"
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrised"
+    if isinstance(module, EmendedModule):
+        return None
+    if type(module) not in EMENDED:
+        plain = next((base.__name__ for base in EMENDED if isinstance(module, base)), None)
+        return f"{kind} has no emended form" if plain is None else f"{kind} is a subclass of {plain} with code of its own"
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed, not a parameter"
+    if any(id(p) in tied for p in module._parameters.values() if p is not None):
+        return "its weight is tied to another module's"
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        return "scale_grad_by_freq already divides by the counts"
+    return None

@@ -1,0 +1,65 @@
+"""The cost model: which form, and on which side the inverse is applied. The only place that decides.
+
+All four ways give the same gradient (floating-point operations beyond plain backward, ``N`` rows, ``I``
+inputs with the bias's, ``O`` outputs):
+
+=======  ==========  ==========================  ==============  =====================  ==============
+form     applied to  kept for backward           Gram            factor and inverse     application
+=======  ==========  ==========================  ==============  =====================  ==============
+dual     input       ``y = P x [N, I]``          ``N^2 I``       ``N^3``                ``2 N^2 I``
+dual     gradient    ``x``, ``P [N, N]``         ``N^2 I``       ``N^3``                ``2 N^2 O``
+primal   input       ``y = x P [N, I]``          ``N I^2``       ``I^3``                ``2 N I^2``
+primal   gradient    ``x``, ``P [I, I]``         ``N I^2``       ``I^3``                ``2 O I^2``
+=======  ==========  ==========================  ==============  =====================  ==============
+
+Applied to the input, backward is plain backward with ``y`` in the place of ``x``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from .options import Form, Options
+
+# rank / damping bounds the condition number of a relatively damped Gram. Up to here float32 is enough for Gram
+# and factor (kMaxFloat32Condition in csrc/cpu/factor.h); above, the inverse is applied to the input while it is
+# still in float64.
+MAX_FLOAT32_CONDITION = 3e4
+
+
+class Plan(NamedTuple):
+    """``form`` of the Gram and the side that the inverse is ``applied_to``."""
+
+    form: Form
+    applied_to: Literal["input", "gradient"]
+
+
+def flops(plan: Plan, rows: int, inputs: int, outputs: int) -> int:
+    """Operations beyond plain backward; a symmetric product counts half."""
+    n, m = (rows, inputs) if plan.form == "dual" else (inputs, rows)
+    applied = m if plan.applied_to == "input" else outputs
+    return n * n * m + n * n * n + 2 * n * n * applied
+
+
+def floor(rows: int, inputs: int, outputs: int) -> int:
+    """The fewest operations beyond plain backward over all plans."""
+    return min(flops(plan, rows, inputs, outputs) for plan in _PLANS)
+
+
+_PLANS = (Plan("dual", "input"), Plan("primal", "input"), Plan("dual", "gradient"), Plan("primal", "gradient"))
+
+
+def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
+    """The cheapest plan that keeps the digits.
+
+    Half types and ill-conditioned Grams are applied to the input only: there the result is rounded once,
+    after the inverse; on the gradient's side the rounding would be amplified by the condition number.
+    """
+    n = min(rows, inputs)
+    wide = dtype == torch.float64
+    narrow = dtype == torch.float32 and options.damping_mode == "relative"
+    well_conditioned = wide or (narrow and n <= MAX_FLOAT32_CONDITION * options.damping)
+    plans = _PLANS if well_conditioned else _PLANS[:2]
+    return min(plans, key=lambda plan: flops(plan, rows, inputs, outputs))

@@ -1,0 +1,168 @@
+"""The functional forms: emended linear map, emended weight gradient, and the consequence of an update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import reference
+from .autograd import EmendedLinear, prepare, weight_grad
+from .options import Options
+
+FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """``y = x W^T + b``, whose backward gives emended gradients to ``weight`` and ``bias``.
+
+    The gradient of ``x`` is the true one; ``dw = dy^T (x x^T + c I)^-1 x`` takes the place of ``dy^T x``, and the
+    bias is the column of ones of ``x``. The output is that of `torch.nn.functional.linear`.
+
+    Args:
+        x: ``[..., I]``; all leading dimensions are rows.
+        weight: ``[O, I]``.
+        bias: ``[O]`` or None.
+        **options: The fields of `consequentialism.Options`.
+
+    Returns:
+        ``[..., O]``.
+
+    Raises:
+        TypeError: An argument of the wrong type, or types that differ.
+        ValueError: Shapes that do not fit, or an option out of its range.
+        RuntimeError: A backend named by the user that cannot serve the call.
+
+    Source: arXiv 2003.05164; ``csrc/ops.cpp`` has the ops.
+    """
+    return emended_linear_with(x, weight, bias, Options(**options))
+
+
+def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    """`emended_linear` with its options as one object."""
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_linear(x, weight, bias)
+    # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
+    transformed = torch._C._are_functorch_transforms_active()
+    recording = torch.is_grad_enabled()
+    need_weight = transformed or (recording and weight.requires_grad)
+    need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
+    if not (need_weight or need_bias):
+        return F.linear(x, weight, bias)
+    if transformed and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
+            "the plain one; compile without the transform, or run the transform eagerly"
+        )
+    if x.numel() == 0 and options.process_group is None:
+        return F.linear(x, weight, bias)
+    with torch.no_grad():
+        rows = x.detach().reshape(-1, x.shape[-1])
+        prepared = prepare(rows, bias is not None, weight.shape[0], options, need_weight, need_bias)
+    return EmendedLinear.apply(
+        x, weight, bias, prepared.inverse, prepared.emended, prepared.column, prepared.form
+    )
+
+
+def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """``dw = dy^T (x x^T + c I)^-1 x`` and ``db``, the emended gradients of a linear layer.
+
+    Args:
+        x: The layer's input, ``[..., I]``.
+        dy: The loss's gradient with respect to the layer's output, ``[..., O]``, of x's type.
+        bias: Whether the layer has a bias: ``x`` then reads as with a constant 1 appended.
+        **options: The fields of `consequentialism.Options`.
+
+    Returns:
+        ``dw [O, I]`` and ``db [O]`` or None, in x's type.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `emended_linear`.
+    """
+    settings = Options(**options)
+    _check_floating("x", x)
+    _check_floating("dy", dy)
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False, got {bias!r} ({type(bias).__name__})")
+    _check_match("x", x, "dy", dy)
+    if x.ndim == 0 or dy.ndim == 0 or x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(
+            f"x [..., I] and dy [..., O] must have the same leading dimensions, got x {list(x.shape)} and dy {list(dy.shape)}"
+        )
+    inputs, outputs = x.shape[-1], dy.shape[-1]
+    if x.numel() == 0 and settings.process_group is None:
+        return x.new_zeros(outputs, inputs), x.new_zeros(outputs) if bias else None
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x, dy = x.reshape(-1, inputs), dy.reshape(-1, outputs)
+        prepared = prepare(x, bias, outputs, settings, True, bias)
+        dw, db = weight_grad(prepared, x, dy, True, bias)
+        assert dw is not None
+        return dw.to(x.dtype), db.to(x.dtype) if db is not None else None
+
+
+def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
+    """The consequence of an update: ``x dw^T + db``. A step ``W <- W - lr*dw`` changes the output by ``-lr`` times it.
+
+    Args:
+        x: The layer's input, ``[N, I]`` or with more leading dimensions.
+        dw: ``[O, I]``.
+        db: ``[O]`` or None.
+
+    Returns:
+        ``[N, O]``, or with x's leading dimensions.
+    """
+    _check_linear(x, dw, db, names=("dw", "db"))
+    return reference.predict_change(x, dw, db)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast would hand them to `torch.nn.functional.linear`."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+
+
+def _check_floating(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r} ({type(tensor).__name__})")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} is a DTensor, which is not supported; use {name}.to_local()")
+    if tensor.dtype not in FLOATING_TYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+
+
+def _check_match(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{first} and {second} must have the same type, got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{first} and {second} must be on the same device, got {a.device} and {b.device}")
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
+    weight_name, bias_name = names
+    _check_floating("x", x)
+    _check_floating(weight_name, weight)
+    _check_match("x", x, weight_name, weight)
+    if weight.ndim != 2:
+        raise ValueError(f"{weight_name} must have the shape [O, I], got {list(weight.shape)}")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x [..., I] and {weight_name} [O, I] must have the same I, got x {list(x.shape)} "
+            f"and {weight_name} {list(weight.shape)}"
+        )
+    if bias is None:
+        return
+    _check_floating(bias_name, bias)
+    _check_match("x", x, bias_name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{bias_name} must have the shape [O] of {weight_name} [O, I], got {bias_name} {list(bias.shape)} "
+            f"and {weight_name} {list(weight.shape)}"
+        )

@@ -1,0 +1,89 @@
+"""`Linear`: torch's own layer with emended weight and bias gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import emended_linear_with
+from .options import OPTION_NAMES, DampingMode, Options, Scale
+
+
+class EmendedModule(nn.Module):
+    """What emended layers share: the options as plain attributes, which may be changed between steps."""
+
+    damping: float
+    damping_mode: DampingMode
+    scale: Scale
+    backend: str
+    process_group: Any
+
+    def set_options(self, options: Options) -> None:
+        """Take over checked options."""
+        for name in OPTION_NAMES:
+            setattr(self, name, getattr(options, name))
+
+    def options(self) -> Options:
+        """The options as they are now, checked."""
+        return Options(self.damping, self.damping_mode, self.scale, self.backend, self.process_group)
+
+    def extra_repr(self) -> str:
+        default = Options()
+        shown = (name for name in OPTION_NAMES if name != "process_group")
+        changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
+        return ", ".join([super().extra_repr(), *changed])
+
+
+class Linear(EmendedModule, nn.Linear):
+    """`torch.nn.Linear` whose weight and bias gradients are emended; the input gradient stays the true one.
+
+    The weight gradient is ``dw = dy^T (x x^T + c I)^-1 x`` instead of ``dy^T x``: a step along it changes the
+    output of every row as that row's own gradient asks, whatever the other rows of the mini-batch do. Any torch
+    optimizer takes it. Parameters, ``state_dict`` and forward are those of `torch.nn.Linear`; nothing is kept
+    between steps.
+
+    Args:
+        in_features: ``I``.
+        out_features: ``O``.
+        bias: Whether there is a bias; its column of ones then stands in the Gram.
+        damping: Ridge, above 0; see ``damping_mode``.
+        damping_mode: ``"relative"``: ``c = damping * trace(x x^T) / min(N, I)``; ``"absolute"``: ``c = damping``.
+        scale: What the learning rate means: ``"nlms"``, the NLMS step size for mean-reduced losses (about 1 is a good
+            start for SGD); ``"raw"``, the formula as it stands; ``"gradient"``, times ``c``, so that large
+            damping is plain backpropagation.
+        backend: ``"auto"``, or one of `consequentialism.backends`.
+        process_group: Ranks that together hold the batch; each then gets the emended gradient of the global
+            batch under DDP's and FSDP2's mean.
+        device: As `torch.nn.Linear`.
+        dtype: float16, bfloat16, float32 or float64.
+
+    Shape:
+        ``[..., I] -> [..., O]``; all leading dimensions are rows.
+
+    Raises:
+        TypeError: An option or input of the wrong type.
+        ValueError: An option out of its range, or an input whose last dimension is not ``I``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        damping: float = 1.0,
+        damping_mode: DampingMode = "relative",
+        scale: Scale = "nlms",
+        backend: str = "auto",
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options = Options(damping, damping_mode, scale, backend, process_group)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.set_options(options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return emended_linear_with(input, self.weight, self.bias, self.options())

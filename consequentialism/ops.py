@@ -1,0 +1,107 @@
+"""The compiled ops: loading, fakes for tracing, and typed wrappers with the reference's signatures.
+
+The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequentialism.reference`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .options import DampingMode, Form, Scale
+
+NAMES = ("input_gram", "factor", "input_inverse", "emended_input")
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or why there is none."""
+    reason_file = Path(__file__).with_name("_C_missing.txt")
+    if reason_file.exists():
+        return None, reason_file.read_text().strip()
+    try:
+        from . import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        if not any(Path(__file__).parent.glob("_C.*")):
+            return None, "not built; `pip install --no-build-isolation .` builds it"
+        return None, f"built, but it cannot be loaded with torch {torch.__version__}: {error}"
+    return _C, None
+
+
+module, missing_reason = _load()
+if missing_reason is not None:
+    warnings.warn(
+        f"consequentialism runs without its compiled kernels, correctly but slower: {missing_reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _device_types() -> tuple[str, ...]:
+    """The types of device for which the extension has every kernel."""
+    if module is None:
+        return ()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in NAMES))
+
+
+device_types = _device_types()
+
+
+def breakdowns() -> int:
+    """How many factors of this process broke down and were retried with more damping (compiled kernels only)."""
+    return 0 if module is None else int(module.breakdowns())
+
+
+def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
+    return torch.ops.consequentialism.input_gram(x, bias, form)
+
+
+def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
+    return torch.ops.consequentialism.factor(gram, damping, damping_mode, scale, rank, rows)
+
+
+def input_inverse(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> Tensor:
+    return torch.ops.consequentialism.input_inverse(x, bias, form, damping, damping_mode, scale)
+
+
+def emended_input(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.consequentialism.emended_input(x, bias, form, damping, damping_mode, scale)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _square(x: Tensor, bias: bool, form: str) -> Tensor:
+    n = x.shape[0] if form == "dual" else x.shape[1] + bias
+    return x.new_empty((n, n), dtype=_compute_dtype(x.dtype))
+
+
+if module is not None:
+
+    @torch.library.register_fake("consequentialism::input_gram")
+    def _(x: Tensor, bias: bool, form: str) -> Tensor:
+        return _square(x, bias, form)
+
+    @torch.library.register_fake("consequentialism::factor")
+    def _(gram: Tensor, damping: float, damping_mode: str, scale: str, rank: int, rows: int) -> Tensor:
+        return gram.new_empty(gram.shape)
+
+    @torch.library.register_fake("consequentialism::input_inverse")
+    def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> Tensor:
+        return _square(x, bias, form)
+
+    @torch.library.register_fake("consequentialism::emended_input")
+    def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
+        kept = torch.float32 if x.dtype == torch.float16 else x.dtype
+        emended = x.new_empty(x.shape, dtype=kept)
+        return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))

@@ -1,0 +1,66 @@
+"""The keywords that every emended layer and function shares, and their checks."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DampingMode = Literal["relative", "absolute"]
+Scale = Literal["nlms", "raw", "gradient"]
+Form = Literal["dual", "primal"]
+
+DAMPING_MODES: tuple[DampingMode, ...] = ("relative", "absolute")
+SCALES: tuple[Scale, ...] = ("nlms", "raw", "gradient")
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a gradient is emended.
+
+    Attributes:
+        damping: Ridge, a finite number above 0. Relative to ``trace(x x^T) / min(N, I)``, the mean
+            non-zero eigenvalue of the input Gram, or absolute, as ``damping_mode`` says.
+        damping_mode: ``"relative"`` or ``"absolute"``.
+        scale: ``"nlms"`` (times the number of samples, ``lr`` is NLMS's step size), ``"raw"`` (the
+            formula as it stands) or ``"gradient"`` (times the ridge ``c``, so that large damping is
+            plain backpropagation).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        process_group: The group whose ranks together hold the batch, or None.
+    """
+
+    damping: float = 1.0
+    damping_mode: DampingMode = "relative"
+    scale: Scale = "nlms"
+    backend: str = "auto"
+    process_group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("backend", self.backend, BACKENDS)
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+def check_damping(damping: Any) -> None:
+    """Raise unless ``damping`` is a finite number above 0."""
+    if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
+        raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
+    if not (math.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping must be finite and above 0, got {damping!r}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} ({type(value).__name__})")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,29 @@
+// Schemas and the Python module; no arithmetic.
+//
+// Shapes: x [N, I], gram and inverse [n, n] with n = N (form "dual") or I plus the bias's one (form
+// "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). All ops are pure.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "build_info.h"
+
+TORCH_LIBRARY(consequentialism, m) {
+  m.def("input_gram(Tensor x, bool bias, str form) -> Tensor");
+  m.def(
+      "factor(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) "
+      "-> Tensor");
+  m.def(
+      "input_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
+      "-> Tensor");
+  m.def(
+      "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
+      "-> (Tensor, Tensor)");
+}
+
+// The derivative belongs to one autograd Function in Python; differentiating an op itself is an error.
+TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
+  m.impl("input_gram", torch::autograd::autogradNotImplementedFallback());
+  m.impl("factor", torch::autograd::autogradNotImplementedFallback());
+  m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
+  m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
+}

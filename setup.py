@@ -1,0 +1,121 @@
+"""Builds `consequentialism._C`: for the CPU, or for CPU and CUDA.
+
+CUDA is built where torch was built for it and the CUDA toolkit is found, or where FORCE_CUDA=1 says so;
+TORCH_CUDA_ARCH_LIST names the architectures. CONSEQUENTIALISM_NO_EXT=1 builds without compiled kernels. Where
+torch or a compiler is missing the package is installed without them, slower, and says so when it is imported.
+torch is imported only to build, never for metadata.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "consequentialism/version.py").read_text())[1]  # type: ignore[index]
+REASON_FILE = "_C_missing.txt"  # in the package: why there are no compiled kernels
+
+CPU_SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/module.cpp",
+    "csrc/cpu/input_gram.cpp",
+    "csrc/cpu/factor.cpp",
+    "csrc/cpu/emended_input.cpp",
+]
+CUDA_SOURCES: list[str] = []
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
+
+
+def has_compiler() -> bool:
+    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    return any(shutil.which(name) for name in names)
+
+
+def reason_for_none() -> str | None:
+    """Why no extension can be built, or None."""
+    if os.environ.get("CONSEQUENTIALISM_NO_EXT") == "1":
+        return "built with CONSEQUENTIALISM_NO_EXT=1"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return (
+            "built where torch could not be imported; install torch first, then "
+            "`pip install --no-build-isolation consequentialism`"
+        )
+    if not has_compiler():
+        return "built without a C++ compiler; install one (g++, clang++ or MSVC), then reinstall"
+    return None
+
+
+def wants_cuda() -> bool:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if os.environ.get("FORCE_CUDA") == "1":
+        if CUDA_HOME is None or torch.version.cuda is None:
+            raise SystemExit(
+                f"FORCE_CUDA=1, but the CUDA toolkit is at {CUDA_HOME} and torch {torch.__version__} was built for "
+                f"CUDA {torch.version.cuda}; both are needed"
+            )
+        return True
+    return CUDA_HOME is not None and torch.version.cuda is not None
+
+
+def extension() -> Any:
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    defines = [
+        ("CONSEQUENTIALISM_VERSION", f'"{VERSION}"'),
+        ("CONSEQUENTIALISM_TORCH_VERSION", f'"{torch.__version__}"'),
+    ]
+    flags = ["/O2", "/std:c++20"] if os.name == "nt" else ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    if not wants_cuda():
+        return CppExtension("consequentialism._C", CPU_SOURCES, define_macros=defines, extra_compile_args=flags)
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    defines += [
+        ("CONSEQUENTIALISM_CUDA_VERSION", f'"{torch.version.cuda}"'),
+        ("CONSEQUENTIALISM_CUDA_ARCHITECTURES", f'"{architectures}"'),
+    ]
+    return CUDAExtension(
+        "consequentialism._C",
+        CPU_SOURCES + CUDA_SOURCES,
+        define_macros=defines,
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
+    )
+
+
+class BuildPython(build_py):
+    """Copies the Python files, and writes down why there are no compiled kernels where there are none."""
+
+    def run(self) -> None:
+        super().run()
+        if MISSING is None:
+            return
+        print(f"consequentialism: no compiled kernels: {MISSING}", file=sys.stderr)
+        package = ROOT / "consequentialism" if self.editable_mode else Path(self.build_lib, "consequentialism")
+        package.mkdir(parents=True, exist_ok=True)
+        (package / REASON_FILE).write_text(MISSING + "\n")
+
+
+building = bool(BUILD_COMMANDS & set(sys.argv[1:]))
+MISSING = reason_for_none() if building else None
+arguments: dict[str, Any] = {}
+if building and MISSING is None:
+    from torch.utils.cpp_extension import BuildExtension
+
+    (ROOT / "consequentialism" / REASON_FILE).unlink(missing_ok=True)
+    arguments = {"ext_modules": [extension()], "cmdclass": {"build_py": BuildPython, "build_ext": BuildExtension}}
+elif building:
+    arguments = {"cmdclass": {"build_py": BuildPython}}
+
+setup(version=VERSION, **arguments)
