@@ -28,6 +28,7 @@ CPU_SOURCES = [
     "csrc/cpu/input_gram.cpp",
     "csrc/cpu/factor.cpp",
     "csrc/cpu/emended_input.cpp",
+    "csrc/cpu/weight_grad.cpp",
 ]
 CUDA_SOURCES: list[str] = []
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
@@ -70,6 +71,16 @@ def wants_cuda() -> bool:
     return CUDA_HOME is not None and torch.version.cuda is not None
 
 
+def compiler_flags() -> tuple[list[str], list[str]]:
+    """For compiling and for linking. at::parallel_for is a header: without OpenMP here it runs on one thread."""
+    if os.name == "nt":
+        return ["/O2", "/std:c++20", "/openmp"], []
+    flags = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    if sys.platform == "darwin":
+        return [*flags, "-Wno-unknown-pragmas"], []
+    return [*flags, "-fopenmp"], ["-fopenmp"]
+
+
 def extension() -> Any:
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
@@ -78,9 +89,15 @@ def extension() -> Any:
         ("CONSEQUENTIALISM_VERSION", f'"{VERSION}"'),
         ("CONSEQUENTIALISM_TORCH_VERSION", f'"{torch.__version__}"'),
     ]
-    flags = ["/O2", "/std:c++20"] if os.name == "nt" else ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags, link_flags = compiler_flags()
     if not wants_cuda():
-        return CppExtension("consequentialism._C", CPU_SOURCES, define_macros=defines, extra_compile_args=flags)
+        return CppExtension(
+            "consequentialism._C",
+            CPU_SOURCES,
+            define_macros=defines,
+            extra_compile_args=flags,
+            extra_link_args=link_flags,
+        )
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     defines += [
         ("CONSEQUENTIALISM_CUDA_VERSION", f'"{torch.version.cuda}"'),
@@ -91,6 +108,7 @@ def extension() -> Any:
         CPU_SOURCES + CUDA_SOURCES,
         define_macros=defines,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
+        extra_link_args=link_flags,
     )
 
 

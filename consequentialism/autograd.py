@@ -6,6 +6,7 @@ What depends on ``x`` alone is computed in forward (`prepare`); backward is stoc
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import cost, dispatch, distributed
+from . import cost, distributed
 from .options import Form, Options
 
 
@@ -26,7 +27,16 @@ class Prepared(NamedTuple):
     column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
 
 
-def prepare(x: Tensor, bias: bool, outputs: int, options: Options, need_weight: bool, need_bias: bool) -> Prepared:
+def full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Keeps autocast from computing with an inverse in a half type."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def prepare(
+    x: Tensor, bias: bool, outputs: int, options: Options, backend: Any, need_weight: bool, need_bias: bool
+) -> Prepared:
     """Everything that does not depend on ``dy``.
 
     Args:
@@ -35,10 +45,9 @@ def prepare(x: Tensor, bias: bool, outputs: int, options: Options, need_weight: 
         outputs: ``O``, for the cost model.
     """
     if options.process_group is not None:
-        emended, column = distributed.emended_input(x, bias, options)
+        emended, column = distributed.emended_input(x, bias, options, backend)
         return Prepared("dual", None, emended if need_weight else None, column if need_bias else None)
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
-    backend = dispatch.select(options.backend, x)
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
@@ -58,70 +67,78 @@ def emended_ones(inverse: Tensor, x: Tensor, form: Form) -> Tensor:
 
 
 def weight_grad(
-    prepared: Prepared, x: Tensor, dy: Tensor, need_weight: bool, need_bias: bool
+    prepared: Prepared, x: Tensor | None, dy: Tensor, backend: Any, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dw [O, I]`` and ``db [O]`` in the type computed in, each None where it is not needed.
+    """``dw [O, I]`` and ``db [O]``, each None where it is not needed.
 
     Args:
         x: ``[N, I]``; read only where ``prepared`` keeps an inverse.
-        dy: ``[N, O]``. An infinity becomes NaN, so that the result is NaN, never a finite number.
+        dy: ``[N, O]``.
     """
-    dy = torch.add(dy, dy, alpha=0)
     form, inverse, emended, column = prepared
     if inverse is None:
-        dw = dy.to(emended.dtype).T @ emended if emended is not None else None
-        db = dy.to(column.dtype).T @ column if column is not None else None
-        return dw, db
-    x, dy = x.to(inverse.dtype), dy.to(inverse.dtype)
+        if emended is None:
+            assert column is not None
+            return None, backend.weight_grad(dy, column[:, None], column)[1]
+        nothing = emended.new_empty(0)
+        dw, db = backend.weight_grad(dy, emended, nothing if column is None else column)
+        return dw, db if need_bias else None
+    assert x is not None
+    ones = inverse.new_ones(x.shape[0] if need_bias else 0)
     if form == "dual":
-        errors = inverse @ dy  # [N, O]; P is symmetric
-        return errors.T @ x, errors.sum(0) if need_bias else None
-    plain = dy.T @ x  # [O, I]
-    inputs = x.shape[1]
-    if inverse.shape[0] == inputs:
+        dw, db = backend.weight_grad(inverse @ dy, x, ones)  # P is symmetric: dw = (P dy)^T x
+        return dw, db if need_bias else None
+    has_bias = inverse.shape[0] > x.shape[1]
+    plain, plain_bias = backend.weight_grad(dy, x, inverse.new_ones(x.shape[0] if has_bias else 0))
+    if not has_bias:
         return plain @ inverse, None
-    plain_bias, border = dy.sum(0), inverse[-1, :-1]  # [O], [I]
-    dw = (plain @ inverse[:-1, :-1]).addr_(plain_bias, border)
-    db = plain @ border + plain_bias * inverse[-1, -1] if need_bias else None
-    return dw, db
+    border = inverse[-1, :-1]
+    dw = torch.addr(plain @ inverse[:-1, :-1], plain_bias, border)
+    return dw, plain @ border + plain_bias * inverse[-1, -1] if need_bias else None
 
 
 class EmendedLinear(torch.autograd.Function):
-    """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``."""
+    """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        inverse: Tensor | None,
-        emended: Tensor | None,
-        column: Tensor | None,
-        form: Form,
-    ) -> Tensor:
-        return F.linear(x, weight, bias)
+    The arguments after the bias are those of `Prepared`, and the backend that serves `weight_grad`.
+    """
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, inverse, emended, column, form = inputs
-        needs_x = ctx.needs_input_grad[0]
-        ctx.form = form
-        ctx.save_for_backward(x if inverse is not None else None, weight if needs_x else None, inverse, emended, column)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs)
+        return F.linear(*inputs[:3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, emended, column = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(dy.device.type, enabled=False):
-            dx = dy @ weight if needs_x else None
-            dw = db = None
-            if needs_weight or needs_bias:
-                flat_x = x.reshape(-1, x.shape[-1]) if x is not None else x
-                prepared = Prepared(ctx.form, inverse, emended, column)
-                dw, db = weight_grad(prepared, flat_x, dy.reshape(-1, dy.shape[-1]), needs_weight, needs_bias)
-                dw = dw.to(dy.dtype) if dw is not None else None
-                db = db.to(dy.dtype) if db is not None else None
-        return dx, dw, db, None, None, None, None
+        dx = dy @ weight if needs_x else None
+        dw = db = None
+        if needs_weight or needs_bias:
+            flat_x = None if x is None else x.reshape(-1, x.shape[-1])
+            prepared = Prepared(ctx.form, inverse, emended, column)
+            with full_precision(dy.device.type):
+                dw, db = weight_grad(prepared, flat_x, dy.reshape(-1, dy.shape[-1]), ctx.backend, needs_bias)
+        return dx, dw, db, None, None, None, None, None
+
+
+class TransformableEmendedLinear(EmendedLinear):
+    """The same for torch.func's transforms, which want ``setup_context``; it costs 80 us a call more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
+        return F.linear(*inputs[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    x, weight, _, inverse, emended, column, ctx.form, ctx.backend = inputs
+    kept_x = x if inverse is not None else None
+    kept_weight = weight if ctx.needs_input_grad[0] else None
+    ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column)

@@ -62,4 +62,8 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     narrow = dtype == torch.float32 and options.damping_mode == "relative"
     well_conditioned = wide or (narrow and n <= MAX_FLOAT32_CONDITION * options.damping)
     plans = _PLANS if well_conditioned else _PLANS[:2]
-    return min(plans, key=lambda plan: flops(plan, rows, inputs, outputs))
+    best = plans[0]
+    for plan in plans[1:]:  # not min(key=...), which torch.compile does not trace over symbolic sizes
+        if flops(plan, rows, inputs, outputs) < flops(best, rows, inputs, outputs):
+            best = plan
+    return best

@@ -6,16 +6,17 @@ mean over ranks that DDP and FSDP2 take of the gradients makes it the emended gr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import dispatch
 from .options import Options
 from .reference import apply_inverse, compute_dtype, emended_dtype
 
 
-def emended_input(x: Tensor, bias: bool, options: Options) -> tuple[Tensor, Tensor]:
+def emended_input(x: Tensor, bias: bool, options: Options, backend: Any) -> tuple[Tensor, Tensor]:
     """This rank's rows of the global emended input ``[N, I]``, and of its column for the bias ``[N]``.
 
     Every rank of the group must call it, with any number of rows, none included. The numbers of rows are
@@ -23,7 +24,6 @@ def emended_input(x: Tensor, bias: bool, options: Options) -> tuple[Tensor, Tens
     agree. The dual form gathers the inputs, the primal one sums the Grams.
     """
     group = options.process_group
-    backend = dispatch.select(options.backend, x)
     rows = _row_counts(x, group)
     total, inputs = sum(rows), x.shape[1] + bias
     rank = max(min(total, inputs), 1)

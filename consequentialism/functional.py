@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
-from .autograd import EmendedLinear, prepare, weight_grad
+from . import dispatch, reference
+from .autograd import EmendedLinear, TransformableEmendedLinear, full_precision, prepare, weight_grad
 from .options import Options
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,19 +51,18 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
     if not (need_weight or need_bias):
         return F.linear(x, weight, bias)
-    if transformed and torch.compiler.is_compiling():
-        raise RuntimeError(
-            "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
-            "the plain one; compile without the transform, or run the transform eagerly"
-        )
+    if transformed:
+        _check_transforms()
     if x.numel() == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(x.device.type):
         rows = x.detach().reshape(-1, x.shape[-1])
-        prepared = prepare(rows, bias is not None, weight.shape[0], options, need_weight, need_bias)
-    return EmendedLinear.apply(
-        x, weight, bias, prepared.inverse, prepared.emended, prepared.column, prepared.form
-    )
+        backend = dispatch.select(options.backend, x)
+        form, inverse, emended, column = prepare(
+            rows, bias is not None, weight.shape[0], options, backend, need_weight, need_bias
+        )
+    function = TransformableEmendedLinear if transformed else EmendedLinear
+    return function.apply(x, weight, bias, inverse, emended, column, form, backend)
 
 
 def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -94,12 +93,13 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
     inputs, outputs = x.shape[-1], dy.shape[-1]
     if x.numel() == 0 and settings.process_group is None:
         return x.new_zeros(outputs, inputs), x.new_zeros(outputs) if bias else None
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), full_precision(x.device.type):
         x, dy = x.reshape(-1, inputs), dy.reshape(-1, outputs)
-        prepared = prepare(x, bias, outputs, settings, True, bias)
-        dw, db = weight_grad(prepared, x, dy, True, bias)
+        backend = dispatch.select(settings.backend, x)
+        prepared = prepare(x, bias, outputs, settings, backend, True, bias)
+        dw, db = weight_grad(prepared, x, dy, backend, bias)
         assert dw is not None
-        return dw.to(x.dtype), db.to(x.dtype) if db is not None else None
+        return dw, db
 
 
 def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
@@ -125,6 +125,18 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float16, torch.bfloat16, torch.float32)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+
+
+def _check_transforms() -> None:
+    """Refuse the torch.func transforms under which the gradient would silently be another one."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
+            "the plain one; compile without the transform, or run the transform eagerly"
+        )
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1:
+        raise RuntimeError("consequentialism: an emended gradient has no derivative, so torch.func.grad cannot be nested")
 
 
 def _check_floating(name: str, tensor: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .options import DampingMode, Form, Scale
 
-NAMES = ("input_gram", "factor", "input_inverse", "emended_input")
+NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -77,6 +77,10 @@ def emended_input(
     return torch.ops.consequentialism.emended_input(x, bias, form, damping, damping_mode, scale)
 
 
+def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.consequentialism.weight_grad(dy, rows, column)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -105,3 +109,8 @@ if module is not None:
         kept = torch.float32 if x.dtype == torch.float16 else x.dtype
         emended = x.new_empty(x.shape, dtype=kept)
         return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))
+
+    @torch.library.register_fake("consequentialism::weight_grad")
+    def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = dy.shape[1]
+        return dy.new_empty((outputs, rows.shape[1])), dy.new_empty((0 if column.shape[0] == 0 else outputs,))

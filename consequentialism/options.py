@@ -54,7 +54,7 @@ def check_damping(damping: Any) -> None:
     """Raise unless ``damping`` is a finite number above 0."""
     if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
         raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
-    if not (math.isfinite(damping) and damping > 0):
+    if not 0 < damping < math.inf:
         raise ValueError(f"damping must be finite and above 0, got {damping!r}")
 
 

@@ -112,6 +112,18 @@ def emended_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """``dw = dy^T rows [O, I]`` and ``db = dy^T column [O]`` (empty where ``column`` is), in dy's type.
+
+    With emended rows these are the emended gradients; with ``x`` and ones, the plain ones. An infinity in
+    ``dy [N, O]`` becomes NaN, so that nothing that depends on it is a finite number.
+    """
+    errors = dy + 0 * dy
+    dw = errors.to(rows.dtype).T @ rows
+    db = errors.to(column.dtype).T @ column if column.shape[0] else errors.new_zeros(0)
+    return dw.to(dy.dtype), db.to(dy.dtype)
+
+
 def emended_weight_grad(
     x: Tensor,
     dy: Tensor,

@@ -18,6 +18,7 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def(
       "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
       "-> (Tensor, Tensor)");
+  m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
 }
 
 // The derivative belongs to one autograd Function in Python; differentiating an op itself is an error.
@@ -26,4 +27,5 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("factor", torch::autograd::autogradNotImplementedFallback());
   m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
+  m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
 }

@@ -18,6 +18,15 @@
 #include "guards.h"
 #include "input_gram.h"
 
+// One binary for every x86 processor: the loader picks the widest instruction set that is there.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CONSEQUENTIALISM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CONSEQUENTIALISM_INLINE inline __attribute__((always_inline))
+#else
+#define CONSEQUENTIALISM_CLONES
+#define CONSEQUENTIALISM_INLINE inline
+#endif
+
 namespace consequentialism::cpu {
 
 namespace {
@@ -58,7 +67,8 @@ double multiplier_of(const FactorArguments& arguments, double c) {
 // inverse <- L^-1 for the lower triangular L, both row-major and strided; inverse's upper triangle is kept.
 // Row i is (e_i - sum_k L[i, k] inverse[k]) / L[i, i]: contiguous updates that the compiler vectorises.
 template <typename scalar_t>
-void invert_triangle(const scalar_t* lower, scalar_t* inverse, int64_t n, int64_t stride_lower, int64_t stride) {
+CONSEQUENTIALISM_INLINE void invert_triangle_body(
+    const scalar_t* lower, scalar_t* inverse, int64_t n, int64_t stride_lower, int64_t stride) {
   for (int64_t i = 0; i < n; ++i) {
     scalar_t* row = inverse + i * stride;
     std::fill(row, row + i, scalar_t(0));
@@ -71,6 +81,16 @@ void invert_triangle(const scalar_t* lower, scalar_t* inverse, int64_t n, int64_
     for (int64_t j = 0; j < i; ++j) row[j] *= reciprocal;
     row[i] = reciprocal;
   }
+}
+
+CONSEQUENTIALISM_CLONES void invert_triangle(
+    const float* lower, float* inverse, int64_t n, int64_t stride_lower, int64_t stride) {
+  invert_triangle_body(lower, inverse, n, stride_lower, stride);
+}
+
+CONSEQUENTIALISM_CLONES void invert_triangle(
+    const double* lower, double* inverse, int64_t n, int64_t stride_lower, int64_t stride) {
+  invert_triangle_body(lower, inverse, n, stride_lower, stride);
 }
 
 // inverse <- L^-1 where L L^T is a's lower triangle; a is overwritten. The recursion puts all but the

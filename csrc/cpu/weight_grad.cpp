@@ -1,0 +1,41 @@
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/addmv.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "../checks.h"
+#include "guards.h"
+
+namespace consequentialism::cpu {
+
+// dw = dy^T rows [O, I] and db = dy^T column [O] in dy's type; db is empty where column is. dy [N, O],
+// rows [N, I], column [N]. One infinity or NaN in dy makes every entry NaN, never a finite number.
+std::tuple<at::Tensor, at::Tensor> weight_grad(
+    const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
+  check_x(rows);
+  TORCH_CHECK_VALUE(
+      dy.dim() == 2 && dy.size(0) == rows.size(0), "dy [N, O] and rows [N, I] must have the same N, got dy ",
+      dy.sizes(), " and rows ", rows.sizes());
+  TORCH_CHECK_VALUE(
+      column.dim() == 1 && (column.size(0) == 0 || column.size(0) == rows.size(0)),
+      "column must have the shape [N] or [0], got column ", column.sizes(), " and rows ", rows.sizes());
+  const PlainKernelGuard guard;
+  const at::Tensor errors = dy.to(rows.scalar_type());
+  const double sum = errors.sum().item<double>();
+  const double alpha = std::isfinite(sum) ? 1 : std::numeric_limits<double>::quiet_NaN();
+  at::Tensor dw = at::empty({errors.size(1), rows.size(1)}, rows.options());
+  at::addmm_out(dw, dw, errors.t(), rows, 0, alpha);
+  if (column.size(0) == 0) return {dw.to(dy.scalar_type()), at::empty({0}, dy.options())};
+  at::Tensor db = at::empty({errors.size(1)}, column.options());
+  at::addmv_out(db, db, dy.to(column.scalar_type()).t(), column, 0, alpha);
+  return {dw.to(dy.scalar_type()), db.to(dy.scalar_type())};
+}
+
+}  // namespace consequentialism::cpu
+
+TORCH_LIBRARY_IMPL(consequentialism, CPU, m) { m.impl("weight_grad", consequentialism::cpu::weight_grad); }
