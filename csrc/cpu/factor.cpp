@@ -1,6 +1,7 @@
 #include "factor.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/native/BatchLinearAlgebra.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/diag.h>
@@ -31,8 +32,9 @@ namespace consequentialism::cpu {
 
 namespace {
 
-constexpr int64_t kLeaf = 64;        // order up to which LAPACK's own factor is used
-constexpr int64_t kInverseTile = 64;  // rows of a panel of M^T M
+constexpr int64_t kLeaf = 64;           // order up to which LAPACK's own factor is used
+constexpr int64_t kSerial = 128;        // order up to which one thread is faster
+constexpr int64_t kInversePanel = 128;  // rows of a panel of M^T M
 constexpr int kRetries = 3;
 constexpr double kMinFloat32Trace = 1e-30;  // below, squares of float32 inputs underflow
 
@@ -46,6 +48,18 @@ double trace_of(const at::Tensor& gram) {
     for (int64_t i = 0; i < n; ++i) trace += static_cast<double>(data[i * n + i]);
   });
   return trace;
+}
+
+void add_to_diagonal_(const at::Tensor& square, double c) {
+  AT_DISPATCH_FLOATING_TYPES(square.scalar_type(), "add_to_diagonal", [&] {
+    scalar_t* data = square.mutable_data_ptr<scalar_t>();
+    const int64_t n = square.size(0);
+    for (int64_t i = 0; i < n; ++i) data[i * n + i] += static_cast<scalar_t>(c);
+  });
+}
+
+at::Tensor block(const at::Tensor& a, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  return a.narrow(0, row, rows).narrow(1, column, columns);
 }
 
 double ridge_of(const FactorArguments& arguments, double trace) {
@@ -64,21 +78,23 @@ double multiplier_of(const FactorArguments& arguments, double c) {
   }
 }
 
-// inverse <- L^-1 for the lower triangular L, both row-major and strided; inverse's upper triangle is kept.
-// Row i is (e_i - sum_k L[i, k] inverse[k]) / L[i, i]: contiguous updates that the compiler vectorises.
+// inverse <- L^-1 for the lower triangular L, both row-major and strided; inverse's upper triangle must be zero
+// and stays so. Row i is (e_i - sum_k L[i, k] inverse[k]) / L[i, i]: contiguous updates, up to a multiple of the
+// vector width, because what lies beyond the diagonal is zero.
 template <typename scalar_t>
 CONSEQUENTIALISM_INLINE void invert_triangle_body(
     const scalar_t* lower, scalar_t* inverse, int64_t n, int64_t stride_lower, int64_t stride) {
+  constexpr int64_t kVector = 16;
   for (int64_t i = 0; i < n; ++i) {
     scalar_t* row = inverse + i * stride;
-    std::fill(row, row + i, scalar_t(0));
+    const int64_t width = std::min(n, (i + kVector) / kVector * kVector);
     for (int64_t k = 0; k < i; ++k) {
       const scalar_t entry = lower[i * stride_lower + k];
       const scalar_t* above = inverse + k * stride;
-      for (int64_t j = 0; j <= k; ++j) row[j] -= entry * above[j];
+      for (int64_t j = 0; j < width; ++j) row[j] -= entry * above[j];
     }
     const scalar_t reciprocal = scalar_t(1) / lower[i * stride_lower + i];
-    for (int64_t j = 0; j < i; ++j) row[j] *= reciprocal;
+    for (int64_t j = 0; j < width; ++j) row[j] *= reciprocal;
     row[i] = reciprocal;
   }
 }
@@ -94,58 +110,73 @@ CONSEQUENTIALISM_CLONES void invert_triangle(
 }
 
 // inverse <- L^-1 where L L^T is a's lower triangle; a is overwritten. The recursion puts all but the
-// leaves into matrix products. inverse's strict upper triangle must be zero and stays so. False where a
-// pivot breaks down.
+// leaves into matrix products. inverse must be zero. False where a pivot breaks down.
 template <typename scalar_t>
 bool invert_factor_(const at::Tensor& a, const at::Tensor& inverse) {
   const int64_t n = a.size(0);
   if (n <= kLeaf) {
+    scalar_t* lower = a.mutable_data_ptr<scalar_t>();
+    const int64_t stride = a.stride(0);
     int info = 0;
     // Row-major lower is LAPACK's column-major upper.
-    at::native::lapackCholesky<scalar_t>(
-        'U', static_cast<int>(n), a.mutable_data_ptr<scalar_t>(), static_cast<int>(a.stride(0)), &info);
+    at::native::lapackCholesky<scalar_t>('U', static_cast<int>(n), lower, static_cast<int>(stride), &info);
     if (info != 0) return false;
     for (int64_t i = 0; i < n; ++i) {
-      // A NaN passes some LAPACKs' pivot test.
-      if (!std::isfinite(a.const_data_ptr<scalar_t>()[i * a.stride(0) + i])) return false;
+      if (!std::isfinite(lower[i * stride + i])) return false;  // a NaN passes some LAPACKs' pivot test
     }
-    invert_triangle(
-        a.const_data_ptr<scalar_t>(), inverse.mutable_data_ptr<scalar_t>(), n, a.stride(0), inverse.stride(0));
+    invert_triangle(lower, inverse.mutable_data_ptr<scalar_t>(), n, stride, inverse.stride(0));
     return true;
   }
   const int64_t half = (n / 2 + kLeaf - 1) / kLeaf * kLeaf;
   const int64_t rest = n - half;
-  const at::Tensor a11 = a.narrow(0, 0, half).narrow(1, 0, half);
-  at::Tensor a21 = a.narrow(0, half, rest).narrow(1, 0, half);
-  const at::Tensor a22 = a.narrow(0, half, rest).narrow(1, half, rest);
-  const at::Tensor m11 = inverse.narrow(0, 0, half).narrow(1, 0, half);
-  at::Tensor m21 = inverse.narrow(0, half, rest).narrow(1, 0, half);
-  const at::Tensor m22 = inverse.narrow(0, half, rest).narrow(1, half, rest);
+  const at::Tensor a11 = block(a, 0, half, 0, half);
+  at::Tensor a21 = block(a, half, rest, 0, half);
+  const at::Tensor a22 = block(a, half, rest, half, rest);
+  const at::Tensor m11 = block(inverse, 0, half, 0, half);
+  at::Tensor m21 = block(inverse, half, rest, 0, half);
+  const at::Tensor m22 = block(inverse, half, rest, half, rest);
   if (!invert_factor_<scalar_t>(a11, m11)) return false;
-  at::mm_out(m21, a21, m11.t());         // L21
-  lower_gram_(a22, m21, 1, -1);          // A22 - L21 L21^T
+  at::mm_out(m21, a21, m11.t());  // L21
+  lower_gram_(a22, m21, 1, -1);   // A22 - L21 L21^T
   if (!invert_factor_<scalar_t>(a22, m22)) return false;
-  at::mm_out(a21, m21, m11);             // L21 M11
+  at::mm_out(a21, m21, m11);                 // L21 M11
   at::addmm_out(m21, m21, m22, a21, 0, -1);  // -M22 L21 M11
   return true;
 }
 
+// Runs work with BLAS on one thread: inside a parallel region it starts none. Threads cost more than they
+// bring where the matrices are small and just written by another core.
+template <typename Work>
+void on_one_thread(const Work& work) {
+  at::parallel_for(0, std::max(at::get_num_threads(), 1), 1, [&](int64_t first, int64_t) {
+    if (first != 0) return;
+    const PlainKernelGuard guard;
+    work();
+  });
+}
+
 // a <- multiplier * a^-1, symmetric, from a's lower triangle. False, with a destroyed, on a breakdown.
-bool invert_(const at::Tensor& a, double multiplier) {
+bool invert_(at::Tensor a, double multiplier) {
   const int64_t n = a.size(0);
   at::Tensor inverse = at::zeros({n, n}, a.options());
   bool works = false;
-  AT_DISPATCH_FLOATING_TYPES(
-      a.scalar_type(), "invert_factor", [&] { works = invert_factor_<scalar_t>(a, inverse); });
-  if (!works) return false;
-  // P = M^T M by panels of rows; M is zero above its diagonal, so panel i needs only the rows from i on.
-  for (int64_t begin = 0; begin < n; begin += kInverseTile) {
-    const int64_t rows = std::min(kInverseTile, n - begin);
-    const at::Tensor below = inverse.narrow(0, begin, n - begin);
-    at::Tensor out = a.narrow(0, begin, rows).narrow(1, 0, begin + rows);
-    at::mm_out(out, below.narrow(1, begin, rows).t(), below.narrow(1, 0, begin + rows));
+  auto work = [&] {
+    AT_DISPATCH_FLOATING_TYPES(
+        a.scalar_type(), "invert_factor", [&] { works = invert_factor_<scalar_t>(a, inverse); });
+  };
+  if (n <= kSerial) {
+    on_one_thread(work);
+  } else {
+    work();
   }
-  mirror_lower_(a, multiplier);
+  if (!works) return false;
+  // P = M^T M by panels of rows; M is zero above its diagonal, so panel i needs only M's rows from i on.
+  for (int64_t begin = 0; begin < n; begin += kInversePanel) {
+    const int64_t rows = std::min(kInversePanel, n - begin);
+    const at::Tensor below = inverse.narrow(0, begin, n - begin);
+    at::Tensor out = a.narrow(0, begin, rows);
+    at::addmm_out(out, out, below.narrow(1, begin, rows).t(), below, 0, multiplier);
+  }
   return true;
 }
 
@@ -162,7 +193,7 @@ at::Tensor factor_lower(const at::Tensor& gram, const FactorArguments& arguments
   double growth = 1;
   for (int attempt = 0; attempt <= kRetries; ++attempt, growth *= 10) {
     at::Tensor inverse = gram.clone();
-    inverse.diagonal().add_(c * growth);
+    add_to_diagonal_(inverse, c * growth);
     if (invert_(inverse, multiplier)) return inverse;
     if (attempt == 0) ++breakdown_count;
   }
@@ -175,7 +206,7 @@ bool try_factor_float32_(const at::Tensor& gram, const FactorArguments& argument
   if (!(trace > kMinFloat32Trace && trace < std::numeric_limits<float>::max())) return false;
   const double c = ridge_of(arguments, trace);
   if (!(c > kMinFloat32Trace && trace <= kMaxFloat32Condition * c)) return false;
-  gram.diagonal().add_(c);
+  add_to_diagonal_(gram, c);
   return invert_(gram, multiplier_of(arguments, c));
 }
 

@@ -71,28 +71,16 @@ at::Tensor lower_input_gram(const at::Tensor& x, bool bias, bool primal) {
   return gram;
 }
 
-void mirror_lower_(const at::Tensor& square, double alpha) {
+void mirror_lower_(const at::Tensor& square) {
   const int64_t n = square.size(0);
-  const int64_t tiles = (n + kMinTile - 1) / kMinTile;
   AT_DISPATCH_FLOATING_TYPES(square.scalar_type(), "mirror_lower", [&] {
     scalar_t* data = square.mutable_data_ptr<scalar_t>();
-    const scalar_t factor = static_cast<scalar_t>(alpha);
-    const int64_t grain = std::max<int64_t>(1, 256 / std::max<int64_t>(tiles, 1));
-    at::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
-      for (int64_t ti = first; ti < last; ++ti) {
-        const int64_t row_end = std::min(n, (ti + 1) * kMinTile);
-        for (int64_t tj = 0; tj <= ti; ++tj) {
-          const int64_t column_end = std::min(n, (tj + 1) * kMinTile);
-          for (int64_t i = ti * kMinTile; i < row_end; ++i) {
-            for (int64_t j = tj * kMinTile; j < std::min(column_end, i + 1); ++j) {
-              const scalar_t value = factor * data[i * n + j];
-              data[i * n + j] = value;
-              data[j * n + i] = value;
-            }
-          }
-        }
+    for (int64_t begin = 0; begin < n; begin += kMinTile) {  // by strips of columns, which stay in the cache
+      const int64_t end = std::min(n, begin + kMinTile);
+      for (int64_t i = begin; i < n; ++i) {
+        for (int64_t j = begin; j < std::min(end, i); ++j) data[j * n + i] = data[i * n + j];
       }
-    });
+    }
   });
 }
 
@@ -109,7 +97,7 @@ at::Tensor input_gram(const at::Tensor& x, bool bias, std::string_view form) {
   const bool primal = parse_form(form) == Form::kPrimal;
   const PlainKernelGuard guard;
   at::Tensor gram = lower_input_gram(computable(x), bias, primal);
-  mirror_lower_(gram, 1);
+  mirror_lower_(gram);
   return gram;
 }
 

@@ -13,8 +13,8 @@ void lower_gram_(const at::Tensor& gram, const at::Tensor& a, double beta, doubl
 // when there is a bias. x is float32 or float64.
 at::Tensor lower_input_gram(const at::Tensor& x, bool bias, bool primal);
 
-// The upper triangle <- alpha * lower triangle^T, and the lower one times alpha.
-void mirror_lower_(const at::Tensor& square, double alpha);
+// The upper triangle <- lower triangle^T.
+void mirror_lower_(const at::Tensor& square);
 
 // Half types in float32, and a layout that BLAS reads without a copy for each tile.
 at::Tensor computable(const at::Tensor& x);

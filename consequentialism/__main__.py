@@ -1,0 +1,5 @@
+"""``python -m consequentialism``."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""A numeric self-test of every available backend against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import AVAILABLE, backends
+from .functional import emended_weight_grad
+from .options import DAMPING_MODES, SCALES
+
+# Largest error allowed, relative to the norm of the gradient: rounding of the type times the condition of the cases.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# N, I, O: one row, both forms, both sides that the inverse can be applied to, tiles and their neighbours.
+SHAPES = ((1, 7, 3), (31, 33, 65), (33, 31, 65), (129, 300, 10), (300, 129, 10), (300, 65, 400))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One backend's outcome; ``worst`` is its largest error as a share of the bound."""
+
+    backend: str
+    passed: bool
+    cases: int
+    worst: float
+    where: str
+
+    def line(self) -> str:
+        """One line for people."""
+        if self.cases == 0:
+            return f"{self.backend:10} skipped: {self.where}"
+        verdict = "ok  " if self.passed else "FAIL"
+        return f"{self.backend:10} {verdict} {self.cases} cases, worst {self.worst:.0%} of its bound: {self.where}"
+
+
+def check() -> list[Check]:
+    """Run the self-test. A backend that is not available passes with no cases."""
+    results = []
+    for backend, state in backends().items():
+        if state != AVAILABLE:
+            results.append(Check(backend, True, 0, 0.0, state))
+        else:
+            results.append(_check_backend(backend))
+    return results
+
+
+def _check_backend(backend: str) -> Check:
+    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    worst, where, cases = 0.0, "", 0
+    for rows, inputs, outputs in SHAPES:
+        x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
+        dy = torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+        for dtype, bound in BOUNDS.items():
+            for scale, damping_mode, bias in zip(SCALES * 2, DAMPING_MODES * 3, (True, False, True) * 2, strict=True):
+                case = f"{dtype} {rows}x{inputs}x{outputs} scale={scale} damping_mode={damping_mode} bias={bias}"
+                options = {"scale": scale, "damping_mode": damping_mode}
+                own = emended_weight_grad(
+                    x.to(device, dtype), dy.to(device, dtype), bias=bias, backend=backend, **options
+                )
+                oracle = reference.emended_weight_grad(x.to(dtype).double(), dy.to(dtype).double(), bias, **options)
+                error = max(_error(a, b) for a, b in zip(own, oracle, strict=True)) / bound
+                cases += 1
+                if not error <= worst:
+                    worst, where = error, case
+    return Check(backend, worst <= 1, cases, worst, where)
+
+
+def _error(own: Tensor | None, oracle: Tensor | None) -> float:
+    """The difference's norm relative to the oracle's; infinity where it is not finite."""
+    if own is None or oracle is None:
+        return 0.0 if own is oracle else math.inf
+    error = ((own.double().cpu() - oracle).norm() / oracle.norm()).item()
+    return error if math.isfinite(error) else math.inf

@@ -1,0 +1,105 @@
+"""The command line: ``python -m consequentialism demo | info | bench | check``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import sys
+from importlib import metadata
+from types import ModuleType
+
+import torch
+
+from . import ops
+from .dispatch import backends
+from .version import __version__
+
+COMMANDS = {
+    "demo": "train the same network with plain and with emended optimizers and compare them",
+    "info": "versions, backends and why not, and what was built",
+    "bench": "the cost of a training step, as a table and a CSV",
+    "check": "a numeric self-test of every available backend; exit 1 on a miss",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0, 1 where a check failed, 2 for bad arguments.
+    """
+    parser = argparse.ArgumentParser(
+        prog="consequentialism",
+        description="Consequentialism weight updates for PyTorch.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:6} {text}" for name, text in COMMANDS.items()),
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=list(COMMANDS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; COMMAND --help shows them")
+    chosen = parser.parse_args(arguments)
+    command = {"demo": _demo, "info": _info, "bench": _bench, "check": _check}[chosen.command]
+    return command(chosen.arguments)
+
+
+def _demo(arguments: list[str]) -> int:
+    from . import demo
+
+    return demo.main(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    return _bench_module().main(arguments)
+
+
+def _bench_module() -> ModuleType:
+    """The benchmark: a subpackage once installed, the folder ``bench`` in a checkout that is not."""
+    try:
+        return importlib.import_module("consequentialism.bench.__main__")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("consequentialism.bench"):
+            raise
+    return importlib.import_module("bench.__main__")
+
+
+def _info(arguments: list[str]) -> int:
+    argparse.ArgumentParser(prog="consequentialism info", description=COMMANDS["info"]).parse_args(arguments)
+    lines = {
+        "consequentialism": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads",
+        "triton": _version("triton"),
+    }
+    for name, state in backends().items():
+        lines[f"backend {name}"] = state
+    if ops.module is None:
+        lines["build"] = f"no compiled kernels: {ops.missing_reason}"
+    else:
+        for name, value in ops.module.build_info().items():
+            lines[f"build {name}"] = str(value) if value else "none"
+    lines["breakdowns"] = f"{ops.breakdowns()} in this process"
+    for name, value in lines.items():
+        print(f"{name:20} {value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _check(arguments: list[str]) -> int:
+    from .check import check
+
+    argparse.ArgumentParser(prog="consequentialism check", description=COMMANDS["check"]).parse_args(arguments)
+    results = check()
+    for result in results:
+        print(result.line())
+    return 0 if all(result.passed for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
