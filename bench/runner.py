@@ -51,7 +51,9 @@ class Result:
         return asdict(self)
 
 
-def run(shapes: Iterable[Shape], seconds: float, providers: Iterable[str] = PROVIDERS) -> tuple[list[Result], list[str]]:
+def run(
+    shapes: Iterable[Shape], seconds: float, providers: Iterable[str] = PROVIDERS
+) -> tuple[list[Result], list[str]]:
     """Measure every provider at every shape, about ``seconds`` for each shape.
 
     Returns:
@@ -102,8 +104,7 @@ def _measure(shape: Shape, layers: dict[str, nn.Module], seconds: float) -> list
     for name, blocks in times.items():
         every = sorted(t for block in blocks for t in block)
         ratios = [
-            statistics.median(own) / statistics.median(plain)
-            for own, plain in zip(blocks, times["plain"], strict=True)
+            statistics.median(own) / statistics.median(plain) for own, plain in zip(blocks, times["plain"], strict=True)
         ]
         results.append(
             Result(

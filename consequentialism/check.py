@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def _check_backend(backend: str) -> Check:
         for dtype, bound in BOUNDS.items():
             for scale, damping_mode, bias in zip(SCALES * 2, DAMPING_MODES * 3, (True, False, True) * 2, strict=True):
                 case = f"{dtype} {rows}x{inputs}x{outputs} scale={scale} damping_mode={damping_mode} bias={bias}"
-                options = {"scale": scale, "damping_mode": damping_mode}
+                options: dict[str, Any] = {"scale": scale, "damping_mode": damping_mode}
                 own = emended_weight_grad(
                     x.to(device, dtype), dy.to(device, dtype), bias=bias, backend=backend, **options
                 )

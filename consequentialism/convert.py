@@ -153,7 +153,9 @@ def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
         return None
     if type(module) not in EMENDED:
         plain = next((base.__name__ for base in EMENDED if isinstance(module, base)), None)
-        return f"{kind} has no emended form" if plain is None else f"{kind} is a subclass of {plain} with code of its own"
+        return (
+            f"{kind} has no emended form" if plain is None else f"{kind} is a subclass of {plain} with code of its own"
+        )
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):

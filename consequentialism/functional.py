@@ -88,7 +88,8 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
     _check_match("x", x, "dy", dy)
     if x.ndim == 0 or dy.ndim == 0 or x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(
-            f"x [..., I] and dy [..., O] must have the same leading dimensions, got x {list(x.shape)} and dy {list(dy.shape)}"
+            f"x [..., I] and dy [..., O] must have the same leading dimensions, got x {list(x.shape)} "
+            f"and dy {list(dy.shape)}"
         )
     inputs, outputs = x.shape[-1], dy.shape[-1]
     if x.numel() == 0 and settings.process_group is None:
@@ -136,7 +137,9 @@ def _check_transforms() -> None:
         )
     stack = torch._C._functorch.get_interpreter_stack() or []
     if sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1:
-        raise RuntimeError("consequentialism: an emended gradient has no derivative, so torch.func.grad cannot be nested")
+        raise RuntimeError(
+            "consequentialism: an emended gradient has no derivative, so torch.func.grad cannot be nested"
+        )
 
 
 def _check_floating(name: str, tensor: Any) -> None:

@@ -65,9 +65,7 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     return torch.ops.consequentialism.factor(gram, damping, damping_mode, scale, rank, rows)
 
 
-def input_inverse(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
-) -> Tensor:
+def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     return torch.ops.consequentialism.input_inverse(x, bias, form, damping, damping_mode, scale)
 
 

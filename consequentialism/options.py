@@ -54,13 +54,15 @@ def check_damping(damping: Any) -> None:
     """Raise unless ``damping`` is a finite number above 0."""
     if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
         raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
-    if not 0 < damping < math.inf:
+    if not 0 < float(damping) < math.inf:
         raise ValueError(f"damping must be finite and above 0, got {damping!r}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} ({type(value).__name__})"
+        )
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

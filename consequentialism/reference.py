@@ -40,9 +40,7 @@ def ridge(gram: Tensor, damping: float, damping_mode: DampingMode, rank: int) ->
     return damping * gram.diagonal().sum() / rank
 
 
-def factor(
-    gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
-) -> Tensor:
+def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
     """``scale * (G + c I)^-1 [n, n]``, through a Cholesky factor.
 
     Args:
@@ -73,9 +71,7 @@ def factor(
     return torch.where(trace.isfinite(), inverse, torch.full_like(inverse, torch.nan))
 
 
-def input_inverse(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
-) -> Tensor:
+def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
     rows, inputs = x.shape[0], x.shape[1] + bias
     gram = input_gram(x, bias, form)

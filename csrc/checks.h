@@ -22,22 +22,19 @@ inline Form parse_form(std::string_view form) {
 inline Scale parse_scale(std::string_view scale) {
   if (scale == "nlms") return Scale::kNlms;
   if (scale == "raw") return Scale::kRaw;
-  TORCH_CHECK_VALUE(
-      scale == "gradient", "scale must be 'nlms', 'raw' or 'gradient', got '", scale, "'");
+  TORCH_CHECK_VALUE(scale == "gradient", "scale must be 'nlms', 'raw' or 'gradient', got '", scale, "'");
   return Scale::kGradient;
 }
 
 inline bool parse_relative(std::string_view damping_mode) {
   if (damping_mode == "relative") return true;
   TORCH_CHECK_VALUE(
-      damping_mode == "absolute", "damping_mode must be 'relative' or 'absolute', got '",
-      damping_mode, "'");
+      damping_mode == "absolute", "damping_mode must be 'relative' or 'absolute', got '", damping_mode, "'");
   return false;
 }
 
 inline void check_damping(double damping) {
-  TORCH_CHECK_VALUE(
-      std::isfinite(damping) && damping > 0, "damping must be finite and above 0, got ", damping);
+  TORCH_CHECK_VALUE(std::isfinite(damping) && damping > 0, "damping must be finite and above 0, got ", damping);
 }
 
 inline void check_x(const at::Tensor& x) {
@@ -50,11 +47,9 @@ inline void check_x(const at::Tensor& x) {
 
 inline void check_gram(const at::Tensor& gram) {
   TORCH_CHECK_VALUE(
-      gram.dim() == 2 && gram.size(0) == gram.size(1), "gram must have the shape [n, n], got ",
-      gram.sizes());
+      gram.dim() == 2 && gram.size(0) == gram.size(1), "gram must have the shape [n, n], got ", gram.sizes());
   const auto dtype = gram.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
 }
 
 }  // namespace consequentialism

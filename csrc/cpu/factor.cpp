@@ -63,8 +63,7 @@ at::Tensor block(const at::Tensor& a, int64_t row, int64_t rows, int64_t column,
 }
 
 double ridge_of(const FactorArguments& arguments, double trace) {
-  return arguments.relative ? arguments.damping * trace / static_cast<double>(arguments.rank)
-                            : arguments.damping;
+  return arguments.relative ? arguments.damping * trace / static_cast<double>(arguments.rank) : arguments.damping;
 }
 
 double multiplier_of(const FactorArguments& arguments, double c) {
@@ -79,21 +78,28 @@ double multiplier_of(const FactorArguments& arguments, double c) {
 }
 
 // inverse <- L^-1 for the lower triangular L, both row-major and strided; inverse's upper triangle must be zero
-// and stays so. Row i is (e_i - sum_k L[i, k] inverse[k]) / L[i, i]: contiguous updates, up to a multiple of the
-// vector width, because what lies beyond the diagonal is zero.
+// and stays so. Row i is (e_i - sum_k L[i, k] inverse[k]) / L[i, i]: contiguous updates, four k at a time, up to a
+// multiple of the vector width, because what lies beyond the diagonal is zero.
 template <typename scalar_t>
 CONSEQUENTIALISM_INLINE void invert_triangle_body(
     const scalar_t* lower, scalar_t* inverse, int64_t n, int64_t stride_lower, int64_t stride) {
   constexpr int64_t kVector = 16;
   for (int64_t i = 0; i < n; ++i) {
     scalar_t* row = inverse + i * stride;
+    const scalar_t* entries = lower + i * stride_lower;
     const int64_t width = std::min(n, (i + kVector) / kVector * kVector);
-    for (int64_t k = 0; k < i; ++k) {
-      const scalar_t entry = lower[i * stride_lower + k];
+    int64_t k = 0;
+    for (; k + 4 <= i; k += 4) {
       const scalar_t* above = inverse + k * stride;
-      for (int64_t j = 0; j < width; ++j) row[j] -= entry * above[j];
+      for (int64_t j = 0; j < width; ++j) {
+        row[j] -= entries[k] * above[j] + entries[k + 1] * above[stride + j] + entries[k + 2] * above[2 * stride + j] +
+                  entries[k + 3] * above[3 * stride + j];
+      }
     }
-    const scalar_t reciprocal = scalar_t(1) / lower[i * stride_lower + i];
+    for (; k < i; ++k) {
+      for (int64_t j = 0; j < width; ++j) row[j] -= entries[k] * inverse[k * stride + j];
+    }
+    const scalar_t reciprocal = scalar_t(1) / entries[i];
     for (int64_t j = 0; j < width; ++j) row[j] *= reciprocal;
     row[i] = reciprocal;
   }
@@ -161,8 +167,7 @@ bool invert_(at::Tensor a, double multiplier) {
   at::Tensor inverse = at::zeros({n, n}, a.options());
   bool works = false;
   auto work = [&] {
-    AT_DISPATCH_FLOATING_TYPES(
-        a.scalar_type(), "invert_factor", [&] { works = invert_factor_<scalar_t>(a, inverse); });
+    AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "invert_factor", [&] { works = invert_factor_<scalar_t>(a, inverse); });
   };
   if (n <= kSerial) {
     on_one_thread(work);
@@ -210,7 +215,9 @@ bool try_factor_float32_(const at::Tensor& gram, const FactorArguments& argument
   return invert_(gram, multiplier_of(arguments, c));
 }
 
-int64_t breakdowns() { return breakdown_count.load(); }
+int64_t breakdowns() {
+  return breakdown_count.load();
+}
 
 at::Tensor factor(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
@@ -225,4 +232,6 @@ at::Tensor factor(
 
 }  // namespace consequentialism::cpu
 
-TORCH_LIBRARY_IMPL(consequentialism, CPU, m) { m.impl("factor", consequentialism::cpu::factor); }
+TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
+  m.impl("factor", consequentialism::cpu::factor);
+}

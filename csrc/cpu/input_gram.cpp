@@ -17,6 +17,7 @@ namespace consequentialism::cpu {
 
 namespace {
 
+constexpr int64_t kWhole = 96;  // order up to which one product of the whole square is faster than its half in panels
 constexpr int64_t kMinTile = 32;
 constexpr int64_t kMaxTile = 128;
 
@@ -32,6 +33,11 @@ int64_t tile_rows(int64_t n, int64_t threads) {
 void lower_gram_(const at::Tensor& gram, const at::Tensor& a, double beta, double alpha) {
   const int64_t n = gram.size(0);
   if (n == 0) return;
+  if (n <= kWhole) {
+    at::Tensor out = gram;
+    at::addmm_out(out, out, a, a.t(), beta, alpha);
+    return;
+  }
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t tile = tile_rows(n, threads);
   const int64_t panels = (n + tile - 1) / tile;

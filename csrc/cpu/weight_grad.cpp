@@ -1,6 +1,6 @@
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/addmv.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
@@ -15,8 +15,7 @@ namespace consequentialism::cpu {
 
 // dw = dy^T rows [O, I] and db = dy^T column [O] in dy's type; db is empty where column is. dy [N, O],
 // rows [N, I], column [N]. One infinity or NaN in dy makes every entry NaN, never a finite number.
-std::tuple<at::Tensor, at::Tensor> weight_grad(
-    const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
+std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
   check_x(rows);
   TORCH_CHECK_VALUE(
       dy.dim() == 2 && dy.size(0) == rows.size(0), "dy [N, O] and rows [N, I] must have the same N, got dy ",
@@ -26,16 +25,19 @@ std::tuple<at::Tensor, at::Tensor> weight_grad(
       "column must have the shape [N] or [0], got column ", column.sizes(), " and rows ", rows.sizes());
   const PlainKernelGuard guard;
   const at::Tensor errors = dy.to(rows.scalar_type());
-  const double sum = errors.sum().item<double>();
+  // Any number times an infinity or NaN is one again, so db shows those of dy where there is a column.
+  at::Tensor db = at::empty({column.size(0) == 0 ? 0 : errors.size(1)}, column.options());
+  if (column.size(0) > 0) at::mv_out(db, dy.to(column.scalar_type()).t(), column);
+  const double sum = (column.size(0) > 0 ? db : errors).sum().item<double>();
   const double alpha = std::isfinite(sum) ? 1 : std::numeric_limits<double>::quiet_NaN();
+  if (!std::isfinite(sum)) db.fill_(alpha);
   at::Tensor dw = at::empty({errors.size(1), rows.size(1)}, rows.options());
   at::addmm_out(dw, dw, errors.t(), rows, 0, alpha);
-  if (column.size(0) == 0) return {dw.to(dy.scalar_type()), at::empty({0}, dy.options())};
-  at::Tensor db = at::empty({errors.size(1)}, column.options());
-  at::addmv_out(db, db, dy.to(column.scalar_type()).t(), column, 0, alpha);
   return {dw.to(dy.scalar_type()), db.to(dy.scalar_type())};
 }
 
 }  // namespace consequentialism::cpu
 
-TORCH_LIBRARY_IMPL(consequentialism, CPU, m) { m.impl("weight_grad", consequentialism::cpu::weight_grad); }
+TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
+  m.impl("weight_grad", consequentialism::cpu::weight_grad);
+}

@@ -1,0 +1,58 @@
+"""The cost model: the cheapest plan wherever it keeps the digits."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from consequentialism import Options, cost
+from consequentialism.cost import Plan
+
+SIZES = (1, 7, 64, 300, 2000)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), list(product(SIZES, repeat=3)))
+def test_well_conditioned_float32_takes_the_cheapest_of_the_four(rows: int, inputs: int, outputs: int) -> None:
+    n, m = rows, inputs
+    by_hand = {
+        Plan("dual", "input"): n * n * m + n**3 + 2 * n * n * m,
+        Plan("dual", "gradient"): n * n * m + n**3 + 2 * n * n * outputs,
+        Plan("primal", "input"): m * m * n + m**3 + 2 * n * m * m,
+        Plan("primal", "gradient"): m * m * n + m**3 + 2 * outputs * m * m,
+    }
+    chosen = cost.choose(rows, inputs, outputs, torch.float32, Options())
+    assert by_hand[chosen] == min(by_hand.values()) == cost.floor(rows, inputs, outputs)
+
+
+def test_the_three_kinds_of_layer() -> None:
+    assert cost.choose(128, 1024, 4096, torch.float32, Options()) == Plan("dual", "input")
+    assert cost.choose(128, 1024, 16, torch.float32, Options()) == Plan("dual", "gradient")
+    assert cost.choose(8192, 256, 1024, torch.float32, Options()) == Plan("primal", "gradient")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, Options()),
+        (torch.float16, Options()),
+        (torch.float32, Options(damping=1e-5)),
+        (torch.float32, Options(damping_mode="absolute")),
+    ],
+)
+def test_the_inverse_is_applied_to_the_input_where_rounding_would_be_amplified(
+    dtype: torch.dtype, options: Options
+) -> None:
+    assert cost.choose(128, 1024, 16, dtype, options).applied_to == "input"
+    assert cost.choose(8192, 256, 16, dtype, options).applied_to == "input"
+
+
+def test_the_kernel_knows_the_same_condition_limit() -> None:
+    header = (ROOT / "csrc/cpu/factor.h").read_text()
+    match = re.search(r"kMaxFloat32Condition = ([\d.e+]+);", header)
+    assert match is not None
+    assert float(match[1]) == cost.MAX_FLOAT32_CONDITION
