@@ -111,13 +111,18 @@ def emended_dtype(dtype: torch.dtype) -> torch.dtype:
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """``dw = dy^T rows [O, I]`` and ``db = dy^T column [O]`` (empty where ``column`` is), in dy's type.
 
-    With emended rows these are the emended gradients; with ``x`` and ones, the plain ones. An infinity in
-    ``dy [N, O]`` becomes NaN, so that nothing that depends on it is a finite number.
+    With emended rows these are the emended gradients; with ``x`` and ones, the plain ones. One infinity or NaN
+    in ``dy [N, O]`` makes every entry NaN.
     """
-    errors = dy + 0 * dy
+    errors = _nan_unless_finite(dy)
     dw = errors.to(rows.dtype).T @ rows
     db = errors.to(column.dtype).T @ column if column.shape[0] else errors.new_zeros(0)
     return dw.to(dy.dtype), db.to(dy.dtype)
+
+
+def _nan_unless_finite(dy: Tensor) -> Tensor:
+    """``dy``, or NaN everywhere where its sum is not finite."""
+    return dy + (0 * dy.sum(dtype=compute_dtype(dy.dtype))).to(dy.dtype)
 
 
 def emended_weight_grad(
@@ -141,8 +146,7 @@ def emended_weight_grad(
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
     rows = _rows(x, bias)
-    errors = dy.to(rows.dtype)
-    errors = errors + 0 * errors  # infinity becomes NaN
+    errors = _nan_unless_finite(dy).to(rows.dtype)
     inverse = input_inverse(x, bias, form, damping, damping_mode, scale)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
     if not bias:
