@@ -59,14 +59,14 @@ def _check_linear(rank: int, wrapper: str, rows: tuple[int, int], inputs: int, o
     assert_grads_close((grads[0], grads[1] if bias else None), expected, EXACT)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), CASES)
-def test_linear(tmp_path: Path, wrapper: str, rows: tuple[int, int], inputs: int, outputs: int) -> None:
-    in_processes(_check_linear, tmp_path, wrapper, rows, inputs, outputs, True)
+def _check_all(rank: int, wrapper: str, bias: bool) -> None:
+    for rows, inputs, outputs in CASES:
+        _check_linear(rank, wrapper, rows, inputs, outputs, bias)
 
 
-def test_linear_without_bias(tmp_path: Path) -> None:
-    in_processes(_check_linear, tmp_path, "ddp", (4, 3), 20, 5, False)
+@pytest.mark.parametrize(("wrapper", "bias"), [("ddp", True), ("ddp", False), ("fsdp", True)])
+def test_linear(tmp_path: Path, wrapper: str, bias: bool) -> None:
+    in_processes(_check_all, tmp_path, wrapper, bias)
 
 
 def _check_embedding(rank: int) -> None:
@@ -75,13 +75,10 @@ def _check_embedding(rank: int) -> None:
     indices, target = torch.tensor([1, 2, 1, 5, 1, 0, 2, 2]), randn(8, 4)
     weight = layer.weight.detach().clone()
     own = slice(4 * rank, 4 * rank + 4)
-    _mean_square(DistributedDataParallel(layer)(indices[own]), target[own]).backward()
+    wrapped = DistributedDataParallel(layer)  # kept: it averages the gradients only while it lives
+    _mean_square(wrapped(indices[own]), target[own]).backward()
     dy = 2 * (weight[indices] - target) / 8
     assert_close("dw", layer.weight.grad, cw.reference.emended_embedding_grad(indices, dy, 6), EXACT)
-
-
-def test_embedding(tmp_path: Path) -> None:
-    in_processes(_check_embedding, tmp_path)
 
 
 def _check_functional(rank: int) -> None:
@@ -94,5 +91,10 @@ def _check_functional(rank: int) -> None:
     assert_grads_close(tuple(g / WORLD for g in grads), expected, EXACT)
 
 
-def test_functional(tmp_path: Path) -> None:
-    in_processes(_check_functional, tmp_path)
+def _check_others(rank: int) -> None:
+    _check_embedding(rank)
+    _check_functional(rank)
+
+
+def test_embedding_and_functional(tmp_path: Path) -> None:
+    in_processes(_check_others, tmp_path)
