@@ -6,6 +6,7 @@ What depends on ``x`` alone is computed in forward (`prepare`); backward is stoc
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -77,6 +78,9 @@ def weight_grad(
     """
     form, inverse, emended, column = prepared
     if inverse is None:
+        if dy.shape[0] == 0:  # a rank without rows in a distributed batch; an empty column would mean no bias
+            dw = None if emended is None else dy.new_zeros(dy.shape[1], emended.shape[1])
+            return dw, None if column is None else dy.new_zeros(dy.shape[1])
         if emended is None:
             assert column is not None
             return None, backend.weight_grad(dy, column[:, None], column)[1]
@@ -116,10 +120,11 @@ class EmendedLinear(torch.autograd.Function):
         dx = dy @ weight if needs_x else None
         dw = db = None
         if needs_weight or needs_bias:
-            flat_x = None if x is None else x.reshape(-1, x.shape[-1])
+            rows = math.prod(dy.shape[:-1])
+            flat_x = None if x is None else x.reshape(rows, x.shape[-1])
             prepared = Prepared(ctx.form, inverse, emended, column)
             with full_precision(dy.device.type):
-                dw, db = weight_grad(prepared, flat_x, dy.reshape(-1, dy.shape[-1]), ctx.backend, needs_bias)
+                dw, db = weight_grad(prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.backend, needs_bias)
         return dx, dw, db, None, None, None, None, None
 
 

@@ -22,11 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .options import Form, Options
-
-# rank / damping bounds the condition number of a relatively damped Gram. Up to here float32 is enough for Gram
-# and factor (kMaxFloat32Condition in csrc/cpu/factor.h); above, the inverse is applied to the input while it is
-# still in float64.
-MAX_FLOAT32_CONDITION = 3e4
+from .reference import float32_is_enough
 
 
 class Plan(NamedTuple):
@@ -57,10 +53,8 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     Half types and ill-conditioned Grams are applied to the input only: there the result is rounded once,
     after the inverse; on the gradient's side the rounding would be amplified by the condition number.
     """
-    n = min(rows, inputs)
-    wide = dtype == torch.float64
-    narrow = dtype == torch.float32 and options.damping_mode == "relative"
-    well_conditioned = wide or (narrow and n <= MAX_FLOAT32_CONDITION * options.damping)
+    enough = float32_is_enough(min(rows, inputs), options.damping, options.damping_mode)
+    well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
     plans = _PLANS if well_conditioned else _PLANS[:2]
     best = plans[0]
     for plan in plans[1:]:  # not min(key=...), which torch.compile does not trace over symbolic sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,13 +54,19 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         return F.linear(x, weight, bias)
     if transformed:
         _check_transforms()
-    if x.numel() == 0 and options.process_group is None:
+    rows = math.prod(x.shape[:-1])
+    if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
     with torch.no_grad(), full_precision(x.device.type):
-        rows = x.detach().reshape(-1, x.shape[-1])
         backend = dispatch.select(options.backend, x)
         form, inverse, emended, column = prepare(
-            rows, bias is not None, weight.shape[0], options, backend, need_weight, need_bias
+            x.detach().reshape(rows, x.shape[-1]),
+            bias is not None,
+            weight.shape[0],
+            options,
+            backend,
+            need_weight,
+            need_bias,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, inverse, emended, column, form, backend)
@@ -91,11 +98,11 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
             f"x [..., I] and dy [..., O] must have the same leading dimensions, got x {list(x.shape)} "
             f"and dy {list(dy.shape)}"
         )
-    inputs, outputs = x.shape[-1], dy.shape[-1]
-    if x.numel() == 0 and settings.process_group is None:
+    rows, inputs, outputs = math.prod(x.shape[:-1]), x.shape[-1], dy.shape[-1]
+    if rows == 0 and settings.process_group is None:
         return x.new_zeros(outputs, inputs), x.new_zeros(outputs) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
-        x, dy = x.reshape(-1, inputs), dy.reshape(-1, outputs)
+        x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         backend = dispatch.select(settings.backend, x)
         prepared = prepare(x, bias, outputs, settings, backend, True, bias)
         dw, db = weight_grad(prepared, x, dy, backend, bias)

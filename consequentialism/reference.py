@@ -17,9 +17,22 @@ from .options import DampingMode, Form, Scale
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
 
 
+# The largest condition number up to which Gram and factor are float32 (kMaxFloat32Condition in csrc/cpu/factor.h).
+MAX_FLOAT32_CONDITION = 2e3
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which Gram, factor and sums are computed: float32 for half types."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def float32_is_enough(rank: int, damping: float, damping_mode: DampingMode) -> bool:
+    """Whether a float32 Gram keeps the digits that its inverse needs.
+
+    ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing bounds an absolutely damped one
+    before it is there.
+    """
+    return damping_mode == "relative" and rank <= MAX_FLOAT32_CONDITION * damping
 
 
 def _rows(x: Tensor, bias: bool) -> Tensor:
@@ -73,9 +86,17 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
 
 def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
+    narrow = compute_dtype(x.dtype)
+    return _wide_inverse(x, bias, form, damping, damping_mode, scale).to(narrow)
+
+
+def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    """`input_inverse` in the type that Gram and factor need: float64 where float32 would lose the inverse's digits."""
     rows, inputs = x.shape[0], x.shape[1] + bias
-    gram = input_gram(x, bias, form)
-    return factor(gram, damping, damping_mode, scale, min(rows, inputs), rows)
+    rank = max(min(rows, inputs), 1)
+    if not float32_is_enough(rank, damping, damping_mode) and x.device.type != "mps":
+        x = x.double()
+    return factor(input_gram(x, bias, form), damping, damping_mode, scale, rank, rows)
 
 
 def apply_inverse(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
@@ -98,9 +119,9 @@ def emended_input(
     ``dw = dy^T y`` and ``db = dy^T u`` are then the emended gradients. bfloat16 gives a bfloat16 ``y``,
     float16 a float32 one (its range is too small); ``u`` is always in the type computed in.
     """
-    inverse = input_inverse(x, bias, form, damping, damping_mode, scale)
-    emended, column = apply_inverse(inverse, x, bias, form)
-    return emended.to(emended_dtype(x.dtype)), column
+    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    emended, column = apply_inverse(inverse, x.to(inverse.dtype), bias, form)
+    return emended.to(emended_dtype(x.dtype)), column.to(compute_dtype(x.dtype))
 
 
 def emended_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,8 +142,8 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
 
 
 def _nan_unless_finite(dy: Tensor) -> Tensor:
-    """``dy``, or NaN everywhere where its sum is not finite."""
-    return dy + (0 * dy.sum(dtype=compute_dtype(dy.dtype))).to(dy.dtype)
+    """``dy``, or NaN everywhere where one entry is not finite."""
+    return dy + (0 * dy).sum()
 
 
 def emended_weight_grad(
@@ -145,9 +166,9 @@ def emended_weight_grad(
         return zeros, dy.new_zeros(dy.shape[1]) if bias else None
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
-    rows = _rows(x, bias)
+    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    rows = _rows(x.to(inverse.dtype), bias)
     errors = _nan_unless_finite(dy).to(rows.dtype)
-    inverse = input_inverse(x, bias, form, damping, damping_mode, scale)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
     if not bias:
         return dw.to(dy.dtype), None

@@ -9,8 +9,8 @@
 namespace consequentialism::cpu {
 
 // Above this trace(G) / c, the largest the condition number can be, a float32 Gram has lost the digits
-// that its inverse needs and the work is done in float64. dispatch.py's cost model knows the same number.
-constexpr double kMaxFloat32Condition = 3e4;
+// that its inverse needs and the work is done in float64. reference.py knows the same number.
+constexpr double kMaxFloat32Condition = 2e3;
 
 // (G + c I)^-1 times the scale's multiplier; what `factor` returns.
 struct FactorArguments {

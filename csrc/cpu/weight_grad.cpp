@@ -1,5 +1,7 @@
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
@@ -28,12 +30,13 @@ std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::T
   // Any number times an infinity or NaN is one again, so db shows those of dy where there is a column.
   at::Tensor db = at::empty({column.size(0) == 0 ? 0 : errors.size(1)}, column.options());
   if (column.size(0) > 0) at::mv_out(db, dy.to(column.scalar_type()).t(), column);
-  const double sum = (column.size(0) > 0 ? db : errors).sum().item<double>();
-  const double alpha = std::isfinite(sum) ? 1 : std::numeric_limits<double>::quiet_NaN();
-  if (!std::isfinite(sum)) db.fill_(alpha);
-  at::Tensor dw = at::empty({errors.size(1), rows.size(1)}, rows.options());
-  at::addmm_out(dw, dw, errors.t(), rows, 0, alpha);
-  return {dw.to(dy.scalar_type()), db.to(dy.scalar_type())};
+  const at::Tensor& witness = column.size(0) > 0 ? db : errors;
+  // A sum may overflow though every term is finite, so only a sum that is not finite is looked into.
+  if (!std::isfinite(witness.sum().item<double>()) && !at::isfinite(errors).all().item<bool>()) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    return {at::full({errors.size(1), rows.size(1)}, nan, dy.options()), at::full(db.sizes(), nan, dy.options())};
+  }
+  return {at::mm(errors.t(), rows).to(dy.scalar_type()), db.to(dy.scalar_type())};
 }
 
 }  // namespace consequentialism::cpu

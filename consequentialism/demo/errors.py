@@ -1,0 +1,25 @@
+"""What a user can get wrong, and optional packages."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message is the one line shown on stderr."""
+
+
+def need(module: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        package = "mlxtend" if module.startswith("mlxtend") else "consequentialism[demo]"
+        raise UserError(f"{error.name} is not installed: pip install {package}") from None

