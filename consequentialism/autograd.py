@@ -28,9 +28,14 @@ class Prepared(NamedTuple):
     column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; some types of device, such as meta, know none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def full_precision(device_type: str) -> AbstractContextManager[Any]:
     """Keeps autocast from computing with an inverse in a half type."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -61,12 +61,12 @@ def select(name: str, x: Tensor) -> Any:
         return ops if device in ops.device_types and not transformed else reference
     if name == "reference":
         return reference
+    if name == device and device in ops.device_types:
+        return ops
     state = backends()[name]
     if state != AVAILABLE:
         raise RuntimeError(f"backend={name!r} is not available: {state}. Allowed here: 'auto' or {_usable()}")
-    if name != device:
-        raise RuntimeError(f"backend={name!r} serves {name} tensors, x is on {x.device}; use backend='auto'")
-    return ops
+    raise RuntimeError(f"backend={name!r} serves {name} tensors, x is on {x.device}; use backend='auto'")
 
 
 def _usable() -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch, reference
-from .autograd import EmendedLinear, TransformableEmendedLinear, full_precision, prepare, weight_grad
+from .autograd import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare, weight_grad
 from .options import Options
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -128,7 +128,7 @@ def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to `torch.nn.functional.linear`."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float16, torch.bfloat16, torch.float32)
