@@ -7,8 +7,6 @@ import os
 # Before torch starts its threads: waiting threads sleep, or a busy neighbour makes every small call take seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,6 +22,5 @@ settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield

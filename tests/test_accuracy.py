@@ -71,7 +71,9 @@ def test_types(backend: str, dtype: torch.dtype, shape: Shape, scale: str) -> No
         assert_grads_close(own, oracle(x, dy, bias, scale=scale), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("dtype", "damping"), [*product([F32], DAMPINGS), *product(HALF_TYPES, DAMPINGS[::2])], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "damping"), [*product([F32], DAMPINGS), *product(HALF_TYPES, DAMPINGS[::2])], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_against_plain_pytorch(backend: str, dtype: torch.dtype, kind: str, damping: float) -> None:

@@ -13,6 +13,7 @@ from cases import (
     F16,
     F32,
     F64,
+    HALF_TYPES,
     SMALL_SHAPES,
     TOLERANCE,
     Shape,
@@ -130,12 +131,12 @@ def test_opposite_infinities_do_not_cancel(backend: str) -> None:
         assert gradient.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, *HALF_TYPES], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_finite_dy_stays_finite(backend: str, dtype: torch.dtype) -> None:
     # In float16, as loss scaling makes them: the sum over the rows leaves the type's range, the gradient does not.
     device = device_of(backend)
-    x = 1e3 * randn(100, 4, dtype=dtype, device=device)
+    x = randn(100, 4, dtype=dtype, device=device)
     dy = torch.full((100, 3), torch.finfo(dtype).max / (2 if dtype == F16 else 1e4), dtype=dtype, device=device)
     dw, _ = cw.emended_weight_grad(x, dy, bias=False, scale="raw", backend=backend)
     assert_close("dw", dw, oracle(x, dy, False, scale="raw")[0], TOLERANCE[dtype])
@@ -249,9 +250,12 @@ def test_input_changed_after_forward() -> None:
         expected = oracle(x, dy)
         out = layer(x)
         x.add_(1)
+        error: RuntimeError | None = None
         try:
             out.backward(dy)
-        except RuntimeError as error:
+        except RuntimeError as caught:
+            error = caught
+        if error is not None:
             assert "modified by an inplace operation" in str(error)
         else:
             assert layer.bias is not None

@@ -1,100 +1,146 @@
-"""A batch that two processes hold together: exactly the emended gradient of the global batch."""
+"""`process_group`: real processes, each with its rows of the global batch."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib.util
+from typing import Any
 
+import distributed_workers as workers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from cases import EXACT, assert_close, assert_grads_close, randn
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from cases import EXACT, F32, F64, TOLERANCE, assert_close, assert_grads_close, oracle, randn
+from torch import Tensor, nn
 
 import consequentialism as cw
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
-)
-WORLD = 2
-# Rows of each rank, inputs, outputs: dual and primal, equal and unequal, a rank without rows.
-CASES = [((4, 4), 20, 5), ((3, 6), 20, 5), ((30, 10), 7, 5), ((5, 0), 20, 3), ((0, 9), 4, 3)]
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+
+OUTPUTS = 3
 
 
-def in_processes(work: object, tmp_path: Path, *arguments: object) -> None:
-    """Run ``work(rank, *arguments)`` in two processes that form a gloo group."""
-    mp.spawn(_enter, (work, str(tmp_path / "rendezvous"), arguments), nprocs=WORLD)
+def case(counts: list[int], inputs: int, bias: bool, **options: Any) -> dict[str, Any]:
+    name = f"rows {counts}, I {inputs}, bias {bias}, {options}"
+    return {"name": name, "counts": counts, "inputs": inputs, "bias": bias, "options": options}
 
 
-def _enter(rank: int, work, rendezvous: str, arguments: tuple) -> None:  # noqa: ANN001
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+CASES = [
+    case(counts, inputs, bias, **options)
+    for counts in ([5, 5], [3, 7], [10, 1], [0, 6])
+    for inputs in (4, 12)  # the primal form, the dual form
+    for bias in (True, False)
+    for options in ({"scale": "raw"}, {"scale": "nlms", "damping": 0.1})
+] + [
+    case([4, 3], inputs, True, scale=scale, damping_mode="absolute", damping=0.7, backend=backend)
+    for inputs in (4, 12)
+    for scale in ("raw", "nlms", "gradient")
+    for backend in ("auto", "reference")
+]
+
+
+DTYPES = (F64, F32)
+TRAINING_ROWS = (8, 40)  # the dual form, the primal form
+WRAPS = ("ddp", "fsdp") if importlib.util.find_spec("torch.distributed.fsdp") else ("ddp",)
+COUNTS = ([6, 6], [2, 10], [0, 12])
+
+
+def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return randn(12, 12, dtype=dtype), randn(12, OUTPUTS, seed=1, dtype=dtype)
+
+
+def tokens(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(3 * rows).reshape(rows, 3) * 7 % 11, torch.arange(rows) % 3
+
+
+INDICES = torch.arange(12) * 5 % 7
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All jobs in one start of the processes: what each rank's jobs returned, by name."""
+    jobs: dict[str, workers.Job] = {"no gradient": (workers.frozen_and_no_grad, (randn(4, 5),))}
+    for dtype in DTYPES:
+        jobs[f"linear {dtype}"] = (workers.data_parallel, (*batch(dtype), CASES))
+    for wrap in WRAPS:
+        for rows in TRAINING_ROWS:
+            jobs[f"{wrap} {rows}"] = (workers.training, (*tokens(rows), wrap))
+    for counts in COUNTS:
+        jobs[f"embedding {counts}"] = (workers.embedding, (INDICES, randn(12, OUTPUTS), counts))
+    jobs["deep copy"] = (workers.deep_copy, (randn(4, 5), randn(4, 3)))
+    return workers.launch(jobs, tmp_path_factory.mktemp("processes"))
+
+
+def results_of(found: list[dict[str, Any]], job: str) -> list[dict[str, Any]]:
+    """What each rank's job returned; its traceback where it raised."""
+    for rank, results in enumerate(found):
+        assert job in results, f"rank {rank} did not come to this job: {list(results.values())[-1]}"
+        assert "error" not in results[job], f"rank {rank}: {results[job]['error']}"
+    return [results[job] for results in found]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_data_parallel_gives_the_gradient_of_the_global_batch(found: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    x, dy = batch(dtype)
+    for rank, result in enumerate(results_of(found, f"linear {dtype}")):
+        for one in CASES:
+            rows, options = sum(one["counts"]), dict(one["options"])
+            # DDP takes the mean over ranks, so the global dy is the local one divided by their number.
+            expected = oracle(x[:rows, : one["inputs"]], dy[:rows] / workers.RANKS, one["bias"], **options)
+            assert_grads_close_in(f"{one['name']}, rank {rank}", result[one["name"]], expected, TOLERANCE[dtype])
+
+
+def assert_grads_close_in(name: str, own: tuple, expected: tuple, bound: float) -> None:
     try:
-        work(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
+        assert_grads_close(own, expected, bound)
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}") from None
 
 
-def _mean_square(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (output - target).square().sum() / max(len(target), 1)
-
-
-def _check_linear(rank: int, wrapper: str, rows: tuple[int, int], inputs: int, outputs: int, bias: bool) -> None:
+def on_one_process(x: Tensor, target: Tensor) -> dict[str, Any]:
+    """The same training as `workers.training`, on the global batch."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64))
-    weight, offset = (p.detach().clone() if p is not None else None for p in (model[0].weight, model[0].bias))
-    cw.convert(model, process_group=dist.group.WORLD)
-    x, target = randn(sum(rows), inputs), randn(sum(rows), outputs, seed=1)
-    wrapped = DistributedDataParallel(model) if wrapper == "ddp" else fully_shard(model)
-    own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
-    _mean_square(wrapped(x[own]), target[own]).backward()
-
-    # The global loss is the mean over ranks of their losses: that is what DDP and FSDP2 differentiate.
-    errors = nn.functional.linear(x, weight, offset) - target
-    share = torch.cat([torch.full((count, 1), 2 / (max(count, 1) * WORLD), dtype=torch.float64) for count in rows])
-    expected = cw.reference.emended_weight_grad(x, errors * share, bias)
-    grads = [p.grad.full_tensor() if wrapper == "fsdp" else p.grad for p in model[0].parameters()]
-    assert_grads_close((grads[0], grads[1] if bias else None), expected, EXACT)
-
-
-def _check_all(rank: int, wrapper: str, bias: bool) -> None:
-    for rows, inputs, outputs in CASES:
-        _check_linear(rank, wrapper, rows, inputs, outputs, bias)
+    model = nn.Sequential(
+        cw.Embedding(11, 6, dtype=F64),
+        nn.Flatten(),
+        cw.Linear(18, 16, dtype=F64),
+        nn.Tanh(),
+        cw.Linear(16, 3, bias=False, dtype=F64),
+    )
+    steps = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        steps.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        steps.step()
+    return {"gradients": gradients, "parameters": [p.detach() for p in model.parameters()]}
 
 
-@pytest.mark.parametrize(("wrapper", "bias"), [("ddp", True), ("ddp", False), ("fsdp", True)])
-def test_linear(tmp_path: Path, wrapper: str, bias: bool) -> None:
-    in_processes(_check_all, tmp_path, wrapper, bias)
+@pytest.mark.parametrize("rows", TRAINING_ROWS)
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_training_is_that_of_one_process(found: list[dict[str, Any]], wrap: str, rows: int) -> None:
+    expected = on_one_process(*tokens(rows))
+    for result in results_of(found, f"{wrap} {rows}"):
+        for kind in ("gradients", "parameters"):
+            for k, (own, want) in enumerate(zip(result[kind], expected[kind], strict=True)):
+                assert_close(f"{kind} {k}", own, want, EXACT)
 
 
-def _check_embedding(rank: int) -> None:
-    torch.manual_seed(0)
-    layer = cw.Embedding(6, 4, dtype=torch.float64, process_group=dist.group.WORLD)
-    indices, target = torch.tensor([1, 2, 1, 5, 1, 0, 2, 2]), randn(8, 4)
-    weight = layer.weight.detach().clone()
-    own = slice(4 * rank, 4 * rank + 4)
-    wrapped = DistributedDataParallel(layer)  # kept: it averages the gradients only while it lives
-    _mean_square(wrapped(indices[own]), target[own]).backward()
-    dy = 2 * (weight[indices] - target) / 8
-    assert_close("dw", layer.weight.grad, cw.reference.emended_embedding_grad(indices, dy, 6), EXACT)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_embedding(found: list[dict[str, Any]], counts: list[int]) -> None:
+    for result in results_of(found, f"embedding {counts}"):
+        for name, own in result.items():
+            scale, damping_mode = name.split()
+            options = {"scale": scale, "damping_mode": damping_mode, "damping": 0.3}
+            dy = randn(12, OUTPUTS) / workers.RANKS
+            expected = cw.reference.emended_embedding_grad(INDICES, dy, 11, 0, **options)
+            assert_close(name, own, expected, TOLERANCE[F64])
 
 
-def _check_functional(rank: int) -> None:
-    x, dy = randn(8, 20), randn(8, 3, seed=1)
-    own = slice(4 * rank, 4 * rank + 4)
-    grads = cw.emended_weight_grad(x[own], dy[own] * WORLD, process_group=dist.group.WORLD)
-    for gradient in grads:
-        dist.all_reduce(gradient)
-    expected = cw.reference.emended_weight_grad(x, dy)
-    assert_grads_close(tuple(g / WORLD for g in grads), expected, EXACT)
+def test_no_gradient_no_collective(found: list[dict[str, Any]]) -> None:
+    results_of(found, "no gradient")
 
 
-def _check_others(rank: int) -> None:
-    _check_embedding(rank)
-    _check_functional(rank)
-
-
-def test_embedding_and_functional(tmp_path: Path) -> None:
-    in_processes(_check_others, tmp_path)
+def test_deep_copy_shares_the_group(found: list[dict[str, Any]]) -> None:
+    for result in results_of(found, "deep copy"):
+        own, copied = result["gradients"]
+        assert_close("dw of the copy", copied, own, TOLERANCE[F64])

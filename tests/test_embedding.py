@@ -1,125 +1,261 @@
-"""`Embedding`: the linear formula on one-hot rows, without the rows."""
+"""`Embedding`: the linear formula on one-hot rows, and torch's layer in everything else."""
 
 from __future__ import annotations
 
-from itertools import product
+import copy
+import pickle
+from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, EXACT, TOLERANCE, assert_close, assert_identical, randn
+from cases import (
+    BF16,
+    DTYPES,
+    EXACT,
+    F32,
+    F64,
+    HALF_TYPES,
+    LIMIT,
+    TOLERANCE,
+    assert_close,
+    assert_identical,
+    oracle,
+    randn,
+)
 from torch import Tensor, nn
 
 import consequentialism as cw
 
-F64 = torch.float64
-INDICES = torch.tensor([[1, 2, 1, 5], [1, 0, 2, 2]])
-OPTIONS = [
-    {"scale": scale, "damping_mode": mode, "damping": damping}
-    for scale, mode, damping in product(("nlms", "raw", "gradient"), ("relative", "absolute"), (1.0, 0.1))
-]
+VOCABULARY, WIDTH = 9, 4
+# Index 5 never occurs, 2 often, 0 is what padding_idx names below.
+INDICES = torch.tensor([[2, 2, 0, 1], [2, 8, 7, 0], [3, 3, 2, 6]])
 
 
-def one_hot(indices: Tensor, rows: int, padding_idx: int | None = None) -> Tensor:
-    x = nn.functional.one_hot(indices.reshape(-1), rows).double()
+def one_hot(indices: Tensor, padding_idx: int | None = None) -> Tensor:
+    """The input of the linear layer that an embedding is, ``[N, V]``; zeros at ``padding_idx``."""
+    rows = nn.functional.one_hot(indices.reshape(-1), VOCABULARY).double()
     if padding_idx is not None:
-        x[indices.reshape(-1) == padding_idx] = 0
-    return x
+        rows[indices.reshape(-1) == padding_idx] = 0
+    return rows
 
 
-def grad_of(layer: nn.Embedding, indices: Tensor, dy: Tensor) -> Tensor:
+def gradient_of(layer: nn.Embedding, dy: Tensor, indices: Tensor = INDICES) -> Tensor:
     layer.zero_grad()
     layer(indices).backward(dy)
     assert layer.weight.grad is not None
     return layer.weight.grad
 
 
-@pytest.mark.parametrize("rows", [6, 30])  # more occurrences than embeddings, and fewer
-@pytest.mark.parametrize("padding_idx", [None, 1])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_is_the_linear_formula_on_one_hot_rows(options: dict, padding_idx: int | None, rows: int) -> None:
-    layer = cw.Embedding(rows, 4, padding_idx, dtype=F64, **options)
-    dy = randn(2, 4, 4)
-    x = one_hot(INDICES, rows, padding_idx)
-    expected = cw.reference.emended_weight_grad(x, dy.reshape(-1, 4), False, **options)[0].T
-    assert_close("dw", grad_of(layer, INDICES, dy), expected, EXACT)
-    flat = INDICES.reshape(-1), dy.reshape(-1, 4)
-    assert_close("reference", cw.reference.emended_embedding_grad(*flat, rows, padding_idx, **options), expected, EXACT)
+@pytest.mark.parametrize("padding_idx", [None, 0, 8, -1])
+@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+@pytest.mark.parametrize("scale", ["nlms", "raw", "gradient"])
+@pytest.mark.parametrize("rows", [12, 5])
+def test_is_the_linear_formula_on_one_hot_rows(
+    rows: int, scale: str, damping_mode: str, padding_idx: int | None
+) -> None:
+    options: dict[str, Any] = {"damping": 0.3, "damping_mode": damping_mode, "scale": scale}
+    indices, dy = INDICES.reshape(-1)[:rows], randn(rows, WIDTH)
+    layer = cw.Embedding(VOCABULARY, WIDTH, padding_idx, dtype=F64, **options)
+    expected = oracle(one_hot(indices, layer.padding_idx), dy, False, **options)[0].T
+    assert_close("dw", gradient_of(layer, dy, indices), expected, EXACT)
+    if layer.padding_idx is not None:
+        assert_identical("dw of the padding", layer.weight.grad[layer.padding_idx], torch.zeros(WIDTH, dtype=F64))
+    linear = cw.Linear(VOCABULARY, WIDTH, bias=False, dtype=F64, **options)
+    linear(one_hot(indices, layer.padding_idx)).backward(dy)
+    assert linear.weight.grad is not None
+    assert_close("dw of cw.Linear", linear.weight.grad.T, expected, EXACT)
+    own = cw.reference.emended_embedding_grad(indices, dy, VOCABULARY, layer.padding_idx, **options)
+    assert_close("dw of the reference", own, expected, EXACT)
+
+
+def test_formula_by_hand() -> None:
+    layer = cw.Embedding(VOCABULARY, WIDTH, damping=0.5, damping_mode="absolute", scale="raw", dtype=F64)
+    dy = randn(*INDICES.shape, WIDTH)
+    own = gradient_of(layer, dy)
+    for v in range(VOCABULARY):
+        occurrences = INDICES.eq(v)
+        assert_close(f"dw[{v}]", own[v], dy[occurrences].sum(0) / (occurrences.sum() + 0.5), EXACT)
+
+
+def test_output_is_torchs() -> None:
+    own, plain = cw.Embedding(VOCABULARY, WIDTH, 0), nn.Embedding(VOCABULARY, WIDTH, 0)
+    plain.load_state_dict(own.state_dict())
+    own.load_state_dict(plain.state_dict())
+    for indices in (INDICES, INDICES[0], INDICES[0, 0], INDICES.int(), INDICES.T):
+        assert_identical("y", own(indices), plain(indices))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_types(dtype: torch.dtype) -> None:
-    layer = cw.Embedding(6, 4, dtype=dtype)
-    dy = randn(2, 4, 4, dtype=dtype)
-    own = grad_of(layer, INDICES, dy)
+@pytest.mark.parametrize("leading", [(), (12,), (3, 4), (1, 2, 6)])
+def test_types_and_leading_dimensions(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    indices = INDICES.reshape(leading) if leading else INDICES[1, 1]
+    dy = randn(*leading, WIDTH, dtype=dtype)
+    layer = cw.Embedding(VOCABULARY, WIDTH, dtype=dtype)
+    own = gradient_of(layer, dy, indices)
     assert own.dtype == dtype
-    expected = cw.reference.emended_embedding_grad(INDICES.reshape(-1), dy.double().reshape(-1, 4), 6)
+    expected = oracle(one_hot(indices), dy.reshape(-1, WIDTH), False)[0].T
     assert_close("dw", own, expected, TOLERANCE[dtype])
 
 
-def test_forward_is_torch_s_with_every_argument() -> None:
-    torch.manual_seed(0)
-    plain = nn.Embedding(6, 4, padding_idx=-1, max_norm=0.8, norm_type=1.0)
-    emended = cw.Embedding(6, 4, padding_idx=-1, max_norm=0.8, norm_type=1.0)
-    emended.load_state_dict(plain.state_dict())
-    assert_identical("y", emended(INDICES), plain(INDICES))
-    assert_identical("renormed weight", emended.weight.detach(), plain.weight.detach())
-    assert emended.padding_idx == plain.padding_idx == 5
-    assert repr(emended) == repr(plain)
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_many_repetitions_in_a_half_type(dtype: torch.dtype) -> None:
+    # A half type counts to 256 (bfloat16) or 2048 (float16) and no further.
+    indices = torch.arange(10_000) % 2
+    dy = 1 + 0.1 * randn(10_000, WIDTH)
+    layer = cw.Embedding(VOCABULARY, WIDTH, scale="raw", dtype=dtype)
+    own = gradient_of(layer, dy.to(dtype), indices)
+    expected = oracle(one_hot(indices), dy.to(dtype), False, scale="raw")[0].T
+    assert_close("dw", own, expected, TOLERANCE[dtype])
 
 
-def test_sparse_gradient_is_the_dense_one() -> None:
-    dense = cw.Embedding(6, 4, dtype=F64)
-    sparse = cw.Embedding(6, 4, sparse=True, dtype=F64)
-    dy = randn(2, 4, 4)
-    own = grad_of(sparse, INDICES, dy)
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_sparse_gradient(padding_idx: int | None) -> None:
+    dy = randn(*INDICES.shape, WIDTH)
+    dense = cw.Embedding(VOCABULARY, WIDTH, padding_idx, dtype=F64)
+    sparse = cw.Embedding(VOCABULARY, WIDTH, padding_idx, sparse=True, dtype=F64)
+    own = gradient_of(sparse, dy)
     assert own.is_sparse
-    assert_close("dw", own.to_dense(), grad_of(dense, INDICES, dy), EXACT)
+    assert_close("dw", own.to_dense(), gradient_of(dense, dy), EXACT)
+    sparse.load_state_dict(dense.state_dict())
+    for layer, optimizer in (
+        (dense, torch.optim.SGD(dense.parameters(), lr=0.1)),
+        (sparse, torch.optim.SGD(sparse.parameters(), lr=0.1)),
+    ):
+        gradient_of(layer, dy)
+        optimizer.step()
+    assert_close("weight", sparse.weight, dense.weight, EXACT)
     torch.optim.SparseAdam(sparse.parameters()).step()
 
 
-def test_padding_gets_no_gradient_and_rows_not_looked_up_none() -> None:
-    layer = cw.Embedding(6, 4, padding_idx=1, dtype=F64)
-    own = grad_of(layer, INDICES, randn(2, 4, 4))
-    assert not own[[1, 3, 4]].any()
-    assert own[[0, 2, 5]].all()
-
-
-def test_no_look_ups_give_a_zero_gradient() -> None:
-    layer = cw.Embedding(6, 4)
-    assert not grad_of(layer, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)).any()
-
-
-def test_nan_reaches_the_rows_it_belongs_to() -> None:
-    for bad in (torch.nan, torch.inf):
-        dy = randn(2, 4, 4)
-        dy[0, 1, 2] = bad
-        own = grad_of(cw.Embedding(6, 4, dtype=F64), INDICES, dy)
-        assert own[2, 2].isnan()
-        assert own[1].isfinite().all()
-
-
-def test_repeats_are_bitwise_equal() -> None:
-    layer = cw.Embedding(6, 4)
-    dy = randn(2, 4, 4, dtype=torch.float32)
-    first = grad_of(layer, INDICES, dy).clone()
-    for _ in range(10):
-        assert_identical("dw", grad_of(layer, INDICES, dy), first)
-
-
-def test_frozen_and_no_grad() -> None:
-    layer = cw.Embedding(6, 4)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_max_norm(norm_type: float) -> None:
+    own = cw.Embedding(VOCABULARY, WIDTH, max_norm=0.5, norm_type=norm_type, dtype=F64)
+    plain = nn.Embedding(VOCABULARY, WIDTH, max_norm=0.5, norm_type=norm_type, dtype=F64)
+    plain.load_state_dict(own.state_dict())
+    dy = randn(*INDICES.shape, WIDTH)
+    assert_identical("y", own(INDICES), plain(INDICES))
+    assert_identical("weight", own.weight, plain.weight)
     with torch.no_grad():
-        assert not layer(INDICES).requires_grad
-    layer.weight.requires_grad_(False)
+        own.weight.mul_(10)
+        plain.weight.mul_(10)
+        assert_identical("y, no_grad", own(INDICES.T), plain(INDICES.T))
+    assert_identical("weight", own.weight, plain.weight)
+    assert_close("dw", gradient_of(own, dy), oracle(one_hot(INDICES), dy.reshape(-1, WIDTH), False)[0].T, EXACT)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_empty_batch(shape: tuple[int, ...], sparse: bool) -> None:
+    layer = cw.Embedding(VOCABULARY, WIDTH, 0, sparse=sparse)
+    out = layer(torch.zeros(shape, dtype=torch.int64))
+    assert out.shape == (*shape, WIDTH)
+    out.sum().backward()
+    assert layer.weight.grad is not None
+    assert_identical("dw", layer.weight.grad.to_dense(), torch.zeros(VOCABULARY, WIDTH))
+
+
+def test_only_padding_gives_zero() -> None:
+    layer = cw.Embedding(VOCABULARY, WIDTH, 0)
+    own = gradient_of(layer, randn(5, WIDTH, dtype=F32), torch.zeros(5, dtype=torch.int64))
+    assert_identical("dw", own, torch.zeros(VOCABULARY, WIDTH))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_are_not_hidden(value: float) -> None:
+    dy = randn(*INDICES.shape, WIDTH, dtype=F32)
+    dy[1, 1, 2] = value
+    own = gradient_of(cw.Embedding(VOCABULARY, WIDTH), dy)
+    assert own[8, 2].isnan()
+
+
+def test_nothing_is_computed_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the emended function was called")
+
+    monkeypatch.setattr("consequentialism.embedding.EmendedEmbedding.apply", refuse)
+    layer = cw.Embedding(VOCABULARY, WIDTH)
+    with torch.no_grad():
+        layer(INDICES)
+    layer.requires_grad_(False)
     assert not layer(INDICES).requires_grad
-    assert not cw.Embedding(6, 4, _weight=torch.ones(6, 4), _freeze=True).weight.requires_grad
+    with pytest.raises(AssertionError, match="was called"):
+        layer.requires_grad_(True)(INDICES)
+
+
+def test_second_derivative_is_an_error() -> None:
+    layer = cw.Embedding(VOCABULARY, WIDTH)
+    (gradient,) = torch.autograd.grad(layer(INDICES).square().sum(), layer.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_autocast_leaves_an_embedding_alone() -> None:
+    layer, dy = cw.Embedding(VOCABULARY, WIDTH), randn(*INDICES.shape, WIDTH, dtype=F32)
+    expected = gradient_of(layer, dy).clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=BF16):
+        out = layer(INDICES)
+        assert out.dtype == F32
+        out.backward(dy)
+    assert_identical("dw", layer.weight.grad, expected)
+
+
+def test_loss_scaling_commutes_and_runs_repeat() -> None:
+    layer, dy = cw.Embedding(VOCABULARY, WIDTH), randn(*INDICES.shape, WIDTH, dtype=F32)
+    own = gradient_of(layer, dy).clone()
+    assert_identical("dw of a scaled loss", gradient_of(layer, 1024 * dy), 1024 * own)
+    assert_identical("dw again", gradient_of(layer, dy), own)
+
+
+def test_gradients_accumulate_and_the_weight_may_be_tied() -> None:
+    layer = cw.Embedding(VOCABULARY, WIDTH, dtype=F64)
+    head = cw.Linear(WIDTH, VOCABULARY, bias=False, dtype=F64)
+    head.weight = layer.weight
+    dy = randn(*INDICES.shape, VOCABULARY)
+    hidden = layer(INDICES)
+    head(hidden).backward(dy)
+    flat_dy = dy.reshape(-1, VOCABULARY)
+    of_head = oracle(hidden.detach().reshape(-1, WIDTH), flat_dy, False)[0]
+    of_layer = oracle(one_hot(INDICES), flat_dy @ layer.weight.detach(), False)[0].T
+    assert_close("dw", layer.weight.grad, of_head + of_layer, EXACT)
+
+
+def test_constructor_repr_and_copies() -> None:
+    assert repr(cw.Embedding(9, 4)) == repr(nn.Embedding(9, 4))
+    assert repr(cw.Embedding(9, 4, 0, 1.0)) == repr(nn.Embedding(9, 4, 0, 1.0))
+    layer = cw.Embedding(9, 4, sparse=True, damping=0.1)
+    assert "damping=0.1" in repr(layer)
+    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert type(other) is cw.Embedding
+        assert repr(other) == repr(layer)
+        assert_identical("weight", other.weight, layer.weight)
+    weights = randn(9, 4, dtype=F32)
+    loaded = cw.Embedding.from_pretrained(weights, freeze=False, padding_idx=1)
+    assert type(loaded) is cw.Embedding
+    assert_identical("weight", loaded.weight.detach(), weights)
+    assert_close(
+        "dw",
+        gradient_of(loaded, randn(*INDICES.shape, 4, dtype=F32)),
+        oracle(one_hot(INDICES, 1), randn(*INDICES.shape, 4, dtype=F32).reshape(-1, 4), False)[0].T,
+        TOLERANCE[F32],
+    )
+    assert not cw.Embedding.from_pretrained(weights).weight.requires_grad
 
 
 def test_scale_grad_by_freq_is_refused() -> None:
     with pytest.raises(ValueError, match="scale_grad_by_freq must be False, got True"):
-        cw.Embedding(6, 4, scale_grad_by_freq=True)
+        cw.Embedding(9, 4, scale_grad_by_freq=True)
 
 
-def test_bad_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="damping must be finite and above 0, got -1"):
-        cw.Embedding(6, 4, damping=-1)
+def test_index_out_of_range_is_torchs_error() -> None:
+    with pytest.raises(IndexError):
+        cw.Embedding(9, 4)(torch.tensor([9]))
+
+
+def test_one_step_moves_each_row_by_its_mean_error() -> None:
+    # Small damping, scale="raw", lr 1: every embedding moves by the mean of its errors, however often it occurs.
+    layer = cw.Embedding(VOCABULARY, WIDTH, damping=1e-9, damping_mode="absolute", scale="raw", dtype=F64)
+    before, dy = layer.weight.detach().clone(), randn(*INDICES.shape, WIDTH)
+    gradient_of(layer, dy)
+    torch.optim.SGD(layer.parameters(), lr=1.0).step()
+    assert_close("dw[2]", before[2] - layer.weight[2], dy[INDICES == 2].mean(0), LIMIT)

@@ -35,9 +35,7 @@ from consequentialism import dispatch
 RAW = {"scale": "raw", "damping_mode": "absolute"}
 
 
-def emended(
-    backend: str, x: Tensor, dy: Tensor, bias: bool = True, **options: Any
-) -> Gradients:
+def emended(backend: str, x: Tensor, dy: Tensor, bias: bool = True, **options: Any) -> Gradients:
     device = device_of(backend)
     dw, db = cw.emended_weight_grad(x.to(device), dy.to(device), bias=bias, backend=backend, **options)
     return dw.cpu(), None if db is None else db.cpu()

@@ -277,3 +277,14 @@ def test_expanded_dy_of_a_sum() -> None:
     layer, x = cw.Linear(5, 3, dtype=F64), randn(2, 4, 5)
     layer(x).sum().backward()  # dy is one number, expanded
     assert_grads_close(gradients(layer), oracle(x.reshape(8, 5), torch.ones(8, 3)), TOLERANCE[F64])
+
+
+def test_meta_tensors_have_shapes() -> None:
+    # Deferred initialisation and shape inference run whole models on the meta device.
+    layer = cw.Linear(5, 3, device="meta")
+    x = torch.empty(8, 5, device="meta")
+    with torch.no_grad():
+        assert layer(x).shape == (8, 3)
+    out = layer(x)
+    assert out.shape == (8, 3)
+    assert out.is_meta

@@ -175,9 +175,7 @@ def test_breakdown_for_good_takes_the_diagonal(backend: str) -> None:
 @pytest.mark.parametrize("damping", [1e-300, 1e-40, 1e-20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tiny_absolute_damping_of_duplicate_rows_stays_finite(
-    backend: str, dtype: torch.dtype, damping: float
-) -> None:
+def test_tiny_absolute_damping_of_duplicate_rows_stays_finite(backend: str, dtype: torch.dtype, damping: float) -> None:
     x = randn(3, 20, dtype=dtype, device=device_of(backend))[torch.arange(12) // 4]
     before = ops.breakdowns()
     emended, column = kernels(backend, x).emended_input(x, True, "dual", damping, "absolute", "raw")

@@ -1,0 +1,123 @@
+"""Bad arguments: the error's type, and that it names the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import BF16, F32, HAS_KERNELS, randn
+from torch import nn
+
+import consequentialism as cw
+
+BAD_OPTIONS = [
+    ({"damping": 0}, ValueError, ("damping", "0")),
+    ({"damping": -1.0}, ValueError, ("damping", "-1.0", "above 0")),
+    ({"damping": float("nan")}, ValueError, ("damping", "nan")),
+    ({"damping": float("inf")}, ValueError, ("damping", "inf", "finite")),
+    ({"damping": "1"}, TypeError, ("damping", "'1'", "str", "number")),
+    ({"damping": True}, TypeError, ("damping", "True", "bool")),
+    ({"damping": None}, TypeError, ("damping", "None")),
+    ({"damping": 1j}, TypeError, ("damping", "1j", "complex")),
+    ({"damping_mode": "rel"}, ValueError, ("damping_mode", "'rel'", "'relative'", "'absolute'")),
+    ({"damping_mode": 1}, TypeError, ("damping_mode", "1", "'relative'", "'absolute'")),
+    ({"scale": "NLMS"}, ValueError, ("scale", "'NLMS'", "'nlms'", "'raw'", "'gradient'")),
+    ({"scale": None}, TypeError, ("scale", "None", "'nlms'")),
+    ({"backend": "gpu"}, ValueError, ("backend", "'gpu'", "'auto'", "'cpu'", "'cuda'", "'triton'", "'reference'")),
+    ({"backend": torch}, TypeError, ("backend", "module")),
+    ({"dampening": 1.0}, TypeError, ("dampening",)),
+]
+TAKERS: dict[str, Callable[..., Any]] = {
+    "Options": cw.Options,
+    "Linear": lambda **options: cw.Linear(5, 3, **options),
+    "Embedding": lambda **options: cw.Embedding(5, 3, **options),
+    "convert": lambda **options: cw.convert(nn.Linear(5, 3), **options),
+    "emended_linear": lambda **options: cw.emended_linear(randn(4, 5), randn(3, 5), **options),
+    "emended_weight_grad": lambda **options: cw.emended_weight_grad(randn(4, 5), randn(4, 3), **options),
+}
+
+
+def assert_raises(error: type[Exception], words: tuple[str, ...], call: Callable[[], Any]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+@pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize("taker", TAKERS)
+def test_bad_options(taker: str, options: dict, error: type[Exception], words: tuple[str, ...]) -> None:
+    assert_raises(error, words, lambda: TAKERS[taker](**options))
+
+
+@pytest.mark.parametrize("damping", [1, 0.5, 10**6])
+def test_any_real_number_is_a_damping(damping: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    for value in (damping, numpy.float32(damping), numpy.float64(damping)):
+        cw.emended_weight_grad(randn(4, 5), randn(4, 3), damping=value)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: cw.Linear(5, 3)(randn(4, 6, dtype=F32)), ValueError, ("[4, 6]", "[3, 5]", "x", "weight")),
+        (lambda: cw.Linear(5, 3)(torch.tensor(1.0)), ValueError, ("x", "[]", "[3, 5]")),
+        (lambda: cw.Linear(5, 3)(randn(4, 5, dtype=BF16)), TypeError, ("x", "weight", "bfloat16", "float32")),
+        (lambda: cw.Linear(5, 3)(torch.ones(4, 5, dtype=torch.int64)), TypeError, ("x", "int64", "float32")),
+        (lambda: cw.Linear(5, 3)([1.0, 2.0]), TypeError, ("x", "list", "Tensor")),
+        (lambda: cw.Linear(5, 3)(randn(4, 5, dtype=F32).to_sparse()), TypeError, ("x", "sparse", "dense")),
+        (lambda: cw.Linear(5, 3)(randn(4, 5, dtype=F32).to("meta")), ValueError, ("x", "weight", "meta", "cpu")),
+        (lambda: cw.emended_linear(randn(4, 5), randn(5)), ValueError, ("weight", "[O, I]", "[5]")),
+        (lambda: cw.emended_linear(randn(4, 5), None), TypeError, ("weight", "None")),
+        (lambda: cw.emended_linear(randn(4, 5), randn(3, 5), randn(4)), ValueError, ("bias", "[4]", "[3, 5]")),
+        (lambda: cw.emended_linear(randn(4, 5), randn(3, 5), randn(3, dtype=F32)), TypeError, ("bias", "float32")),
+        (lambda: cw.emended_weight_grad(randn(4, 5), randn(3, 3)), ValueError, ("x", "dy", "[4, 5]", "[3, 3]")),
+        (lambda: cw.emended_weight_grad(randn(2, 2, 5), randn(4, 3)), ValueError, ("[2, 2, 5]", "[4, 3]")),
+        (lambda: cw.emended_weight_grad(randn(4, 5), randn(4, 3, dtype=F32)), TypeError, ("x", "dy", "float32")),
+        (lambda: cw.emended_weight_grad(randn(4, 5), 1.0), TypeError, ("dy", "1.0", "float")),
+        (lambda: cw.emended_weight_grad(randn(4, 5), randn(4, 3), bias=1), TypeError, ("bias", "1", "int")),
+        (lambda: cw.emended_weight_grad(randn(4, 5), randn(4, 3), bias=randn(3)), TypeError, ("bias", "Tensor")),
+        (lambda: cw.predict_change(randn(4, 5), randn(3, 6)), ValueError, ("x", "dw", "[4, 5]", "[3, 6]")),
+        (lambda: cw.predict_change(randn(4, 5), randn(3, 5), randn(5)), ValueError, ("db", "dw", "[5]", "[3, 5]")),
+        (lambda: cw.predict_change(randn(4, 5), "dw"), TypeError, ("dw", "str")),
+    ],
+)
+def test_bad_tensors(call: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
+    assert_raises(error, words, call)
+
+
+@pytest.mark.parametrize("call", [lambda: cw.Linear(5, 3, True, 0.1), lambda: cw.emended_weight_grad(randn(4, 5))])
+def test_keywords_are_keywords(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError):
+        call()
+
+
+def test_same_checks_without_a_gradient() -> None:
+    with torch.no_grad():
+        assert_raises(ValueError, ("[4, 6]", "[3, 5]"), lambda: cw.Linear(5, 3)(randn(4, 6, dtype=F32)))
+
+
+def test_backends_say_why() -> None:
+    states = cw.backends()
+    assert list(states) == ["cpu", "cuda", "triton", "reference"]
+    assert states["reference"] == "available"
+    assert all(isinstance(state, str) and state for state in states.values())
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_a_backend_that_is_not_there_raises_and_says_why(name: str) -> None:
+    state = cw.backends()[name]
+    if state == "available":
+        pytest.skip(f"backend {name} is available here")
+    layer = cw.Linear(5, 3, backend=name)
+    assert_raises(RuntimeError, (repr(name), state, "'reference'"), lambda: layer(randn(4, 5, dtype=F32)))
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="no compiled kernels")
+def test_auto_takes_the_compiled_kernels() -> None:
+    x, dy = randn(33, 20, dtype=F32), randn(33, 4, seed=1, dtype=F32)
+    own, named = cw.emended_weight_grad(x, dy), cw.emended_weight_grad(x, dy, backend="cpu")
+    assert torch.equal(own[0], named[0])

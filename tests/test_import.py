@@ -1,0 +1,158 @@
+"""Importing the package: with and without compiled kernels, and without anything optional."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import F32, SAME_WAY, assert_close, needs_kernels, oracle, randn
+
+import consequentialism as cw
+
+PACKAGE = Path(cw.__file__).parent
+OPTIONAL = ("triton", "matplotlib", "numpy", "rich", "sklearn", "tqdm", "mlxtend", "isaac", "padasip", "hypothesis")
+# A training step, its gradient printed; the same numbers come from the test's own process.
+STEP = """
+import json, sys, torch, consequentialism as cw
+x = torch.arange(40, dtype=torch.float32).reshape(8, 5).sin()
+dy = torch.arange(24, dtype=torch.float32).reshape(8, 3).cos()
+layer = cw.Linear(5, 3)
+layer(x).backward(dy)
+print(json.dumps({"dw": layer.weight.grad.tolist(), "db": layer.bias.grad.tolist(), "backends": cw.backends(),
+                  "file": cw.__file__, "breakdowns": cw.ops.breakdowns()}))
+"""
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def run(code: str, path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Python with ``path`` in front of everything else."""
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, timeout=120)
+
+
+def result(finished: subprocess.CompletedProcess[str]) -> dict:
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def assert_right(found: dict) -> None:
+    x = torch.arange(40, dtype=F32).reshape(8, 5).sin()
+    dy = torch.arange(24, dtype=F32).reshape(8, 3).cos()
+    dw, db = oracle(x, dy)
+    assert_close("dw", torch.tensor(found["dw"]), dw, SAME_WAY)
+    assert_close("db", torch.tensor(found["db"]), db, SAME_WAY)
+
+
+@pytest.fixture
+def pure(tmp_path: Path) -> Path:
+    """A copy of the package without its compiled kernels."""
+    ignore = shutil.ignore_patterns("_C.*", "_C_missing.txt", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "consequentialism", ignore=ignore)
+    return tmp_path
+
+
+def assert_falls_back(finished: subprocess.CompletedProcess[str], folder: Path, reason: str) -> None:
+    found = result(finished)
+    assert Path(found["file"]).is_relative_to(folder)
+    assert finished.stderr.count("RuntimeWarning") == 1, finished.stderr
+    assert "without its compiled kernels" in finished.stderr
+    assert reason in finished.stderr
+    assert reason in found["backends"]["cpu"]
+    assert found["backends"]["reference"] == "available"
+    assert found["breakdowns"] == 0
+    assert_right(found)
+
+
+def test_without_compiled_kernels(pure: Path) -> None:
+    assert_falls_back(run(STEP, pure), pure, "not built")
+
+
+def test_with_the_builds_own_reason(pure: Path) -> None:
+    (pure / "consequentialism/_C_missing.txt").write_text("built without a C++ compiler\n")
+    assert_falls_back(run(STEP, pure), pure, "built without a C++ compiler")
+
+
+def test_with_kernels_that_cannot_be_loaded(pure: Path) -> None:
+    import sysconfig
+
+    (pure / f"consequentialism/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    assert_falls_back(run(STEP, pure), pure, "cannot be loaded")
+
+
+def test_naming_the_missing_backend_says_why(pure: Path) -> None:
+    code = "import torch, consequentialism as cw; cw.Linear(5, 3, backend='cpu')(torch.ones(2, 5))"
+    finished = run(code, pure)
+    assert finished.returncode != 0
+    assert "backend='cpu' is not available: no compiled extension: not built" in finished.stderr
+
+
+@needs_kernels
+def test_with_compiled_kernels_there_is_no_warning() -> None:
+    found = result(run(STEP, PACKAGE.parent, "-W", "error"))
+    assert found["backends"]["cpu"] == "available"
+    assert_right(found)
+
+
+def test_without_anything_optional() -> None:
+    code = BLOCKER.format(blocked=OPTIONAL) + STEP
+    finished = run(code, PACKAGE.parent, "-W", "ignore::UserWarning")
+    assert_right(result(finished))
+
+
+def test_blocker_blocks() -> None:
+    finished = run(BLOCKER.format(blocked=("json",)) + STEP, PACKAGE.parent)
+    assert finished.returncode != 0
+    assert "blocked: json" in finished.stderr
+
+
+def test_public_names() -> None:
+    for name in cw.__all__:
+        assert hasattr(cw, name), name
+    for name in (
+        "Linear",
+        "Embedding",
+        "convert",
+        "revert",
+        "param_groups",
+        "emended_linear",
+        "emended_weight_grad",
+        "predict_change",
+        "reference",
+        "backends",
+    ):
+        assert name in cw.__all__
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_import_touches_nothing_of_torch() -> None:
+    code = """
+import torch
+before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()
+state = torch.get_rng_state()
+import consequentialism
+after = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()
+assert before == after, (before, after)
+assert torch.equal(state, torch.get_rng_state())
+"""
+    finished = run(code, PACKAGE.parent)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_random_inputs_are_the_same_everywhere() -> None:
+    # The suite's own foundation: inputs do not depend on device, type or the order of the tests.
+    assert torch.equal(randn(3, 2), randn(3, 2))
+    assert torch.equal(randn(3, 2, dtype=F32), randn(3, 2).float())
