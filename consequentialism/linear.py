@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ class EmendedModule(nn.Module):
     def options(self) -> Options:
         """The options as they are now, checked."""
         return Options(self.damping, self.damping_mode, self.scale, self.backend, self.process_group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
+        memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         default = Options()

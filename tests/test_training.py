@@ -143,6 +143,21 @@ def test_autocast(backend: str, shape: Shape, dtype: torch.dtype) -> None:
         assert_grads_close((own.weight.grad, own.bias.grad), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_alone_inside_autocast_is_that_of_float32(backend: str, shape: Shape, dtype: torch.dtype) -> None:
+    rows, inputs, outputs = shape
+    device = device_of(backend)
+    x, dy = randn(rows, inputs, dtype=F32, device=device), randn(rows, outputs, seed=1, dtype=F32, device=device)
+    layer = cw.Linear(inputs, outputs, backend=backend, device=device)
+    out = layer(x)
+    with torch.autocast(device, dtype=dtype):
+        out.backward(dy)
+    assert layer.weight.grad is not None
+    assert_grads_close((layer.weight.grad, layer.bias.grad), oracle(x, dy), TOLERANCE[F32])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_a_bad_gram_alone(backend: str) -> None:
     # Every factorisation and inverse stays in float32: here a half type is off by more than the gradient.
