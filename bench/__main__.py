@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch loads: the profiler's chatter stays off
 
 import torch
 
