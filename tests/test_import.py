@@ -37,10 +37,17 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
+# An editable install would find the checkout's extension for a copy of the package that has none.
+NOT_EDITABLE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", type(f).__name__)]
+"""
+
+
 def run(code: str, path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Python with ``path`` in front of everything else."""
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    command = [sys.executable, *flags, "-c", code]
+    command = [sys.executable, *flags, "-c", NOT_EDITABLE + code]
     return subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, timeout=120)
 
 
