@@ -57,6 +57,8 @@ SMALL_SHAPES: tuple[Shape, ...] = ((1, 5, 3), (6, 4, 3), (4, 9, 2), (33, 31, 12)
 # Largest allowed ||own - expected|| / ||expected||, by the type of the result, on inputs whose Gram is conditioned
 # no worse than about 1e3: a few roundings of the type, times that where the Gram is in the same type.
 TOLERANCE = {F64: 1e-11, F32: 2e-5, BF16: 1e-2, F16: 1e-3}
+# The inverse of a Gram with an absolute damping of 0.5, which leaves a condition number of some 1e3.
+TOLERANCE_ABSOLUTE = {F64: 5e-10, F32: 1e-3}
 EXACT = 1e-10  # float64 identities; what is left is rounding times a condition number of at most 1e5
 LIMIT = 1e-5  # the limits c -> 0 and c -> infinity, taken at 1e-9 and 1e9
 SAME_WAY = 1e-6  # float32 results of the same operations in another order, or by another float32 kernel

@@ -19,6 +19,7 @@ from cases import (
     F64,
     SHAPES,
     TOLERANCE,
+    TOLERANCE_ABSOLUTE,
     Shape,
     assert_close,
     assert_identical,
@@ -132,8 +133,8 @@ def test_factor(backend: str, dtype: torch.dtype, order: int) -> None:
         c = 0.5 if damping_mode == "absolute" else 0.5 * gram.double().trace() / order
         multiplier = {"nlms": 7, "raw": 1, "gradient": c}[scale]
         expected = multiplier * torch.linalg.inv(gram.double() + c * torch.eye(order, dtype=F64, device=gram.device))
-        # An absolute damping of 0.5 leaves a condition number of some 1e3: times the rounding of the type.
-        assert_close("inverse", own, expected, TOLERANCE[dtype] * (50 if damping_mode == "absolute" else 1))
+        bounds = TOLERANCE if damping_mode == "relative" else TOLERANCE_ABSOLUTE
+        assert_close("inverse", own, expected, bounds[dtype])
         assert_identical("gram", gram, before)
 
 
@@ -177,12 +178,9 @@ def test_breakdown_for_good_takes_the_diagonal(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiny_absolute_damping_of_duplicate_rows_stays_finite(backend: str, dtype: torch.dtype, damping: float) -> None:
     x = randn(3, 20, dtype=dtype, device=device_of(backend))[torch.arange(12) // 4]
-    before = ops.breakdowns()
     emended, column = kernels(backend, x).emended_input(x, True, "dual", damping, "absolute", "raw")
     assert emended.isfinite().all()
     assert column.isfinite().all()
-    if backend != "reference":
-        assert ops.breakdowns() >= before
 
 
 @pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
