@@ -27,6 +27,7 @@ CPU_SOURCES = [
     "csrc/module.cpp",
     "csrc/cpu/input_gram.cpp",
     "csrc/cpu/factor.cpp",
+    "csrc/cpu/tile_inverse.cpp",
     "csrc/cpu/emended_input.cpp",
     "csrc/cpu/weight_grad.cpp",
 ]

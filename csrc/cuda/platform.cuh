@@ -1,0 +1,266 @@
+// What kernels are written against: CUDA, or, with CONSEQUENTIALISM_HOST_SHIM, g++ and tests/cuda_shim, where the
+// threads of a block are fibers. Kernels and their launchers use nothing of CUDA that is not named here or in shim.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#ifdef CONSEQUENTIALISM_HOST_SHIM
+#include "shim.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace consequentialism::cuda {
+
+constexpr unsigned kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xFFFFFFFFu;
+constexpr size_t kMaxSharedBytes = 232448;  // of a block, sm_90; 166912 on sm_80
+constexpr unsigned kMaxCluster = 16;        // above 8 not every chip takes it
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+__host__ __device__ __forceinline__ float to_float(bfloat16 value) { return __bfloat162float(value); }
+__host__ __device__ __forceinline__ float to_float(float16 value) { return __half2float(value); }
+__host__ __device__ __forceinline__ uint16_t to_bits(bfloat16 value) { return __bfloat16_as_ushort(value); }
+__host__ __device__ __forceinline__ uint16_t to_bits(float16 value) { return __half_as_ushort(value); }
+__host__ __device__ __forceinline__ bfloat16 to_bfloat16(float value) { return __float2bfloat16_rn(value); }
+__host__ __device__ __forceinline__ float16 to_float16(float value) { return __float2half_rn(value); }
+
+// To the nearest TF32, ties away from zero, in the upper 19 bits of the register.
+__device__ __forceinline__ uint32_t float_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+#endif
+
+__host__ __device__ __forceinline__ float to_float(float value) { return value; }
+
+template <class T>
+__host__ __device__ __forceinline__ T from_float(float value) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return to_bfloat16(value);
+  } else if constexpr (std::is_same_v<T, float16>) {
+    return to_float16(value);
+  } else {
+    static_assert(std::is_same_v<T, float>);
+    return value;
+  }
+}
+
+// What sums of T are kept in.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+__host__ __device__ __forceinline__ Accumulator<T> to_accumulator(T value) {
+  if constexpr (std::is_same_v<T, double>) {
+    return value;
+  } else {
+    return to_float(value);
+  }
+}
+
+template <class T>
+__host__ __device__ __forceinline__ T from_accumulator(Accumulator<T> value) {
+  if constexpr (std::is_same_v<T, double>) {
+    return value;
+  } else {
+    return from_float<T>(value);
+  }
+}
+
+// Two elements of a half type in one register, the first in the low half, as tensor cores want them.
+template <class T>
+__host__ __device__ __forceinline__ uint32_t pack(T low, T high) {
+  return static_cast<uint32_t>(to_bits(low)) | static_cast<uint32_t>(to_bits(high)) << 16;
+}
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef CONSEQUENTIALISM_HOST_SHIM
+  return reinterpret_cast<T*>(shim::shared_memory());
+#else
+  extern __shared__ __align__(128) unsigned char consequentialism_shared[];
+  return reinterpret_cast<T*>(consequentialism_shared);
+#endif
+}
+
+// Clusters lie along x. Below sm_90, and in a launch without one, a cluster is one block.
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+__device__ __forceinline__ unsigned cluster_block_rank() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().block_rank();
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().num_blocks();
+#else
+  return 1;
+#endif
+}
+
+// Every thread of every block of the cluster; shared memory written before is seen after. Needed before the first use
+// of another block's shared memory, which is not there until that block runs, and after the last, which must not exit.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// Where own_shared's offset lies in the shared memory of the cluster's block `rank`.
+template <class T>
+__device__ __forceinline__ T* cluster_map(T* own_shared, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(own_shared, rank);
+#else
+  if (rank != 0) __trap();
+  return own_shared;
+#endif
+}
+#endif
+
+// All threads of all `blocks` of a cooperative launch. The counter is zero before its first use and is left ready for
+// the next barrier and the next launch: each block adds 1, the first one 2^31 - (blocks - 1), so that the low bits
+// come back to zero and the highest bit turns over when the last one has arrived. A launch that dies spoils it.
+__device__ __forceinline__ void grid_barrier(unsigned* counter, unsigned blocks) {
+  constexpr unsigned kGeneration = 0x80000000u;
+  __syncthreads();
+  if (threadIdx.x == 0 && threadIdx.y == 0 && threadIdx.z == 0) {
+    const bool first = blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0;
+    __threadfence();
+    const unsigned before = atomicAdd(counter, first ? kGeneration - (blocks - 1) : 1u);
+#ifdef CONSEQUENTIALISM_HOST_SHIM
+    shim::wait_for_change("grid_barrier", counter, kGeneration, before);
+#else
+    unsigned now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(counter)) : "memory");
+    } while (((before ^ now) & kGeneration) == 0);
+#endif
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+  unsigned cluster = 1;
+  bool cooperative = false;
+};
+
+#ifdef CONSEQUENTIALISM_HOST_SHIM
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) {
+  static_assert(sizeof...(P) == sizeof...(A));
+  struct Call {
+    void (*kernel)(P...);
+    std::tuple<P...> args;
+  } call{kernel, std::tuple<P...>(std::forward<A>(args)...)};
+  const auto invoke = [](void* context) {
+    const Call& call = *static_cast<const Call*>(context);
+    std::apply(call.kernel, call.args);
+  };
+  return shim::run(
+      reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.shared_bytes, shape.cluster,
+      shape.cooperative, invoke, &call);
+}
+
+// How many blocks of this shape the device holds at once: the largest grid of a cooperative launch.
+template <class... P>
+cudaError_t resident_blocks(void (*)(P...), const LaunchShape&, unsigned* blocks) {
+  *blocks = shim::resident_blocks();
+  return cudaSuccess;
+}
+
+#else
+
+namespace detail {
+
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), const LaunchShape& shape) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes <= kWithoutAsking) return cudaSuccess;
+  if (shape.shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  return cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+}
+
+}  // namespace detail
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) {
+  static_assert(sizeof...(P) == sizeof...(A));
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
+  if (const cudaError_t error = detail::allow_shared(kernel, shape); error != cudaSuccess) return error;
+  if (shape.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = shape.stream;
+  config.attrs = attributes;
+  if (shape.cluster != 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  std::tuple<P...> values(std::forward<A>(args)...);
+  return std::apply(
+      [&](P&... value) {
+        void* pointers[] = {static_cast<void*>(&value)..., nullptr};
+        return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+      },
+      values);
+}
+
+// How many blocks of this shape the device holds at once: the largest grid of a cooperative launch.
+template <class... P>
+cudaError_t resident_blocks(void (*kernel)(P...), const LaunchShape& shape, unsigned* blocks) {
+  *blocks = 0;
+  if (const cudaError_t error = detail::allow_shared(kernel, shape); error != cudaSuccess) return error;
+  int device, processors, each;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shape.shared_bytes);
+  }
+  if (error == cudaSuccess) *blocks = static_cast<unsigned>(processors) * static_cast<unsigned>(each);
+  return error;
+}
+
+#endif
+
+}  // namespace consequentialism::cuda
