@@ -28,12 +28,24 @@ constexpr unsigned kMaxCluster = 16;        // above 8 not every chip takes it
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-__host__ __device__ __forceinline__ float to_float(bfloat16 value) { return __bfloat162float(value); }
-__host__ __device__ __forceinline__ float to_float(float16 value) { return __half2float(value); }
-__host__ __device__ __forceinline__ uint16_t to_bits(bfloat16 value) { return __bfloat16_as_ushort(value); }
-__host__ __device__ __forceinline__ uint16_t to_bits(float16 value) { return __half_as_ushort(value); }
-__host__ __device__ __forceinline__ bfloat16 to_bfloat16(float value) { return __float2bfloat16_rn(value); }
-__host__ __device__ __forceinline__ float16 to_float16(float value) { return __float2half_rn(value); }
+__host__ __device__ __forceinline__ float to_float(bfloat16 value) {
+  return __bfloat162float(value);
+}
+__host__ __device__ __forceinline__ float to_float(float16 value) {
+  return __half2float(value);
+}
+__host__ __device__ __forceinline__ uint16_t to_bits(bfloat16 value) {
+  return __bfloat16_as_ushort(value);
+}
+__host__ __device__ __forceinline__ uint16_t to_bits(float16 value) {
+  return __half_as_ushort(value);
+}
+__host__ __device__ __forceinline__ bfloat16 to_bfloat16(float value) {
+  return __float2bfloat16_rn(value);
+}
+__host__ __device__ __forceinline__ float16 to_float16(float value) {
+  return __float2half_rn(value);
+}
 
 // To the nearest TF32, ties away from zero, in the upper 19 bits of the register.
 __device__ __forceinline__ uint32_t float_to_tf32(float value) {
@@ -43,7 +55,9 @@ __device__ __forceinline__ uint32_t float_to_tf32(float value) {
 }
 #endif
 
-__host__ __device__ __forceinline__ float to_float(float value) { return value; }
+__host__ __device__ __forceinline__ float to_float(float value) {
+  return value;
+}
 
 template <class T>
 __host__ __device__ __forceinline__ T from_float(float value) {
@@ -151,7 +165,10 @@ __device__ __forceinline__ void grid_barrier(unsigned* counter, unsigned blocks)
 #else
     unsigned now;
     do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(counter)) : "memory");
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(now)
+                   : "l"(__cvta_generic_to_global(counter))
+                   : "memory");
     } while (((before ^ now) & kGeneration) == 0);
 #endif
     __threadfence();

@@ -34,15 +34,16 @@ BUILD = ROOT / "build" / "cuda_shim"
 SEEDS = (0, 1, 2)
 
 FLAGS = (
-    "-std=c++20 -O1 -g -fPIC -shared -Wall -Wextra -Werror -Wno-unknown-pragmas -DCONSEQUENTIALISM_HOST_SHIM"
+    *("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-DCONSEQUENTIALISM_HOST_SHIM"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     # Kernels read the same bytes as several types, and the shim jumps out of fibers.
-    " -fno-strict-aliasing -U_FORTIFY_SOURCE"
+    *("-fno-strict-aliasing", "-U_FORTIFY_SOURCE"),
     # Several libraries live in one process, each with its own state.
-    " -fno-gnu-unique -Wl,-Bsymbolic"
+    *("-fno-gnu-unique", "-Wl,-Bsymbolic"),
     # What the chip faults on, and what is wrong on both: trapped, and reported as an error of the launch.
-    " -fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
-    " -fsanitize-undefined-trap-on-error"
-).split()
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize-undefined-trap-on-error",
+)
 
 
 class ShimError(AssertionError):
@@ -206,7 +207,8 @@ class Library:
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         if len(lines) < 2 or lines[0] == "??":
             return offset, offset
-        return lines[0].split("(")[0].split("::")[-1], re.sub(r" \(discriminator \d+\)", "", lines[1])
+        name = re.sub(r"\b\w+::", "", lines[0].replace("(anonymous namespace)::", ""))
+        return name.split("(")[0].removeprefix("void "), re.sub(r" \(discriminator \d+\)", "", lines[1])
 
     @property
     def launches(self) -> int:

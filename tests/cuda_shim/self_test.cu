@@ -220,7 +220,9 @@ __global__ void shared_bytes_kernel(unsigned char* out, int bytes) {
 
 extern "C" {
 
-int call_index(int* out) { return launch(index_kernel, {{3, 2, 2}, {4, 3, 2}}, out); }
+int call_index(int* out) {
+  return launch(index_kernel, {{3, 2, 2}, {4, 3, 2}}, out);
+}
 
 int call_block_sum(const float* in, float* out, int64_t blocks, int64_t count, int64_t threads) {
   return launch(
@@ -229,14 +231,22 @@ int call_block_sum(const float* in, float* out, int64_t blocks, int64_t count, i
       out, static_cast<int>(count));
 }
 
-int call_shuffle_int(const int* in, int* out) { return launch(shuffle_kernel<int>, {1, 32}, in, out); }
+int call_shuffle_int(const int* in, int* out) {
+  return launch(shuffle_kernel<int>, {1, 32}, in, out);
+}
 int call_shuffle_unsigned(const unsigned* in, unsigned* out) {
   return launch(shuffle_kernel<unsigned>, {1, 32}, in, out);
 }
-int call_shuffle_float(const float* in, float* out) { return launch(shuffle_kernel<float>, {1, 32}, in, out); }
-int call_shuffle_double(const double* in, double* out) { return launch(shuffle_kernel<double>, {1, 32}, in, out); }
+int call_shuffle_float(const float* in, float* out) {
+  return launch(shuffle_kernel<float>, {1, 32}, in, out);
+}
+int call_shuffle_double(const double* in, double* out) {
+  return launch(shuffle_kernel<double>, {1, 32}, in, out);
+}
 
-int call_vote(unsigned* out) { return launch(vote_kernel, {1, 32}, out); }
+int call_vote(unsigned* out) {
+  return launch(vote_kernel, {1, 32}, out);
+}
 
 int call_atomic(int* i, unsigned* u, unsigned long long* ull, unsigned* bits) {
   return launch(atomic_kernel, {3, 40}, i, u, ull, bits);
@@ -263,8 +273,12 @@ int call_mma_bfloat16(const bfloat16* a, const bfloat16* b, const bfloat16* bt, 
 int call_mma_float16(const float16* a, const float16* b, const float16* bt, float* d, float* dt) {
   return launch(half_mma_kernel<float16>, {1, 32, 1024}, a, b, bt, d, dt);
 }
-int call_mma_tf32(const float* a, const float* b, float* d) { return launch(tf32_mma_kernel, {1, 32}, a, b, d); }
-int call_mma_f64(const double* a, const double* b, double* d) { return launch(f64_mma_kernel, {1, 32}, a, b, d); }
+int call_mma_tf32(const float* a, const float* b, float* d) {
+  return launch(tf32_mma_kernel, {1, 32}, a, b, d);
+}
+int call_mma_f64(const double* a, const double* b, double* d) {
+  return launch(f64_mma_kernel, {1, 32}, a, b, d);
+}
 
 int call_cluster(const float* in, float* out, int64_t blocks, int64_t cluster, int64_t threads) {
   LaunchShape shape{static_cast<unsigned>(blocks), static_cast<unsigned>(threads)};

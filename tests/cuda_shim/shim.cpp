@@ -30,6 +30,9 @@
 #include <utility>
 #include <vector>
 
+#include "fiber_context.h"
+#include "guarded_memory.h"
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -37,127 +40,11 @@ namespace consequentialism::cuda {
 namespace shim {
 namespace {
 
-constexpr size_t kGuardBytes = 256 << 10;  // before and after each buffer, so that a whole stray row faults
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kMaxSharedBytes = 232448;
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kMaxGridYz = 65535;
 constexpr unsigned kResidentBlocks = 132;  // the processors of an H100, one block each
-constexpr int kFreshByte = 0xFF;
-
-size_t page_bytes() {
-  static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return bytes;
-}
-
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// ---- Memory
-
-struct Region {
-  std::string name;
-  unsigned char *map = nullptr, *open = nullptr, *base = nullptr;  // reserved, accessible, and what was asked for
-  size_t map_bytes = 0, open_bytes = 0, bytes = 0;
-
-  void reserve(size_t largest) {
-    map_bytes = round_up(largest, page_bytes()) + 2 * kGuardBytes;
-    void* address = mmap(nullptr, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (address == MAP_FAILED) {
-      perror("cuda shim: mmap");
-      abort();
-    }
-    map = open = static_cast<unsigned char*>(address);
-  }
-
-  void place(size_t size, size_t alignment, bool at_start) {
-    const size_t wanted = round_up(round_up(size, alignment), page_bytes());
-    unsigned char* const first = at_start ? map + kGuardBytes : map + map_bytes - kGuardBytes - wanted;
-    if (first != open || wanted != open_bytes) {
-      protect(PROT_NONE);
-      open = first;
-      open_bytes = wanted;
-      protect(PROT_READ | PROT_WRITE);
-    }
-    bytes = size;
-    base = at_start ? open : open + (wanted - size) / alignment * alignment;
-    memset(open, kFreshByte, open_bytes);
-  }
-
-  void protect(int access) const {
-    if (open_bytes != 0) mprotect(open, open_bytes, access);
-  }
-
-  // The offset from base of a byte around it that was written to, or 0: never at `base` unless nothing was asked for.
-  bool spoilt(ptrdiff_t* offset) const {
-    const auto spoilt = [](const unsigned char* begin, const unsigned char* end) {
-      return std::find_if(begin, end, [](unsigned char byte) { return byte != kFreshByte; });
-    };
-    const unsigned char* found = spoilt(open, base);
-    if (found == base) found = spoilt(base + bytes, open + open_bytes);
-    *offset = found - base;
-    return found != open + open_bytes;
-  }
-};
-
-// ---- Fibers
-
-#if defined(__x86_64__) && !defined(CONSEQUENTIALISM_SHIM_UCONTEXT)
-
-extern "C" void consequentialism_shim_switch(void** save, void* load);
-asm(R"(
-.text
-.hidden consequentialism_shim_switch
-.type consequentialism_shim_switch, @function
-consequentialism_shim_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size consequentialism_shim_switch, .-consequentialism_shim_switch
-)");
-
-struct Context {
-  void* stack_pointer = nullptr;
-
-  void prepare(unsigned char* stack, size_t bytes, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + bytes);
-    *--top = nullptr;  // the return address of entry, which never returns
-    *--top = reinterpret_cast<void*>(entry);
-    for (int registers = 0; registers < 6; ++registers) *--top = nullptr;
-    stack_pointer = top;
-  }
-  static void exchange(Context& save, Context& load) {
-    consequentialism_shim_switch(&save.stack_pointer, load.stack_pointer);
-  }
-};
-
-#else
-
-struct Context {
-  ucontext_t context;
-
-  void prepare(unsigned char* stack, size_t bytes, void (*entry)()) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = bytes;
-    context.uc_link = nullptr;
-    makecontext(&context, entry, 0);
-  }
-  static void exchange(Context& save, Context& load) { swapcontext(&save.context, &load.context); }
-};
-
-#endif
 
 struct Copy {
   void* shared;
@@ -270,7 +157,9 @@ std::string describe(const Where& where) {
   return describe("%s:%u", slash ? slash + 1 : where.file_name(), static_cast<unsigned>(where.line()));
 }
 
-std::string describe(const uint3& index) { return describe("(%u, %u, %u)", index.x, index.y, index.z); }
+std::string describe(const uint3& index) {
+  return describe("(%u, %u, %u)", index.x, index.y, index.z);
+}
 
 std::string describe(const Fiber& fiber) {
   return "block " + describe(fiber.block->index) + " thread " + describe(fiber.thread);
@@ -280,7 +169,8 @@ std::string describe(const Fiber& fiber) {
 std::string describe_code(const void* address) {
   Dl_info info;
   if (dladdr(address, &info) == 0) return describe("%p", address);
-  return describe("+0x%zx", static_cast<size_t>(static_cast<const char*>(address) - static_cast<char*>(info.dli_fbase)));
+  return describe(
+      "+0x%zx", static_cast<size_t>(static_cast<const char*>(address) - static_cast<char*>(info.dli_fbase)));
 }
 
 [[noreturn]] void fail_with(cudaError_t error, const std::string& what) {
@@ -313,7 +203,7 @@ void activate(Fiber& fiber) {
   }
 }
 
-// Runs whoever comes next; null if nobody can.
+// Whoever comes next; null if nobody can go on.
 Fiber* next() {
   if (state.ready.empty()) {
     std::erase_if(state.polling, [](Fiber* fiber) {
@@ -329,19 +219,14 @@ Fiber* next() {
   return fiber;
 }
 
+// Goes on with whoever comes next, which may be the running thread itself.
 void suspend() {
   Fiber& self = *state.current;
   Fiber* const fiber = next();
-  if (fiber == &self) {
-    self.waits_in = nullptr;
-    return;
-  }
-  ++state.switches;
-  if (fiber == nullptr) {
-    Context::exchange(self.context, state.scheduler);
-  } else {
-    activate(*fiber);
-    Context::exchange(self.context, fiber->context);
+  if (fiber != &self) {
+    ++state.switches;
+    if (fiber != nullptr) activate(*fiber);
+    Context::exchange(self.context, fiber == nullptr ? state.scheduler : fiber->context);
   }
   self.waits_in = nullptr;
 }
@@ -355,7 +240,7 @@ void release(std::vector<Fiber*>& waiting) {
   waiting.clear();
 }
 
-// Self waits until `live` threads do; the last one goes straight on.
+// The running thread waits until `live` threads do.
 void arrive(std::vector<Fiber*>& waiting, unsigned live, const char* name, const Where& where) {
   Fiber& self = *state.current;
   if (!waiting.empty()) {
@@ -404,14 +289,7 @@ void exit_thread() {
   }
   if (block.live != 0 && block.waiting.size() == block.live) release(block.waiting);
   if (block.cluster->live != 0 && block.cluster->waiting.size() == block.cluster->live) release(block.cluster->waiting);
-  Fiber* const fiber = next();
-  ++state.switches;
-  if (fiber == nullptr) {
-    Context::exchange(self.context, state.scheduler);
-  } else {
-    activate(*fiber);
-    Context::exchange(self.context, fiber->context);
-  }
+  suspend();
   abort();
 }
 
@@ -419,8 +297,6 @@ void run_thread() {
   state.invoke(state.context);
   exit_thread();
 }
-
-// ---- Faults
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGVTALRM};
 struct sigaction previous_actions[std::size(kSignals)];
@@ -465,7 +341,7 @@ class SignalGuard {
     stack.ss_sp = signal_stack;
     stack.ss_size = sizeof signal_stack;
     sigaltstack(&stack, &previous_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &previous_actions[i]);
@@ -557,8 +433,6 @@ void explain_deadlock() {
     state.message += "; " + describe(*fiber) + " in " + fiber->waits_in + " at " + describe(fiber->where);
   }
 }
-
-// ---- A launch
 
 // The blocks of clusters[first, first + count) of the grid, together.
 void set_up(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const uint64_t* chosen, size_t count) {
@@ -708,11 +582,11 @@ cudaError_t run(
 
   std::vector<uint64_t> order(blocks / cluster);
   std::iota(order.begin(), order.end(), uint64_t{0});
-  if (state.seed == 1) std::reverse(order.begin(), order.end());
-  for (size_t i = order.size(); state.seed > 1 && i > 1; --i) {
+  const size_t together = cooperative ? order.size() : 1;
+  if (!cooperative && state.seed == 1) std::reverse(order.begin(), order.end());
+  for (size_t i = order.size(); !cooperative && state.seed > 1 && i > 1; --i) {
     std::swap(order[i - 1], order[mix(state.seed ^ mix(i)) % i]);
   }
-  const size_t together = cooperative ? order.size() : 1;
   bool right = true;
   {
     const SignalGuard signals;
@@ -727,11 +601,17 @@ cudaError_t run(
   return state.error;
 }
 
-unsigned resident_blocks() { return kResidentBlocks; }
+unsigned resident_blocks() {
+  return kResidentBlocks;
+}
 
-unsigned char* shared_memory() { return state.current->block->shared->base; }
+unsigned char* shared_memory() {
+  return state.current->block->shared->base;
+}
 
-unsigned lane() { return state.current->lane; }
+unsigned lane() {
+  return state.current->lane;
+}
 
 void block_barrier(const Where& where) {
   Block& block = *state.current->block;
@@ -760,8 +640,11 @@ void warp_collective(
         cudaErrorLaunchFailure, "%s at %s: the mask 0x%08x %s", name, describe(where).c_str(), mask,
         (mask & bit) == 0 ? "lacks the caller" : "names threads that have exited or never were");
   }
-  if (const uint32_t others = warp.waiting & mask; others != 0) {
-    const Fiber& other = warp.first[__builtin_ctz(others)];
+  uint32_t arrived = bit;
+  for (uint32_t others = warp.waiting & mask; others != 0; others &= others - 1) {
+    const int lane = __builtin_ctz(others);
+    const Fiber& other = warp.first[lane];
+    if ((other.mask & bit) == 0) continue;  // it is busy with others
     const bool same = other.mask == mask && (other.waits_in == name || strcmp(other.waits_in, name) == 0) &&
                       (!aligned || other.where.line() == where.line());
     if (!same) {
@@ -769,13 +652,14 @@ void warp_collective(
           cudaErrorLaunchFailure, "%s(0x%08x) at %s meets %s(0x%08x) at %s of %s", name, mask, describe(where).c_str(),
           other.waits_in, other.mask, describe(other.where).c_str(), describe(other).c_str());
     }
+    arrived |= 1u << lane;
   }
   self.waits_in = name;
   self.where = where;
   self.mask = mask;
   self.payload = payload;
   warp.waiting |= bit;
-  if ((warp.waiting & mask) == mask) {
+  if (arrived == mask) {
     void* payloads[32] = {};
     for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
@@ -832,15 +716,18 @@ void check_shared(const char* name, const void* address, size_t bytes, size_t al
 void copy_async(void* shared, const void* global, int valid_bytes) {
   check_shared("copy_async_16", shared, 16, 16);
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail(cudaErrorMisalignedAddress, "copy_async_16: %s is misaligned",
-         describe_address(static_cast<const unsigned char*>(global)).c_str());
+    fail(
+        cudaErrorMisalignedAddress, "copy_async_16: %s is misaligned",
+        describe_address(static_cast<const unsigned char*>(global)).c_str());
   }
   if (valid_bytes < 0 || valid_bytes > 16) fail(cudaErrorInvalidValue, "copy_async_16 of %d bytes", valid_bytes);
   memset(shared, kFreshByte, 16);  // the chip may write from now on: a reader that is not done yet shows
   state.current->copies.push_back({shared, global, valid_bytes});
 }
 
-void copy_async_commit() { state.current->copies_groups.push_back(state.current->copies.size()); }
+void copy_async_commit() {
+  state.current->copies_groups.push_back(state.current->copies.size());
+}
 
 void copy_async_wait(unsigned pending) {
   Fiber& self = *state.current;
@@ -868,18 +755,22 @@ void* cluster_map(void* own_shared, unsigned rank) {
 
 }  // namespace shim
 
-unsigned cluster_block_rank() { return shim::state.current->block->rank; }
+unsigned cluster_block_rank() {
+  return shim::state.current->block->rank;
+}
 
-unsigned cluster_size() { return shim::state.current->block->cluster->size; }
+unsigned cluster_size() {
+  return shim::state.current->block->cluster->size;
+}
 
 void cluster_sync(shim::Where where) {
   shim::Cluster& cluster = *shim::state.current->block->cluster;
   shim::arrive(cluster.waiting, cluster.live, "cluster_sync", where);
 }
 
-// ---- Half types
-
-float to_float(bfloat16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+float to_float(bfloat16 value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
 
 bfloat16 to_bfloat16(float value) {
   const uint32_t bits = __float_as_uint(value);
@@ -933,8 +824,6 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unrecognized error code";
 }
 
-// ---- For Python
-
 namespace shim = consequentialism::cuda::shim;
 
 extern "C" {
@@ -949,32 +838,53 @@ void* shim_allocate(const char* name, size_t bytes, size_t alignment, int at_sta
 
 void shim_free(void* pointer) {
   auto& buffers = shim::state.buffers;
-  const auto found = std::find_if(
-      buffers.begin(), buffers.end(), [&](const shim::Region& region) { return region.base == pointer; });
+  const auto found =
+      std::find_if(buffers.begin(), buffers.end(), [&](const shim::Region& region) { return region.base == pointer; });
   if (found == buffers.end()) return;
   munmap(found->map, found->map_bytes);
   buffers.erase(found);
 }
 
-void shim_write(void* pointer, const void* source, size_t bytes) { memcpy(pointer, source, bytes); }
+void shim_write(void* pointer, const void* source, size_t bytes) {
+  memcpy(pointer, source, bytes);
+}
 
-void shim_read(void* target, const void* pointer, size_t bytes) { memcpy(target, pointer, bytes); }
+void shim_read(void* target, const void* pointer, size_t bytes) {
+  memcpy(target, pointer, bytes);
+}
 
 // 0 if nothing around any buffer was written to; every launch asks too.
-int shim_check() { return shim::buffers_whole() ? 0 : shim::state.error; }
+int shim_check() {
+  return shim::buffers_whole() ? 0 : shim::state.error;
+}
 
-void shim_set_seed(uint64_t seed) { shim::state.seed = seed; }
+void shim_set_seed(uint64_t seed) {
+  shim::state.seed = seed;
+  shim::state.message.clear();
+}
 
-void shim_set_seconds(double seconds) { shim::state.seconds_allowed = seconds; }
+void shim_set_seconds(double seconds) {
+  shim::state.seconds_allowed = seconds;
+}
 
-const char* shim_message() { return shim::state.message.c_str(); }
+const char* shim_message() {
+  return shim::state.message.c_str();
+}
 
-uint64_t shim_launches() { return shim::state.launches; }
+uint64_t shim_launches() {
+  return shim::state.launches;
+}
 
-uint64_t shim_shared_bytes() { return shim::state.shared_bytes; }
+uint64_t shim_shared_bytes() {
+  return shim::state.shared_bytes;
+}
 
-uint64_t shim_switches() { return shim::state.switches; }
+uint64_t shim_switches() {
+  return shim::state.switches;
+}
 
-void shim_reset_counts() { shim::state.launches = shim::state.shared_bytes = shim::state.switches = 0; }
+void shim_reset_counts() {
+  shim::state.launches = shim::state.shared_bytes = shim::state.switches = 0;
+}
 
 }  // extern "C"

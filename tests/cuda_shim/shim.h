@@ -48,13 +48,27 @@ struct alignas(16) float4 {
 struct alignas(16) double2 {
   double x, y;
 };
-constexpr int2 make_int2(int x, int y) { return {x, y}; }
-constexpr int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-constexpr uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-constexpr uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-constexpr float2 make_float2(float x, float y) { return {x, y}; }
-constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-constexpr double2 make_double2(double x, double y) { return {x, y}; }
+constexpr int2 make_int2(int x, int y) {
+  return {x, y};
+}
+constexpr int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+constexpr uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+constexpr uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+constexpr float2 make_float2(float x, float y) {
+  return {x, y};
+}
+constexpr float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+constexpr double2 make_double2(double x, double y) {
+  return {x, y};
+}
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -81,8 +95,12 @@ struct float16 {
   uint16_t bits;
 };
 
-inline uint16_t to_bits(bfloat16 value) { return value.bits; }
-inline uint16_t to_bits(float16 value) { return value.bits; }
+inline uint16_t to_bits(bfloat16 value) {
+  return value.bits;
+}
+inline uint16_t to_bits(float16 value) {
+  return value.bits;
+}
 float to_float(bfloat16 value);
 float to_float(float16 value);
 bfloat16 to_bfloat16(float value);
@@ -109,8 +127,7 @@ void wait_for_change(
 // Waits for the lanes of mask, then calls combine once with every lane's payload, null where a lane takes no part.
 // Lanes meet if name and mask agree; an `aligned` instruction must also stand in the same place for all.
 using Combine = void (*)(void* const* payloads);
-void warp_collective(
-    const char* name, uint32_t mask, bool aligned, void* payload, Combine combine, const Where& where);
+void warp_collective(const char* name, uint32_t mask, bool aligned, void* payload, Combine combine, const Where& where);
 
 unsigned lane();
 void check_shared(const char* name, const void* address, size_t bytes, size_t alignment);
@@ -156,7 +173,9 @@ T* cluster_map(T* own_shared, unsigned rank) {
 #define CONSEQUENTIALISM_WHERE \
   ::consequentialism::cuda::shim::Where where = ::consequentialism::cuda::shim::Where::current()
 
-inline void __syncthreads(CONSEQUENTIALISM_WHERE) { consequentialism::cuda::shim::block_barrier(where); }
+inline void __syncthreads(CONSEQUENTIALISM_WHERE) {
+  consequentialism::cuda::shim::block_barrier(where);
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, CONSEQUENTIALISM_WHERE) {
   consequentialism::cuda::shim::warp_collective("__syncwarp", mask, false, nullptr, [](void* const*) {}, where);
 }
@@ -170,7 +189,8 @@ T __shfl_sync(unsigned mask, T value, int source, CONSEQUENTIALISM_WHERE) {
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, CONSEQUENTIALISM_WHERE) {
   const unsigned lane = consequentialism::cuda::shim::lane();
-  return consequentialism::cuda::shim::shuffle("__shfl_up_sync", mask, value, delta > lane ? lane : lane - delta, where);
+  return consequentialism::cuda::shim::shuffle(
+      "__shfl_up_sync", mask, value, delta > lane ? lane : lane - delta, where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, CONSEQUENTIALISM_WHERE) {
@@ -236,14 +256,36 @@ constexpr T max(T a, T b) {
     return a < b ? b : a;
   }
 }
-inline float rsqrtf(float x) { return static_cast<float>(1 / sqrt(static_cast<double>(x))); }
-inline double rsqrt(double x) { return 1 / sqrt(x); }
-inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
-inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
-inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
-inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
-inline long long __double_as_longlong(double x) { return __builtin_bit_cast(long long, x); }
-inline double __longlong_as_double(long long x) { return __builtin_bit_cast(double, x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float rsqrtf(float x) {
+  return static_cast<float>(1 / sqrt(static_cast<double>(x)));
+}
+inline double rsqrt(double x) {
+  return 1 / sqrt(x);
+}
+inline unsigned __float_as_uint(float x) {
+  return __builtin_bit_cast(unsigned, x);
+}
+inline float __uint_as_float(unsigned x) {
+  return __builtin_bit_cast(float, x);
+}
+inline int __float_as_int(float x) {
+  return __builtin_bit_cast(int, x);
+}
+inline float __int_as_float(int x) {
+  return __builtin_bit_cast(float, x);
+}
+inline long long __double_as_longlong(double x) {
+  return __builtin_bit_cast(long long, x);
+}
+inline double __longlong_as_double(long long x) {
+  return __builtin_bit_cast(double, x);
+}
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
+}
+inline int __clz(int x) {
+  return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x));
+}

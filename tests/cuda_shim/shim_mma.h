@@ -36,7 +36,10 @@ void multiply(void* const* payloads) {
     for (int i = 0; i < kM * kN / 32; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
       double sum = call.d[i];
-      for (int k = 0; k < kK; ++k) sum = fma(a[row][k], b[k][column], sum);
+      for (int k = 0; k < kK; ++k) {
+        // Of narrower types than D the product is exact.
+        sum = Layout::kExact ? sum + a[row][k] * b[k][column] : fma(a[row][k], b[k][column], sum);
+      }
       call.d[i] = static_cast<std::remove_reference_t<decltype(call.d[i])>>(sum);
     }
   }
@@ -48,17 +51,17 @@ struct Place {
 
 template <class T>
 struct HalfLayout {
+  static constexpr bool kExact = true;
   static constexpr int kA = 8, kB = 4;  // elements, two to a register
   static double value(const uint32_t* registers, int i) {
     return to_float(T{static_cast<uint16_t>(registers[i / 2] >> (16 * (i % 2)))});
   }
-  static Place place_a(int lane, int i) {
-    return {lane / 4 + 8 * (i / 2 % 2), 2 * (lane % 4) + 8 * (i / 4) + i % 2};
-  }
+  static Place place_a(int lane, int i) { return {lane / 4 + 8 * (i / 2 % 2), 2 * (lane % 4) + 8 * (i / 4) + i % 2}; }
   static Place place_b(int lane, int i) { return {2 * (lane % 4) + 8 * (i / 2) + i % 2, lane / 4}; }
 };
 
 struct Tf32Layout {
+  static constexpr bool kExact = true;
   static constexpr int kA = 4, kB = 2;
   static double value(const uint32_t* registers, int i) { return __uint_as_float(registers[i] & 0xFFFFE000u); }
   static Place place_a(int lane, int i) { return {lane / 4 + 8 * (i % 2), lane % 4 + 4 * (i / 2)}; }
@@ -66,6 +69,7 @@ struct Tf32Layout {
 };
 
 struct DoubleLayout {
+  static constexpr bool kExact = false;
   static constexpr int kA = 1, kB = 1;
   static double value(const double* registers, int i) { return registers[i]; }
   static Place place_a(int lane, int) { return {lane / 4, lane % 4}; }
@@ -85,9 +89,9 @@ void distribute(void* const* payloads) {
         return static_cast<const LdmatrixCall*>(payloads[8 * i + row])->row[column];
       };
       const int row = lane / 4, pair = 2 * (lane % 4);
-      static_cast<LdmatrixCall*>(payloads[lane])->r[i] =
-          kTransposed ? element(pair, row) | element(pair + 1, row) << 16
-                      : element(row, pair) | element(row, pair + 1) << 16;
+      static_cast<LdmatrixCall*>(payloads[lane])->r[i] = kTransposed
+                                                             ? element(pair, row) | element(pair + 1, row) << 16
+                                                             : element(row, pair) | element(row, pair + 1) << 16;
     }
   }
 }
@@ -146,7 +150,9 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, shim::Where whe
 inline void copy_async_16(void* shared, const void* global, int valid_bytes) {
   shim::copy_async(shared, global, valid_bytes);
 }
-inline void copy_async_commit() { shim::copy_async_commit(); }
+inline void copy_async_commit() {
+  shim::copy_async_commit();
+}
 template <int kPending>
 void copy_async_wait() {
   static_assert(kPending >= 0);
