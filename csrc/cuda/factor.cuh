@@ -1,0 +1,270 @@
+// The inverse of a symmetric positive definite matrix by a team of warps: A = U^T U, V = U^-1, A^-1 = V V^T.
+//
+// The upper triangle lies in tiles of 32 x 32, in shared memory for a team of one block, in global memory for a
+// cluster. Indices are 32 bits: n is at most 1024 (kMaxFactorOrder). V takes U's place and solves U V = I, not V U = I:
+// the residual of the latter is what a product P x with few directions in x shows. The order of the sums depends on n
+// and the team only, so results are the same from run to run.
+#pragma once
+
+#include "factor.h"
+#include "platform.cuh"
+#include "tile.cuh"
+
+namespace consequentialism::cuda {
+
+constexpr int kFactorRetries = 3;
+
+template <class T>
+struct FactorState {
+  T trace;
+  int broken;
+};
+
+__host__ __device__ constexpr int tiles_along(int n) {
+  return (n + kTile - 1) / kTile;
+}
+
+// Tile (i, j), i <= j, of the packed upper triangle.
+__host__ __device__ constexpr int tile_index(int i, int j) {
+  return j * (j + 1) / 2 + i;
+}
+
+// The warps that work on one matrix.
+template <FactorTeam kTeam>
+struct Team {
+  int warp;    // of this thread, over all blocks
+  int warps;   // of all blocks
+  int thread;  // over all blocks
+  int threads;
+
+  __device__ __forceinline__ Team() {
+    const int block = kTeam == FactorTeam::kCluster ? static_cast<int>(cluster_block_rank()) : 0;
+    const int blocks = kTeam == FactorTeam::kCluster ? static_cast<int>(cluster_size()) : 1;
+    const int threads_each = static_cast<int>(blockDim.x);
+    thread = block * threads_each + static_cast<int>(threadIdx.x);
+    threads = blocks * threads_each;
+    warp = thread / static_cast<int>(kWarpSize);
+    warps = threads / static_cast<int>(kWarpSize);
+  }
+
+  __device__ __forceinline__ void sync() const {
+    if constexpr (kTeam == FactorTeam::kCluster) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+};
+
+// The elements of a tile that a lane has of a product with A^T (kRows) or A (kColumns) on the left.
+template <Inner kInnerA, class T>
+__device__ __forceinline__ T& fragment_element(T* tile, int lane, int q, int p) {
+  return tile[fragment_row<kInnerA>(lane, q) * TileTraits<T>::kStride + fragment_column<Inner::kRows>(lane, p)];
+}
+
+// tile -= A^T B (kRows) or A B (kColumns). One product after the other is taken from the tile, never their sum: where
+// rows lean on one direction the first takes nearly all of it away, and what is left is small and rounds well.
+template <Inner kInnerA, class T>
+__device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b, int lane) {
+  T sums[4][8];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int p = 0; p < 8; ++p) sums[q][p] = fragment_element<kInnerA>(tile, lane, q, p);
+  }
+  tile_product<kInnerA, Inner::kRows, Sum::kSubtractUp>(sums, a, b, lane);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int p = 0; p < 8; ++p) fragment_element<kInnerA>(tile, lane, q, p) = sums[q][p];
+  }
+}
+
+// The tiles <- gram + ridge I, an identity beyond n.
+template <FactorTeam kTeam, class T>
+__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T ridge, T* tiles) {
+  using Traits = TileTraits<T>;
+  const int lane = team.thread % static_cast<int>(kWarpSize);
+  const int along = tiles_along(n);
+  int index = 0;
+  for (int j = 0; j < along; ++j) {
+    for (int i = 0; i <= j; ++i, ++index) {
+      if (index % team.warps != team.warp) continue;
+      T* tile = tiles + index * Traits::kElements;
+      const int column = j * kTile + lane;
+      for (int r = 0; r < kTile; ++r) {
+        const int row = i * kTile + r;
+        T value = row == column ? T(1) : T(0);
+        if (row < n && column < n) value = gram[row * n + column] + (row == column ? ridge : T(0));
+        tile[r * Traits::kStride + lane] = value;
+      }
+    }
+  }
+}
+
+// The tiles <- U. Returns early, with state->broken set, where a pivot breaks down.
+template <FactorTeam kTeam, class T>
+__device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, FactorState<T>* state) {
+  using Traits = TileTraits<T>;
+  const int lane = team.thread % static_cast<int>(kWarpSize);
+  const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
+  if (team.warp == 0 && !factor_tile(at(0, 0), lane) && lane == 0) state->broken = 1;
+  team.sync();
+  for (int k = 0; k < along - 1; ++k) {
+    if (state->broken) return;
+    for (int j = k + 1 + team.warp; j < along; j += team.warps) substitute_forward(at(k, k), at(k, j), lane);
+    team.sync();
+    // The first warp updates the next tile of the diagonal and factors it, while the others update the rest.
+    if (team.warp == 0) {
+      subtract_product<Inner::kRows>(at(k + 1, k + 1), at(k, k + 1), at(k, k + 1), lane);
+      __syncwarp();
+      if (!factor_tile(at(k + 1, k + 1), lane) && lane == 0) state->broken = 1;
+    }
+    const int others = team.warps > 1 ? team.warps - 1 : 1;
+    const int own = team.warps > 1 ? team.warp - 1 : 0;
+    int index = 0;
+    for (int j = k + 2; j < along; ++j) {
+      for (int i = k + 1; i <= j; ++i, ++index) {
+        if (index % others == own) subtract_product<Inner::kRows>(at(i, j), at(k, i), at(k, j), lane);
+      }
+    }
+    team.sync();
+  }
+}
+
+// The tiles <- V = U^-1. From the last row of tiles up: with row k of V known, every row above takes its share of it.
+// spare is one tile more.
+template <FactorTeam kTeam, class T>
+__device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* spare) {
+  using Traits = TileTraits<T>;
+  const int lane = team.thread % static_cast<int>(kWarpSize);
+  const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
+  for (int k = along - 1; k >= 0; --k) {
+    // V[k, j] = U_kk^-1 S[k, j], where S[k, k] is an identity. V[k, k] stays aside until U_kk has been read.
+    for (int j = along - 1 - team.warp; j >= k; j -= team.warps) {
+      T* tile = j == k ? spare : at(k, j);
+      T column[kTile];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) column[i] = j == k ? T(i == lane) : tile[i * Traits::kStride + lane];
+      substitute_backward(at(k, k), column);
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) tile[i * Traits::kStride + lane] = column[i];
+    }
+    team.sync();
+    if (team.warp == 0) {
+      T* tile = at(k, k);
+      for (int i = 0; i < kTile; ++i) tile[i * Traits::kStride + lane] = spare[i * Traits::kStride + lane];
+    }
+    // S[i, j] -= U[i, k] V[k, j]. S[i, k] takes the place of U[i, k] and waits until that has been read: it is the last
+    // that a warp computes, for one row each.
+    for (int first = 0; first < k; first += team.warps) {
+      const int rows = min(team.warps, k - first);
+      const int tasks = rows * (along - k);
+      const int rounds = (tasks - 1 - team.warp + team.warps) / team.warps;
+      for (int round = rounds - 1; round >= (team.warp < rows ? 1 : 0); --round) {
+        const int task = round * team.warps + team.warp;
+        const int i = first + task % rows;
+        const int j = k + task / rows;
+        subtract_product<Inner::kColumns>(at(i, j), at(i, k), at(k, j), lane);
+      }
+      T sums[4][8] = {};
+      if (team.warp < rows)
+        tile_product<Inner::kColumns, Inner::kRows, Sum::kSubtractUp>(sums, at(first + team.warp, k), spare, lane);
+      team.sync();
+      if (team.warp < rows) {
+        T* tile = at(first + team.warp, k);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+#pragma unroll
+          for (int p = 0; p < 8; ++p) fragment_element<Inner::kColumns>(tile, lane, q, p) = sums[q][p];
+        }
+      }
+    }
+    team.sync();
+  }
+}
+
+// inverse <- multiplier * V V^T, both triangles. Summed from the last column of V to the first: the other way round the
+// sums lose up to four times the digits on duplicate rows.
+template <FactorTeam kTeam, class T>
+__device__ void multiply_tiles(const Team<kTeam>& team, int n, const T* tiles, T multiplier, T* inverse) {
+  using Traits = TileTraits<T>;
+  const int lane = team.thread % static_cast<int>(kWarpSize);
+  const int along = tiles_along(n);
+  const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
+  int index = 0;
+  for (int j = 0; j < along; ++j) {
+    for (int i = 0; i <= j; ++i, ++index) {
+      if (index % team.warps != team.warp) continue;
+      T sums[4][8] = {};
+      for (int k = along - 1; k >= j; --k) {
+        tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, at(i, k), at(j, k), lane);
+      }
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+#pragma unroll
+        for (int p = 0; p < 8; ++p) {
+          const int row = i * kTile + fragment_row<Inner::kColumns>(lane, q);
+          const int column = j * kTile + fragment_column<Inner::kColumns>(lane, p);
+          if (row > column || column >= n) continue;  // of a tile on the diagonal, one triangle and its mirror
+          const T value = multiplier * sums[q][p];
+          inverse[row * n + column] = value;
+          inverse[column * n + row] = value;
+        }
+      }
+    }
+  }
+}
+
+// The whole, for one matrix and all threads of its team. state and tiles, one more than the triangle has, are the
+// team's.
+template <FactorTeam kTeam, class T>
+__device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, FactorState<T>* state, unsigned* breakdowns) {
+  const Team<kTeam> team;
+  const int lane = team.thread % static_cast<int>(kWarpSize);
+  if (team.warp == 0) {
+    T trace = 0;
+    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) trace += item.gram[i * n + i];
+    for (int step = kWarpSize / 2; step > 0; step /= 2) trace += __shfl_xor_sync(kFullWarp, trace, step);
+    if (lane == 0) {
+      state->trace = trace;
+      state->broken = 0;
+    }
+  }
+  team.sync();
+  const T trace = state->trace;
+  const int entries = n * n;
+  if (trace == 0 || !isfinite(trace)) {
+    const T value = trace - trace;  // zero, or NaN
+    for (int i = team.thread; i < entries; i += team.threads) item.inverse[i] = value;
+    return;
+  }
+  const T ridge = static_cast<T>(item.relative ? item.damping * trace / item.rank : item.damping);
+  const T multiplier = static_cast<T>(item.scaled_by_c ? item.factor * ridge : item.factor);
+  T growth = 1;
+  for (int attempt = 0; attempt <= kFactorRetries; ++attempt, growth *= 10) {
+    if (attempt == 0 && item.only_if != nullptr) continue;  // the first attempt has been made elsewhere
+    load_tiles(team, item.gram, n, ridge * growth, tiles);
+    team.sync();
+    factor_tiles(team, tiles_along(n), tiles, state);
+    team.sync();
+    if (!state->broken) {
+      const int along = tiles_along(n);
+      T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
+      invert_tiles(team, along, tiles, spare);
+      multiply_tiles(team, n, tiles, multiplier, item.inverse);
+      return;
+    }
+    team.sync();
+    if (team.thread == 0) {
+      state->broken = 0;
+      if (attempt == 0) atomicAdd(breakdowns, 1u);
+    }
+    team.sync();
+  }
+  for (int i = team.thread; i < entries; i += team.threads) {
+    item.inverse[i] = i / n == i % n ? multiplier / (item.gram[i] + ridge) : T(0);
+  }
+}
+
+}  // namespace consequentialism::cuda

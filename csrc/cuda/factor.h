@@ -1,0 +1,49 @@
+// Host side of the factor kernel: what it is asked for, and how a launch is chosen. Plain C++.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device_limits.h"
+
+namespace consequentialism::cuda {
+
+// One matrix: inverse <- multiplier * (gram + c I)^-1, both [n, n] and contiguous; gram's upper triangle is read.
+//
+// c = damping * trace / rank where relative, else damping; the multiplier is `factor`, or `factor` * c where
+// scaled_by_c. Zero where the trace is zero, NaN where it is not finite. Where a pivot is not positive and finite the
+// ridge grows tenfold, at most three times; then the diagonal of gram + c I stands in.
+template <class T>
+struct FactorItem {
+  const T* gram;
+  T* inverse;
+  const int* only_if;  // null, or on the device: do nothing where it is 0, else begin with the first retry
+  double damping;
+  double rank;
+  double factor;
+  bool relative;
+  bool scaled_by_c;
+};
+
+constexpr int kMaxFactorItems = 32;
+constexpr int kMaxFactorOrder = 1024;  // above, cuSOLVER is faster
+
+template <class T>
+struct FactorBatch {
+  FactorItem<T> items[kMaxFactorItems];
+};
+
+enum class FactorTeam { kNone, kBlock, kCluster };
+
+// How a matrix of order n is factored: by one block in shared memory, by a cluster in global memory (L2), or not here.
+struct FactorPlan {
+  FactorTeam team;
+  int threads;             // of a block
+  int blocks;              // of a matrix
+  size_t shared_bytes;     // of a block
+  size_t workspace_bytes;  // of a matrix, in global memory
+};
+
+FactorPlan plan_factor(int64_t n, size_t element_bytes, const Limits& limits);
+
+}  // namespace consequentialism::cuda

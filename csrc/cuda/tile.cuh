@@ -1,0 +1,202 @@
+// Tiles of 32 x 32 on which one warp works: products, and factors and substitutions in registers.
+#pragma once
+
+#include "platform.cuh"
+
+namespace consequentialism::cuda {
+
+constexpr int kTile = 32;
+
+// A tile's rows are padded so that vectors of 16 bytes read along rows, by lanes in different rows, meet no bank twice.
+// The first column of the padding holds the reciprocals of the diagonal of a factored tile.
+template <class T>
+struct TileTraits {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  static constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kStride = kTile + kPack;
+  static constexpr int kElements = kTile * kStride;
+  static_assert(kStride * sizeof(T) % 16 == 0);
+};
+
+template <class T>
+__device__ __forceinline__ void load_pack(const T* from, T (&values)[TileTraits<T>::kPack]) {
+  if constexpr (sizeof(T) == 4) {
+    const float4 pack = *reinterpret_cast<const float4*>(from);
+    values[0] = pack.x, values[1] = pack.y, values[2] = pack.z, values[3] = pack.w;
+  } else {
+    const double2 pack = *reinterpret_cast<const double2*>(from);
+    values[0] = pack.x, values[1] = pack.y;
+  }
+}
+
+template <int kValue>
+struct Index {
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
+// step(0), step(1), ..., step(kCount - 1), unrolled whatever the compiler thinks of it: arrays stay in registers.
+template <int kCount, class Step, int... kIndices>
+__device__ __forceinline__ void unroll(const Step& step, std::integer_sequence<int, kIndices...>) {
+  (step(Index<kIndices>{}), ...);
+}
+
+template <int kCount, class Step>
+__device__ __forceinline__ void unroll(const Step& step) {
+  unroll<kCount>(step, std::make_integer_sequence<int, kCount>{});
+}
+
+// Along which way of a tile the inner index of a product runs.
+enum class Inner { kRows, kColumns };
+
+// What becomes of the products: sums -= the first, the second, ...; or sums += the last, the last but one, ...
+enum class Sum { kSubtractUp, kAddDown };
+
+// A lane's 4 x 8 elements of a product's tile; which ones depends on how the operands are read.
+template <Inner kInnerA>
+__device__ __forceinline__ int fragment_row(int lane, int q) {
+  return kInnerA == Inner::kRows ? lane / 4 * 4 + q : lane / 4 + 8 * q;
+}
+
+template <Inner kInnerB>
+__device__ __forceinline__ int fragment_column(int lane, int p) {
+  return kInnerB == Inner::kRows ? lane % 4 * 8 + p : lane % 4 + 4 * p;
+}
+
+// sums -= A B or += A B, where A[r, k] = a[r, k] (inner index along columns) or a[k, r] (along rows), B[k,
+// c] = b[k, c] (along rows) or b[c, k] (along columns).
+template <Inner kInnerA, Inner kInnerB, Sum kSum, class T>
+__device__ __forceinline__ void tile_product(T (&sums)[4][8], const T* a, const T* b, int lane) {
+  using Traits = TileTraits<T>;
+  constexpr int kPack = Traits::kPack;
+  constexpr int kStride = Traits::kStride;
+#pragma unroll 1
+  for (int step = 0; step < kTile; step += kPack) {
+    const int k = kSum == Sum::kAddDown ? kTile - kPack - step : step;
+    T left[4][kPack], right[8][kPack];
+    if constexpr (kInnerA == Inner::kColumns) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q) load_pack(a + fragment_row<kInnerA>(lane, q) * kStride + k, left[q]);
+    } else {
+#pragma unroll
+      for (int kk = 0; kk < kPack; ++kk) {
+#pragma unroll
+        for (int q = 0; q < 4; q += kPack) {
+          T pack[kPack];
+          load_pack(a + (k + kk) * kStride + fragment_row<kInnerA>(lane, q), pack);
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) left[q + i][kk] = pack[i];
+        }
+      }
+    }
+    if constexpr (kInnerB == Inner::kColumns) {
+#pragma unroll
+      for (int p = 0; p < 8; ++p) load_pack(b + fragment_column<kInnerB>(lane, p) * kStride + k, right[p]);
+    } else {
+#pragma unroll
+      for (int kk = 0; kk < kPack; ++kk) {
+#pragma unroll
+        for (int p = 0; p < 8; p += kPack) {
+          T pack[kPack];
+          load_pack(b + (k + kk) * kStride + fragment_column<kInnerB>(lane, p), pack);
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) right[p + i][kk] = pack[i];
+        }
+      }
+    }
+#pragma unroll
+    for (int inner = 0; inner < kPack; ++inner) {
+      const int kk = kSum == Sum::kAddDown ? kPack - 1 - inner : inner;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const T factor = kSum == Sum::kAddDown ? left[q][kk] : -left[q][kk];
+#pragma unroll
+        for (int p = 0; p < 8; ++p) sums[q][p] = fma(factor, right[p][kk], sums[q][p]);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float reciprocal_root(float value) {
+  return 1 / sqrtf(value);  // rsqrtf is off by two units
+}
+
+__device__ __forceinline__ double reciprocal_root(double value) {
+  return rsqrt(value);  // off by one unit, and no function call that spills a tile
+}
+
+// tile <- U with U^T U = tile, upper triangular with zeros below, and the reciprocals of its diagonal. Reads the upper
+// triangle. False where a pivot is not positive and finite.
+template <class T>
+__device__ __forceinline__ bool factor_tile(T* tile, int lane) {
+  constexpr int kStride = TileTraits<T>::kStride;
+  T column[kTile];
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) column[i] = i <= lane ? tile[i * kStride + lane] : tile[lane * kStride + i];
+  bool works = true;
+  unroll<kTile>([&](auto i) {
+    const T pivot = __shfl_sync(kFullWarp, column[i], i);
+    works = works && pivot > 0 && isfinite(pivot);
+    const T reciprocal = reciprocal_root(pivot);
+    column[i] *= reciprocal;
+    if (lane == i) tile[i * kStride + kTile] = reciprocal;
+    unroll<kTile>([&](auto r) {
+      if constexpr (r > i) column[r] = fma(-__shfl_sync(kFullWarp, column[i], r), column[i], column[r]);
+    });
+  });
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) tile[i * kStride + lane] = i <= lane ? column[i] : T(0);
+  __syncwarp();
+  return works;
+}
+
+// tile <- U^-T tile, a column for each lane; upper holds U as factor_tile leaves it.
+template <class T>
+__device__ __forceinline__ void substitute_forward(const T* upper, T* tile, int lane) {
+  using Traits = TileTraits<T>;
+  constexpr int kPack = Traits::kPack;
+  T column[kTile];
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) column[i] = tile[i * Traits::kStride + lane];
+  unroll<kTile>([&](auto i) {
+    const T* row = upper + i * Traits::kStride;
+    column[i] *= row[kTile];
+    unroll<kTile / kPack>([&](auto r) {
+      if constexpr (r * kPack + kPack - 1 > i) {
+        T pack[kPack];
+        load_pack(row + r * kPack, pack);
+        unroll<kPack>([&](auto j) {
+          constexpr int kRow = r * kPack + j;
+          if constexpr (kRow > i) column[kRow] = fma(-pack[j], column[i], column[kRow]);
+        });
+      }
+    });
+  });
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) tile[i * Traits::kStride + lane] = column[i];
+}
+
+// column <- U^-1 column, a column for each lane.
+template <class T>
+__device__ __forceinline__ void substitute_backward(const T* upper, T (&column)[kTile]) {
+  using Traits = TileTraits<T>;
+  constexpr int kPack = Traits::kPack;
+  unroll<kTile>([&](auto step) {
+    constexpr int i = kTile - 1 - step;
+    const T* row = upper + i * Traits::kStride;
+    unroll<kTile / kPack>([&](auto back) {
+      constexpr int r = kTile - kPack - back * kPack;
+      if constexpr (r + kPack - 1 > i) {
+        T pack[kPack];
+        load_pack(row + r, pack);
+        unroll<kPack>([&](auto j) {
+          constexpr int kRow = r + kPack - 1 - j;
+          if constexpr (kRow > i) column[i] = fma(-pack[kPack - 1 - j], column[kRow], column[i]);
+        });
+      }
+    });
+    column[i] *= row[kTile];
+  });
+}
+
+}  // namespace consequentialism::cuda

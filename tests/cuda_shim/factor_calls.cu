@@ -1,0 +1,51 @@
+// What tests/test_cuda_factor.py calls.
+#include "launchers.h"
+
+using namespace consequentialism::cuda;
+
+namespace {
+
+template <class T>
+int factor(
+    const T* gram, T* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns, int64_t count,
+    int64_t n, int64_t shared_limit, double damping, double rank, double factor, bool relative, bool scaled_by_c) {
+  const Limits limits{static_cast<size_t>(shared_limit), 132, true};
+  const FactorPlan plan = plan_factor(n, sizeof(T), limits);
+  FactorItem<T> items[kMaxFactorItems];
+  for (int64_t i = 0; i < count; ++i) {
+    items[i] = {gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, relative, scaled_by_c};
+  }
+  return launch_factor<T>(items, static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
+}
+
+}  // namespace
+
+extern "C" int call_factor_float(
+    const float* gram, float* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
+    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
+    bool scaled_by_c) {
+  return factor(
+      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
+      scaled_by_c);
+}
+
+extern "C" int call_factor_double(
+    const double* gram, double* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
+    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
+    bool scaled_by_c) {
+  return factor(
+      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
+      scaled_by_c);
+}
+
+// plan: team, threads, blocks, shared bytes, workspace bytes.
+extern "C" int call_plan_factor(int64_t* plan, int64_t n, int64_t element_bytes, int64_t shared_limit, bool clusters) {
+  const Limits limits{static_cast<size_t>(shared_limit), 132, clusters};
+  const FactorPlan made = plan_factor(n, static_cast<size_t>(element_bytes), limits);
+  plan[0] = static_cast<int64_t>(made.team);
+  plan[1] = made.threads;
+  plan[2] = made.blocks;
+  plan[3] = static_cast<int64_t>(made.shared_bytes);
+  plan[4] = static_cast<int64_t>(made.workspace_bytes);
+  return 0;
+}

@@ -1,0 +1,219 @@
+"""The CUDA factor kernel on the host: the kernel's own source, run by the shim."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import cuda_shim
+import pytest
+import torch
+from cases import F32, F64, KINDS, assert_close, error_of, make_input, randn
+from torch import Tensor
+
+import consequentialism as cw
+
+CUDA = cuda_shim.ROOT / "csrc" / "cuda"
+SOURCES = [CUDA / "factor.cu", CUDA / "factor_plan.cpp", Path(cuda_shim.__file__).with_name("factor_calls.cu")]
+SHARED = 232448  # of a block, sm_90
+TOO_LITTLE = 200  # shared memory for no tile: the cluster's kernel, whatever the order
+NONE, BLOCK, CLUSTER = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def shim() -> cuda_shim.Library:
+    return cuda_shim.load(SOURCES, options=["-O2"])
+
+
+def plan(shim: cuda_shim.Library, n: int, dtype: torch.dtype, shared: int = SHARED, clusters: bool = True) -> list[int]:
+    size = torch.empty((), dtype=dtype).element_size()
+    (made,) = shim.run(
+        "call_plan_factor", shim.empty(5, dtype=torch.int64), n, size, shared, clusters, seeds=(0,)
+    )
+    return [int(value) for value in made]
+
+
+def invert(
+    shim: cuda_shim.Library,
+    grams: Tensor,  # [count, n, n]
+    *,
+    damping: float = 1.0,
+    rank: int | None = None,
+    factor: float = 1.0,
+    relative: bool = True,
+    scaled_by_c: bool = False,
+    shared: int = SHARED,
+    only_if: int | None = None,
+    seeds: tuple[int, ...] = cuda_shim.SEEDS,
+) -> tuple[Tensor, int]:
+    """The inverses ``[count, n, n]`` and the number of breakdowns."""
+    count, n, _ = grams.shape
+    _, _, _, _, workspace = plan(shim, n, grams.dtype, shared)
+    arguments = (
+        shim.guarded(grams, "gram"),
+        shim.empty(count, n, n, dtype=grams.dtype, name="inverse"),
+        shim.guarded(torch.tensor([only_if], dtype=torch.int32), "only_if") if only_if is not None else None,
+        shim.empty(count * workspace, dtype=torch.uint8, name="workspace", alignment=128),
+        shim.guarded(torch.zeros(1, dtype=torch.int32), "breakdowns"),
+    )
+    name = {F32: "call_factor_float", F64: "call_factor_double"}[grams.dtype]
+    rank = n if rank is None else rank
+    results = shim.run(
+        name, *arguments, count, n, shared, damping, float(rank), factor, relative, scaled_by_c, seeds=seeds
+    )
+    return results[1], int(results[-1])
+
+
+def gram_of(kind: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    x = make_input(kind, n, 2 * n + 1, seed)
+    return (x @ x.T).to(dtype)
+
+
+ORDERS = (1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 129, 200)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("n", ORDERS)
+def test_block(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
+    gram = gram_of("random", n, dtype)
+    if plan(shim, n, dtype)[0] != BLOCK:
+        pytest.skip("does not fit one block")
+    shim.reset_counts()
+    own, breakdowns = invert(shim, gram[None], factor=3.0, seeds=(0, 1))
+    assert shim.launches == 2
+    expected = cw.reference.factor(gram.double(), 1.0, "relative", "raw", n, n) * 3
+    assert_close("inverse", own[0], expected, 1e-12 if dtype == F64 else 2e-6)
+    assert torch.equal(own[0], own[0].T)
+    assert breakdowns == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("n", [1, 33, 100, 290])
+def test_cluster(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
+    gram = gram_of("random", n, dtype)
+    own, _ = invert(shim, gram[None], shared=TOO_LITTLE, seeds=(0, 1))
+    expected = cw.reference.factor(gram.double(), 1.0, "relative", "raw", n, n)
+    assert_close("inverse", own[0], expected, 1e-12 if dtype == F64 else 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damping", [1.0, 1e-2])
+def test_error_against_lapack(shim: cuda_shim.Library, kind: str, damping: float) -> None:
+    """What the gradient sees, P x, is as accurate as with torch's Cholesky inverse of the same type."""
+    own_errors, plain_errors = [], []
+    for n in (40, 90):
+        for draw in range(4):
+            x = make_input(kind, n, n // 2, seed=10 * draw)
+            gram = (x @ x.T).to(F32)
+            c = damping * gram.double().trace() / n
+            expected = torch.linalg.solve(gram.double() + c * torch.eye(n, dtype=F64), x)
+            own, _ = invert(shim, gram[None], damping=damping, seeds=(0,))
+            lower = torch.linalg.cholesky(gram + (c * torch.eye(n)).float())
+            own_errors.append(error_of(own[0] @ x.float(), expected))
+            plain_errors.append(error_of(torch.cholesky_inverse(lower) @ x.float(), expected))
+    own_error, plain_error = (math.sqrt(sum(e * e for e in errors)) for errors in (own_errors, plain_errors))
+    assert own_error <= 2 * plain_error + 1e-6
+
+
+def test_right_residual_in_float64(shim: cuda_shim.Library) -> None:
+    # x x^T of rank 3: an inverse of which only the left residual is small loses a hundred times the accuracy here.
+    worst = 0.0
+    for seed in range(6):
+        x = make_input("low_rank", 64, 24, seed=seed)
+        gram = x @ x.T
+        c = 1e-6 * float(gram.trace()) / 24
+        own, _ = invert(shim, gram[None], damping=c, relative=False, seeds=(0,))
+        lower = torch.linalg.cholesky(gram + c * torch.eye(64, dtype=F64))
+        worst = max(worst, error_of(own[0] @ x, torch.cholesky_inverse(lower) @ x))
+    assert worst < 2e-8
+
+
+def test_batch_of_different_matrices(shim: cuda_shim.Library) -> None:
+    grams = torch.stack([gram_of("random", 48, F32, seed) * (10.0**seed) for seed in range(5)])
+    shim.reset_counts()
+    own, _ = invert(shim, grams)
+    assert shim.launches == len(cuda_shim.SEEDS)
+    for gram, inverse in zip(grams, own, strict=True):
+        assert_close("inverse", inverse, cw.reference.factor(gram.double(), 1.0, "relative", "raw", 48, 48), 2e-6)
+    alone, _ = invert(shim, grams[3:4])
+    assert torch.equal(alone[0], own[3])
+
+
+@pytest.mark.parametrize(("n", "shared"), [(5, SHARED), (70, SHARED), (70, TOO_LITTLE)])
+def test_options(shim: cuda_shim.Library, n: int, shared: int) -> None:
+    gram = gram_of("random", n, F32)
+    wide = gram.double()
+    own, _ = invert(shim, gram[None], damping=0.5, relative=False, shared=shared)
+    assert_close("absolute", own[0], cw.reference.factor(wide, 0.5, "absolute", "raw", n, n), 2e-5)
+    own, _ = invert(shim, gram[None], damping=0.5, rank=n // 2, scaled_by_c=True, shared=shared)
+    assert_close("times c", own[0], cw.reference.factor(wide, 0.5, "relative", "gradient", n // 2, n), 2e-6)
+
+
+@pytest.mark.parametrize(("n", "shared"), [(1, SHARED), (70, SHARED), (70, TOO_LITTLE)])
+def test_trace_zero_or_not_finite(shim: cuda_shim.Library, n: int, shared: int) -> None:
+    own, breakdowns = invert(shim, torch.zeros(1, n, n), shared=shared)
+    assert torch.equal(own, torch.zeros(1, n, n))
+    for value in (math.nan, math.inf, -math.inf):
+        gram = gram_of("random", n, F32)
+        gram[n - 1, n - 1] = value
+        own, breakdowns = invert(shim, gram[None], shared=shared)
+        assert own.isnan().all()
+    assert breakdowns == 0
+
+
+@pytest.mark.parametrize("shared", [SHARED, TOO_LITTLE])
+@pytest.mark.parametrize("bad", [0, 40, 69])
+def test_breakdown_is_retried_with_more_damping(shim: cuda_shim.Library, bad: int, shared: int) -> None:
+    # One eigenvalue of -5: a ridge of 1 breaks down there, a ridge of 10 works.
+    gram = torch.eye(70)
+    gram[bad, bad] = -5
+    own, breakdowns = invert(shim, gram[None], relative=False, shared=shared)
+    assert_close("inverse", own[0], torch.linalg.inv(gram + 10 * torch.eye(70)), 1e-6)
+    assert breakdowns == 1
+    # No ridge up to 1000 works: the diagonal.
+    gram[bad, bad] = -5000
+    own, breakdowns = invert(shim, gram[None], relative=False, shared=shared)
+    assert_close("inverse", own[0], torch.diag(1 / (gram.diagonal() + 1)), 1e-6)
+    assert breakdowns == 1
+
+
+def test_only_if(shim: cuda_shim.Library) -> None:
+    gram = gram_of("random", 33, F32)
+    own, breakdowns = invert(shim, gram[None], only_if=0)
+    assert own.isnan().all()  # untouched
+    own, breakdowns = invert(shim, gram[None], only_if=7, damping=0.1)
+    assert_close("inverse", own[0], cw.reference.factor(gram.double(), 1.0, "relative", "raw", 33, 33), 2e-6)
+    assert breakdowns == 0
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("shared", "clusters"), [(232448, True), (166912, False), (49152, True), (0, False)])
+def test_plan_never_asks_for_more_than_there_is(
+    shim: cuda_shim.Library, dtype: torch.dtype, shared: int, clusters: bool
+) -> None:
+    for n in range(0, 1100):
+        team, threads, blocks, shared_bytes, workspace = plan(shim, n, dtype, shared, clusters)
+        if team == NONE:
+            assert n == 0 or n > 1024 or not clusters
+            continue
+        along = -(-n // 32)
+        tile = 32 * (32 * (4 if dtype == F32 else 8) + 16)
+        needed = 128 + (along * (along + 1) // 2 + 1) * tile
+        assert threads % 32 == 0
+        assert 32 <= threads <= (512 if dtype == F32 and team == BLOCK else 256)
+        assert shared_bytes <= shared
+        assert (team == BLOCK) == (needed <= shared)
+        assert (shared_bytes if team == BLOCK else workspace) == needed
+        assert blocks == (1 if team == BLOCK else 8)
+
+
+def test_capacity_of_a_block(shim: cuda_shim.Library) -> None:
+    """KERNELS.md's plan: float32 to some 288, float64 to 192 in one block."""
+    assert plan(shim, 288, F32)[0] == BLOCK
+    assert plan(shim, 192, F64)[0] == BLOCK
+    assert plan(shim, 1024, F32)[0] == plan(shim, 1024, F64)[0] == CLUSTER
+
+
+def test_refusals(shim: cuda_shim.Library) -> None:
+    with pytest.raises(cuda_shim.ShimError):
+        invert(shim, randn(1, 1025, 1025, dtype=F32), seeds=(0,))
