@@ -31,7 +31,12 @@ CPU_SOURCES = [
     "csrc/cpu/emended_input.cpp",
     "csrc/cpu/weight_grad.cpp",
 ]
-CUDA_SOURCES: list[str] = []
+CUDA_SOURCES = [
+    "csrc/cuda/bindings.cpp",
+    "csrc/cuda/factor_plan.cpp",
+    "csrc/cuda/factor.cu",
+    "csrc/cuda/weight_grad.cu",
+]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}

@@ -52,4 +52,14 @@ inline void check_gram(const at::Tensor& gram) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
 }
 
+inline void check_weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
+  check_x(rows);
+  TORCH_CHECK_VALUE(
+      dy.dim() == 2 && dy.size(0) == rows.size(0), "dy [N, O] and rows [N, I] must have the same N, got dy ",
+      dy.sizes(), " and rows ", rows.sizes());
+  TORCH_CHECK_VALUE(
+      column.dim() == 1 && (column.size(0) == 0 || column.size(0) == rows.size(0)),
+      "column must have the shape [N] or [0], got column ", column.sizes(), " and rows ", rows.sizes());
+}
+
 }  // namespace consequentialism

@@ -6,6 +6,9 @@
 
 #include "build_info.h"
 #include "cpu/factor.h"
+#ifdef CONSEQUENTIALISM_CUDA_VERSION
+#include "cuda/bindings.h"
+#endif
 
 namespace {
 
@@ -35,12 +38,18 @@ pybind11::dict build_info() {
   return info;
 }
 
+int64_t breakdowns() {
+  int64_t sum = consequentialism::cpu::breakdowns();
+#ifdef CONSEQUENTIALISM_CUDA_VERSION
+  sum += consequentialism::cuda::breakdowns();
+#endif
+  return sum;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of consequentialism: importing it registers torch.ops.consequentialism.*";
   m.def("build_info", &build_info, "Version, torch, compiler, CUDA version and architectures.");
-  m.def(
-      "breakdowns", &consequentialism::cpu::breakdowns,
-      "How many factors of this process broke down and were retried with more damping.");
+  m.def("breakdowns", &breakdowns, "How many factors of this process broke down and were retried with more damping.");
 }

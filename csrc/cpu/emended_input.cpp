@@ -7,8 +7,8 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../guards.h"
 #include "factor.h"
-#include "guards.h"
 #include "input_gram.h"
 
 namespace consequentialism::cpu {

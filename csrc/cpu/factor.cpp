@@ -14,7 +14,7 @@
 #include <atomic>
 #include <limits>
 
-#include "guards.h"
+#include "../guards.h"
 #include "input_gram.h"
 #include "tile_inverse.h"
 

@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "guards.h"
+#include "../guards.h"
 
 namespace consequentialism::cpu {
 

@@ -11,20 +11,14 @@
 #include <tuple>
 
 #include "../checks.h"
-#include "guards.h"
+#include "../guards.h"
 
 namespace consequentialism::cpu {
 
 // dw = dy^T rows [O, I] and db = dy^T column [O] in dy's type; db is empty where column is. dy [N, O],
 // rows [N, I], column [N]. One infinity or NaN in dy makes every entry NaN, never a finite number.
 std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
-  check_x(rows);
-  TORCH_CHECK_VALUE(
-      dy.dim() == 2 && dy.size(0) == rows.size(0), "dy [N, O] and rows [N, I] must have the same N, got dy ",
-      dy.sizes(), " and rows ", rows.sizes());
-  TORCH_CHECK_VALUE(
-      column.dim() == 1 && (column.size(0) == 0 || column.size(0) == rows.size(0)),
-      "column must have the shape [N] or [0], got column ", column.sizes(), " and rows ", rows.sizes());
+  check_weight_grad(dy, rows, column);
   const PlainKernelGuard guard;
   const at::Tensor errors = dy.to(rows.scalar_type());
   // Any number times an infinity or NaN is one again, so db shows those of dy where there is a column.

@@ -31,7 +31,17 @@ __global__ void __launch_bounds__(256) factor_cluster_kernel(
       item, n, reinterpret_cast<T*>(own + kStateBytes), reinterpret_cast<FactorState<T>*>(own), breakdowns);
 }
 
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+__device__ unsigned breakdown_counter;
+#endif
+
 }  // namespace
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+cudaError_t breakdown_counter_address(unsigned** address) {
+  return cudaGetSymbolAddress(reinterpret_cast<void**>(address), breakdown_counter);
+}
+#endif
 
 template <class T>
 cudaError_t launch_factor(

@@ -1,7 +1,7 @@
 // The inverse of a symmetric positive definite matrix by a team of warps: A = U^T U, V = U^-1, A^-1 = V V^T.
 //
 // The upper triangle lies in tiles of 32 x 32, in shared memory for a team of one block, in global memory for a
-// cluster. Indices are 32 bits: n is at most 1024 (kMaxFactorOrder). V takes U's place and solves U V = I, not V U = I:
+// cluster. Indices are 32 bits: n is at most kMaxRetryOrder. V takes U's place and solves U V = I, not V U = I:
 // the residual of the latter is what a product P x with few directions in x shows. The order of the sums depends on n
 // and the team only, so results are the same from run to run.
 #pragma once
@@ -80,9 +80,9 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
   }
 }
 
-// The tiles <- gram + ridge I, an identity beyond n.
+// The tiles <- gram + shift + ridge I, an identity beyond n.
 template <FactorTeam kTeam, class T>
-__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T ridge, T* tiles) {
+__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T shift, T ridge, T* tiles) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const int along = tiles_along(n);
@@ -95,7 +95,7 @@ __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T ridg
       for (int r = 0; r < kTile; ++r) {
         const int row = i * kTile + r;
         T value = row == column ? T(1) : T(0);
-        if (row < n && column < n) value = gram[row * n + column] + (row == column ? ridge : T(0));
+        if (row < n && column < n) value = gram[row * n + column] + shift + (row == column ? ridge : T(0));
         tile[r * Traits::kStride + lane] = value;
       }
     }
@@ -197,6 +197,7 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, const T* tiles, T
     for (int i = 0; i <= j; ++i, ++index) {
       if (index % team.warps != team.warp) continue;
       T sums[4][8] = {};
+#pragma unroll 1
       for (int k = along - 1; k >= j; --k) {
         tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, at(i, k), at(j, k), lane);
       }
@@ -222,9 +223,12 @@ template <FactorTeam kTeam, class T>
 __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, FactorState<T>* state, unsigned* breakdowns) {
   const Team<kTeam> team;
   const int lane = team.thread % static_cast<int>(kWarpSize);
+  const T shift = static_cast<T>(item.shift);
   if (team.warp == 0) {
     T trace = 0;
-    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) trace += item.gram[i * n + i];
+    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) {
+      trace += item.gram[i * n + i] + shift;
+    }
     for (int step = kWarpSize / 2; step > 0; step /= 2) trace += __shfl_xor_sync(kFullWarp, trace, step);
     if (lane == 0) {
       state->trace = trace;
@@ -242,9 +246,10 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
   const T ridge = static_cast<T>(item.relative ? item.damping * trace / item.rank : item.damping);
   const T multiplier = static_cast<T>(item.scaled_by_c ? item.factor * ridge : item.factor);
   T growth = 1;
+#pragma unroll 1
   for (int attempt = 0; attempt <= kFactorRetries; ++attempt, growth *= 10) {
     if (attempt == 0 && item.only_if != nullptr) continue;  // the first attempt has been made elsewhere
-    load_tiles(team, item.gram, n, ridge * growth, tiles);
+    load_tiles(team, item.gram, n, shift, ridge * growth, tiles);
     team.sync();
     factor_tiles(team, tiles_along(n), tiles, state);
     team.sync();
@@ -263,7 +268,7 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
     team.sync();
   }
   for (int i = team.thread; i < entries; i += team.threads) {
-    item.inverse[i] = i / n == i % n ? multiplier / (item.gram[i] + ridge) : T(0);
+    item.inverse[i] = i / n == i % n ? multiplier / (item.gram[i] + shift + ridge) : T(0);
   }
 }
 

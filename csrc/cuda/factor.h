@@ -8,11 +8,12 @@
 
 namespace consequentialism::cuda {
 
-// One matrix: inverse <- multiplier * (gram + c I)^-1, both [n, n] and contiguous; gram's upper triangle is read.
+// One matrix: inverse <- multiplier * (G + c I)^-1 with G = gram + shift, both [n, n] and contiguous; gram's upper
+// triangle is read. A shift of 1 is what a bias's column of ones adds to every entry of x x^T.
 //
 // c = damping * trace / rank where relative, else damping; the multiplier is `factor`, or `factor` * c where
 // scaled_by_c. Zero where the trace is zero, NaN where it is not finite. Where a pivot is not positive and finite the
-// ridge grows tenfold, at most three times; then the diagonal of gram + c I stands in.
+// ridge grows tenfold, at most three times; then the diagonal of G + c I stands in.
 template <class T>
 struct FactorItem {
   const T* gram;
@@ -21,12 +22,14 @@ struct FactorItem {
   double damping;
   double rank;
   double factor;
+  double shift;
   bool relative;
   bool scaled_by_c;
 };
 
 constexpr int kMaxFactorItems = 32;
 constexpr int kMaxFactorOrder = 1024;  // above, cuSOLVER is faster
+constexpr int kMaxRetryOrder = 32768;  // indices are 32 bits
 
 template <class T>
 struct FactorBatch {
@@ -45,5 +48,8 @@ struct FactorPlan {
 };
 
 FactorPlan plan_factor(int64_t n, size_t element_bytes, const Limits& limits);
+
+// For an item with only_if whose first attempt was made elsewhere: rare, so any order is taken, however slow.
+FactorPlan plan_factor_retry(int64_t n, size_t element_bytes, const Limits& limits);
 
 }  // namespace consequentialism::cuda

@@ -9,22 +9,35 @@ constexpr int kClusterBlocks = 8;  // what every chip with clusters takes
 constexpr int kClusterWarps = 8;
 constexpr size_t kStateBytes = 128;
 
+// Of the packed upper triangle and one tile more.
+size_t tile_bytes(int64_t along, size_t element_bytes) {
+  const size_t stride = kTile + 16 / element_bytes;
+  return static_cast<size_t>(along * (along + 1) / 2 + 1) * kTile * stride * element_bytes;
+}
+
 }  // namespace
 
 FactorPlan plan_factor(int64_t n, size_t element_bytes, const Limits& limits) {
   if (n < 1 || n > kMaxFactorOrder) return {FactorTeam::kNone, 0, 0, 0, 0};
   const int64_t along = (n + kTile - 1) / kTile;
-  const size_t stride = kTile + 16 / element_bytes;
-  const size_t tiles = static_cast<size_t>(along * (along + 1) / 2 + 1) * kTile * stride * element_bytes;
+  const size_t bytes = kStateBytes + tile_bytes(along, element_bytes);
+  if (bytes > limits.shared_bytes) {
+    if (!limits.clusters) return {FactorTeam::kNone, 0, 0, 0, 0};
+    return {FactorTeam::kCluster, kClusterWarps * 32, kClusterBlocks, 0, bytes};
+  }
   // As many warps as the widest step has tiles, and registers for each.
   const int most_warps = element_bytes == 8 ? 8 : 16;
   int warps = 1;
   while (warps < most_warps && warps < along * (along + 1) / 2) warps *= 2;
-  if (kStateBytes + tiles <= limits.shared_bytes) {
-    return {FactorTeam::kBlock, warps * 32, 1, kStateBytes + tiles, 0};
-  }
-  if (!limits.clusters) return {FactorTeam::kNone, 0, 0, 0, 0};
-  return {FactorTeam::kCluster, kClusterWarps * 32, kClusterBlocks, 0, kStateBytes + tiles};
+  return {FactorTeam::kBlock, warps * 32, 1, bytes, 0};
+}
+
+FactorPlan plan_factor_retry(int64_t n, size_t element_bytes, const Limits& limits) {
+  const FactorPlan plan = plan_factor(n, element_bytes, limits);
+  if (plan.team != FactorTeam::kNone || n < 1 || n > kMaxRetryOrder) return plan;
+  const int blocks = limits.clusters ? kClusterBlocks : 1;
+  const int64_t along = (n + kTile - 1) / kTile;
+  return {FactorTeam::kCluster, kClusterWarps * 32, blocks, 0, kStateBytes + tile_bytes(along, element_bytes)};
 }
 
 }  // namespace consequentialism::cuda

@@ -2,12 +2,7 @@
 #pragma once
 
 #include "factor.h"
-
-#ifdef CONSEQUENTIALISM_HOST_SHIM
-#include "shim.h"
-#else
-#include <cuda_runtime.h>
-#endif
+#include "types.h"
 
 namespace consequentialism::cuda {
 
@@ -17,5 +12,22 @@ template <class T>
 cudaError_t launch_factor(
     const FactorItem<T>* items, int count, int64_t n, const FactorPlan& plan, void* workspace, unsigned* breakdowns,
     cudaStream_t stream);
+
+// The current device's own counter for launch_factor. Zero when the process begins.
+cudaError_t breakdown_counter_address(unsigned** address);
+
+// How many entries `broken` has below.
+int64_t broken_flags(int64_t outputs);
+
+// db [O] = dy^T column, and in broken where dy [N, O] is not finite. column [N] and db are null without a bias.
+template <class T>
+cudaError_t launch_bias_grad(
+    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column, T* db, int* broken,
+    cudaStream_t stream);
+
+// dw [count] and db [O] <- NaN if broken says so.
+template <class T>
+cudaError_t launch_poison(
+    T* dw, int64_t count, T* db, int64_t outputs, const int* broken, int processors, cudaStream_t stream);
 
 }  // namespace consequentialism::cuda

@@ -3,7 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-namespace consequentialism::cpu {
+namespace consequentialism {
 
 // Inside a kernel: no autograd graph and no autocast, which would compute a Gram in a half type.
 struct PlainKernelGuard {
@@ -11,4 +11,4 @@ struct PlainKernelGuard {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-}  // namespace consequentialism::cpu
+}  // namespace consequentialism
