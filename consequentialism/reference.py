@@ -75,7 +75,7 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     first = works.to(torch.int64).argmax().reshape(1)
     chosen = torch.where(works.any(), lower.index_select(0, first)[0], eye)  # [n, n]
     diagonal = torch.diag_embed(1 / (gram.diagonal() + c))
-    inverse = torch.where(works.any(), torch.cholesky_inverse(chosen), diagonal)
+    inverse = torch.where(works.any(), torch.cholesky_solve(eye, chosen), diagonal)  # cholesky_inverse waits
     if scale == "nlms":
         inverse = inverse * rows
     elif scale == "gradient":
