@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +65,35 @@ def reason_for_none() -> str | None:
     return None
 
 
+def find_cuda_toolkit() -> str | None:
+    """The toolkit's folder. torch takes the folder above nvcc's for it, which is wrong where nvcc is a link or a script."""
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    if home is None or Path(home, "include", "cuda_runtime.h").exists() or shutil.which("nvcc") is None:
+        return home
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cu")
+        source.touch()
+        told = subprocess.run(["nvcc", "-dryrun", "-c", str(source)], capture_output=True, text=True, cwd=folder).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    if top:
+        cpp_extension.CUDA_HOME = str(Path(top[1].strip()).resolve())
+    return cpp_extension.CUDA_HOME
+
+
 def wants_cuda() -> bool:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
+    toolkit = find_cuda_toolkit()
     if os.environ.get("FORCE_CUDA") == "1":
-        if CUDA_HOME is None or torch.version.cuda is None:
+        if toolkit is None or torch.version.cuda is None:
             raise SystemExit(
-                f"FORCE_CUDA=1, but the CUDA toolkit is at {CUDA_HOME} and torch {torch.__version__} was built for "
+                f"FORCE_CUDA=1, but the CUDA toolkit is at {toolkit} and torch {torch.__version__} was built for "
                 f"CUDA {torch.version.cuda}; both are needed"
             )
         return True
-    return CUDA_HOME is not None and torch.version.cuda is not None
+    return toolkit is not None and torch.version.cuda is not None
 
 
 def compiler_flags() -> tuple[list[str], list[str]]:
@@ -113,7 +132,7 @@ def extension() -> Any:
         "consequentialism._C",
         CPU_SOURCES + CUDA_SOURCES,
         define_macros=defines,
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Werror", "all-warnings"]},
         extra_link_args=link_flags,
     )
 
