@@ -4,9 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := setup.py pyproject.toml consequentialism/version.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix tests/*/*.,cpp h cu))
 
-.PHONY: demo test lint format bench check wheel clean
+# A second environment with torch's CUDA build, which needs no GPU to compile, link and import the CUDA kernels.
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
+CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
+
+.PHONY: demo test lint format bench check wheel kernels cuda-build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -32,11 +38,22 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt.
+kernels:
+	$(PYTHON) tests/cuda_resources.py $(ARGS)
+
+# Run in another folder: in the checkout Python would import the checkout.
+cuda-build: $(CUDA_VENV)/.built
+	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
+	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
+	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
+	cd build/cuda && $(CUDA_PYTHON) -m pytest -q --rootdir $(CURDIR) $(CURDIR)/tests/test_cuda_build.py
+
 wheel: $(VENV)/.built
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_missing.txt
+	rm -rf $(VENV) $(CUDA_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_missing.txt
 
 # torch alone first: whatever asks for it later finds it there.
 $(VENV)/.torch: constraints.txt
@@ -59,4 +76,18 @@ $(VENV)/.test: $(VENV)/.built
 
 $(VENV)/.lint: $(VENV)/.built
 	$(PIP) "consequentialism[lint]"
+	touch $@
+
+$(CUDA_VENV)/.torch: constraints-cuda.txt
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PIP) torch
+	$(CUDA_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout hypothesis
+	touch $@
+
+# Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
+$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py)
+	rm -rf build/cuda/dist
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
+	  bdist_wheel --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
+	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl
 	touch $@

@@ -1,0 +1,149 @@
+"""Compiles every CUDA kernel and holds its registers, spills and shared memory to a committed table.
+
+    python tests/cuda_resources.py            compile, print, compare with csrc/cuda/resources.txt
+    python tests/cuda_resources.py --update   write the table
+
+Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90a and as PTX. A kernel that is missing from the
+table or new to it, that takes more registers or that spills more than the table says, fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+TABLE = CUDA / "resources.txt"
+CACHE = ROOT / "build" / "cuda_resources"
+ARCHITECTURES = ("sm_80", "sm_90a")
+FLAGS = ["-std=c++20", "-O3", f"-I{CUDA}", "-Werror", "all-warnings", "-Xptxas", "-v"]
+HEADER = "# kernel, architecture, registers, bytes of stack, of spill stores, of spill loads (tests/cuda_resources.py)"
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+Table = dict[tuple[str, str], Resources]
+
+
+def demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return names
+    return subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def short(name: str) -> str:
+    """``factor_block_kernel<float>`` of the whole demangled signature."""
+    name = re.sub(r"\(anonymous namespace\)::", "", name)
+    name = re.sub(r"\b(?:\w+::)+", "", name.removeprefix("void "))
+    depth = 0
+    for position, letter in enumerate(name):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return name[:position].replace(" ", "")
+    return name.replace(" ", "")
+
+
+def parse(report: str) -> Table:
+    """What ptxas -v says of one source."""
+    found: list[tuple[str, str, Resources]] = []
+    name = architecture = ""
+    frame = (0, 0, 0)
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            name, architecture = match.groups()
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack, stores, loads = map(int, match.groups())
+            frame = (stack, stores, loads)
+        elif name and (match := re.search(r"Used (\d+) registers", line)):
+            found.append((name, architecture, Resources(int(match[1]), *frame)))
+            name = ""
+    names = demangle([name for name, _, _ in found])
+    return {(short(name), arch): value for name, (_, arch, value) in zip(names, found, strict=True)}
+
+
+def compile_source(source: Path, nvcc: str) -> Table:
+    headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h")])
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in [source, *headers]:
+        digest.update(path.name.encode() + path.read_bytes())
+    cached = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
+    if not cached.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        targets = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in ARCHITECTURES]
+        targets.append("-gencode=arch=compute_90,code=compute_90")
+        command = [nvcc, *FLAGS, *targets, "-c", str(source), "-o", str(CACHE / f"{source.stem}.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{source.relative_to(ROOT)} does not compile:\n{done.stderr}{done.stdout}")
+        cached.write_text(done.stderr + done.stdout)
+    return parse(cached.read_text())
+
+
+def read_table(text: str) -> Table:
+    table: Table = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            kernel, architecture, *numbers = line.split()
+            table[kernel, architecture] = Resources(*map(int, numbers))
+    return table
+
+
+def write_table(table: Table) -> str:
+    width = max(len(kernel) for kernel, _ in table)
+    lines = [
+        f"{kernel:{width}} {arch:6} {' '.join(f'{n:4}' for n in table[kernel, arch])}" for kernel, arch in sorted(table)
+    ]
+    return "\n".join([HEADER, *lines]) + "\n"
+
+
+def compare(own: Table, allowed: Table) -> list[str]:
+    """Everything that is worse than the table."""
+    misses = [f"{kernel} {arch}: not in the table" for kernel, arch in own.keys() - allowed.keys()]
+    misses += [f"{kernel} {arch}: in the table, but not compiled" for kernel, arch in allowed.keys() - own.keys()]
+    for key in own.keys() & allowed.keys():
+        for field, value, limit in zip(Resources._fields, own[key], allowed[key], strict=True):
+            if value > limit:
+                misses.append(f"{key[0]} {key[1]}: {field} {value}, the table allows {limit}")
+    return sorted(misses)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
+    arguments = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("cuda_resources: skipped, there is no nvcc on the PATH")
+        return 0
+    own: Table = {}
+    for source in sorted(CUDA.glob("*.cu")):
+        own |= compile_source(source, nvcc)
+    text = write_table(own)
+    print(text, end="")
+    if arguments.update:
+        TABLE.write_text(text)
+        return 0
+    misses = compare(own, read_table(TABLE.read_text()))
+    for miss in misses:
+        print(f"cuda_resources: {miss}", file=sys.stderr)
+    print(f"cuda_resources: {len(own)} kernels, {len(misses)} worse than {TABLE.relative_to(ROOT)}")
+    return 1 if misses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
