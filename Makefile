@@ -12,7 +12,7 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
 CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
 
-.PHONY: demo test lint format bench check wheel kernels cuda-build clean
+.PHONY: demo test lint format bench check wheel kernels cuda-build gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -48,6 +48,10 @@ cuda-build: $(CUDA_VENV)/.built
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
 	cd build/cuda && $(CUDA_PYTHON) -m pytest -q --rootdir $(CURDIR) $(CURDIR)/tests/test_cuda_build.py
+
+# On a machine with a GPU, with its own python3 and no network.
+gpu:
+	tests/gpu.sh
 
 wheel: $(VENV)/.built
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,0 +1,24 @@
+"""Every CUDA op once, on small shapes of each type: what the sanitizer watches (tests/gpu.sh)."""
+
+from __future__ import annotations
+
+import torch
+
+from consequentialism import ops
+
+SHAPES = ((1, 1, 1), (5, 7, 3), (33, 31, 12), (64, 65, 33), (130, 70, 40), (300, 310, 20))
+
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for rows, inputs, outputs in SHAPES:
+        x = torch.randn(rows, inputs, device="cuda", dtype=dtype)
+        dy = torch.randn(rows, outputs, device="cuda", dtype=dtype)
+        for form in ("dual", "primal"):
+            for bias in (True, False):
+                gram = ops.input_gram(x, bias, form)
+                inverse = ops.input_inverse(x, bias, form, 1.0, "relative", "nlms")
+                emended, column = ops.emended_input(x, bias, form, 1.0, "relative", "nlms")
+                dw, db = ops.weight_grad(dy, emended, column)
+                for one in (gram, inverse, emended, column, dw, db):
+                    assert one.isfinite().all()
+torch.cuda.synchronize()
+print("gpu_small: every op ran")

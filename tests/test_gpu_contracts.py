@@ -1,0 +1,202 @@
+"""What only a device can show: nothing waits for it, a step can be captured, results do not depend on streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    DTYPES,
+    F32,
+    F64,
+    SHAPES,
+    SMALL_SHAPES,
+    TOLERANCE,
+    Shape,
+    assert_close,
+    assert_grads_close,
+    assert_identical,
+    oracle,
+    randn,
+)
+from torch import Tensor
+
+import consequentialism as cw
+from consequentialism import ops
+
+pytestmark = pytest.mark.skipif(cw.backends()["cuda"] != "available", reason=f"backend cuda: {cw.backends()['cuda']}")
+BACKENDS = ("cuda", "reference")
+# One block, a cluster, cuSOLVER; both forms; every side that the inverse is applied to.
+LAYERS: tuple[Shape, ...] = ((64, 784, 100), (300, 784, 100), (1100, 1200, 40), (500, 64, 900), (40, 300, 7))
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def layer_and_batch(shape: Shape, dtype: torch.dtype, backend: str) -> tuple[cw.Linear, Tensor, Tensor]:
+    rows, inputs, outputs = shape
+    torch.manual_seed(0)
+    layer = cw.Linear(inputs, outputs, backend=backend, device="cuda", dtype=dtype)
+    return (
+        layer,
+        randn(rows, inputs, dtype=dtype, device="cuda"),
+        randn(rows, outputs, seed=1, dtype=dtype, device="cuda"),
+    )
+
+
+def step(layer: cw.Linear, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    layer.weight.grad = layer.bias.grad = None
+    layer(x).backward(dy)
+    return layer.weight.grad, layer.bias.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LAYERS, ids=str)
+def test_layer_against_float64(shape: Shape, dtype: torch.dtype) -> None:
+    layer, x, dy = layer_and_batch(shape, dtype, "cuda")
+    assert_grads_close(step(layer, x, dy), oracle(x, dy), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_nothing_waits_for_the_device(shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    layer, x, dy = layer_and_batch(shape, dtype, backend)
+    step(layer, x, dy)  # libraries set themselves up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(layer, x, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_whole_step_in_a_graph(shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    layer, x, dy = layer_and_batch(shape, dtype, backend)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    held_x, held_dy = x.clone(), dy.clone()
+    start = {name: value.clone() for name, value in layer.state_dict().items()}
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        layer(held_x).backward(held_dy)
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    layer.load_state_dict(start)
+    batches = [(randn(*x.shape, seed=s, dtype=dtype), randn(*dy.shape, seed=s + 1, dtype=dtype)) for s in (5, 7)]
+    for new_x, new_dy in batches:
+        held_x.copy_(new_x)
+        held_dy.copy_(new_dy)
+        graph.replay()
+    replayed = layer.weight.detach().clone()
+    layer.load_state_dict(start)
+    for new_x, new_dy in batches:
+        held_x.copy_(new_x)
+        held_dy.copy_(new_dy)
+        train()
+    assert_identical("weight after two replays", replayed, layer.weight.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_the_same_bits_fifty_times(shape: Shape, dtype: torch.dtype) -> None:
+    layer, x, dy = layer_and_batch(shape, dtype, "cuda")
+    first = [gradient.clone() for gradient in step(layer, x, dy)]
+    for _ in range(50):
+        again = step(layer, x, dy)
+        assert_identical("dw", again[0], first[0])
+        assert_identical("db", again[1], first[1])
+
+
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_two_streams_at_once(shape: Shape) -> None:
+    layers = [layer_and_batch(shape, F32, "cuda") for _ in range(2)]
+    expected = [gradient.clone() for gradient in step(*layers[0])]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(5):
+        for stream, parts in zip(streams, layers, strict=True):
+            with torch.cuda.stream(stream):
+                step(*parts)
+    torch.cuda.synchronize()
+    for layer, _, _ in layers:
+        assert_identical("dw", layer.weight.grad, expected[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_not_finite_gives_nan(where: str, dtype: torch.dtype, value: float) -> None:
+    for shape in LAYERS:
+        layer, x, dy = layer_and_batch(shape, dtype, "cuda")
+        (x if where == "x" else dy)[3, 5] = value
+        dw, db = step(layer, x, dy)
+        assert dw.isnan().all()
+        assert db.isnan().all()
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 200, 288, 289, 500, 1024, 1025])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_factor_of_every_kernel(n: int, dtype: torch.dtype) -> None:
+    x = randn(n, n + 3, dtype=dtype, device="cuda")
+    gram = x @ x.T
+    own = ops.factor(gram, 1.0, "relative", "raw", n, n)
+    expected = cw.reference.factor(gram.double().cpu(), 1.0, "relative", "raw", n, n)
+    assert_close("inverse", own, expected, {F32: 5e-6, F64: 1e-12}[dtype])
+    assert_identical("inverse and its mirror", own, own.T.contiguous()) if n <= 1024 else None
+
+
+@pytest.mark.parametrize("n", [40, 400, 1100])
+def test_breakdowns_are_retried_and_counted(n: int) -> None:
+    gram = torch.eye(n, device="cuda")
+    gram[n - 2, n - 2] = -5
+    before = ops.breakdowns()
+    own = ops.factor(gram, 1.0, "absolute", "raw", n, n)
+    assert_close("inverse", own, torch.linalg.inv(gram.double() + 10 * torch.eye(n, device="cuda")), 1e-5)
+    assert ops.breakdowns() == before + (1 if n <= 1024 else 0)
+
+
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
+def test_opcheck(shape: Shape) -> None:
+    rows, inputs, outputs = shape
+    call = torch.ops.consequentialism
+    x, dy = randn(rows, inputs, dtype=F32, device="cuda"), randn(rows, outputs, seed=1, dtype=F32, device="cuda")
+    for form in ("dual", "primal"):
+        for bias in (True, False):
+            torch.library.opcheck(call.input_gram.default, (x, bias, form))
+            gram = call.input_gram(x, bias, form)
+            torch.library.opcheck(call.factor.default, (gram, 1.0, "relative", "raw", rows, rows))
+            torch.library.opcheck(call.input_inverse.default, (x, bias, form, 1.0, "relative", "nlms"))
+            torch.library.opcheck(call.emended_input.default, (x, bias, form, 1.0, "relative", "nlms"))
+    torch.library.opcheck(call.weight_grad.default, (dy, x, torch.ones(rows, device="cuda")))
+    torch.library.opcheck(call.weight_grad.default, (dy, x, torch.ones(0, device="cuda")))
+
+
+def test_autocast() -> None:
+    layer, x, dy = layer_and_batch((64, 100, 30), F32, "cuda")
+    with torch.autocast("cuda", dtype=BF16):
+        y = layer(x)
+    assert y.dtype == BF16
+    y.backward(dy.to(BF16))
+    assert layer.weight.grad.dtype == F32
+    assert_close("dw", layer.weight.grad, oracle(x.to(BF16), dy.to(BF16))[0], TOLERANCE[BF16])
