@@ -77,6 +77,16 @@ def captured(work: Callable[[int], Any], sets: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def eager(work: Callable[[int], Any], sets: int) -> Callable[[], None]:
+    """``work(0) ... work(sets - 1)`` without a graph."""
+
+    def run() -> None:
+        for i in range(sets):
+            work(i)
+
+    return run
+
+
 def measure(works: dict[str, tuple[Callable[[], Any], int]], rounds: int) -> dict[str, list[float]]:
     """Microseconds a call, one round after the other, so that drift meets all alike. Each work does so many calls."""
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -117,16 +127,16 @@ def bench_layer(shape: Shape, dtype_name: str, rounds: int) -> list[Row]:
 
         return work
 
-    make = {"device": "cuda", "dtype": dtype}
-    layers = {
+    make: dict[str, Any] = {"device": "cuda", "dtype": dtype}
+    layers: dict[str, nn.Module] = {
         "plain": nn.Linear(inputs, outputs, **make),
         "cuda": cw.Linear(inputs, outputs, backend="cuda", **make),
         "reference": cw.Linear(inputs, outputs, backend="reference", **make),
     }
     graphs = {name: captured(step(layer), sets) for name, layer in layers.items()}
     works: dict[str, tuple[Callable[[], Any], int]] = {name: (graph.replay, sets) for name, graph in graphs.items()}
-    for name in ("plain", "cuda", "reference"):
-        works[f"{name}, eager"] = ((lambda work: lambda: [work(i) for i in range(sets)])(step(layers[name])), sets)
+    for name, layer in layers.items():
+        works[f"{name}, eager"] = (eager(step(layer), sets), sets)
     times = {name: quantiles(found) for name, found in measure(works, rounds).items()}
     plain = {"": times["plain"][0], ", eager": times["plain, eager"][0]}
     return [

@@ -38,7 +38,6 @@ def invert(
     damping: float = 1.0,
     rank: int | None = None,
     factor: float = 1.0,
-    shift: float = 0.0,
     relative: bool = True,
     scaled_by_c: bool = False,
     shared: int = SHARED,
@@ -58,7 +57,7 @@ def invert(
     name = {F32: "call_factor_float", F64: "call_factor_double"}[grams.dtype]
     rank = n if rank is None else rank
     results = shim.run(
-        name, *arguments, count, n, shared, damping, float(rank), factor, shift, relative, scaled_by_c, seeds=seeds
+        name, *arguments, count, n, shared, damping, float(rank), factor, relative, scaled_by_c, seeds=seeds
     )
     return results[1], int(results[-1])
 
@@ -144,8 +143,6 @@ def test_options(shim: cuda_shim.Library, n: int, shared: int) -> None:
     wide = gram.double()
     own, _ = invert(shim, gram[None], damping=0.5, relative=False, shared=shared)
     assert_close("absolute", own[0], cw.reference.factor(wide, 0.5, "absolute", "raw", n, n), 2e-5)
-    own, _ = invert(shim, gram[None], shift=1.0, shared=shared)
-    assert_close("with a bias", own[0], cw.reference.factor(wide + 1, 1.0, "relative", "raw", n, n), 2e-6)
     own, _ = invert(shim, gram[None], damping=0.5, rank=n // 2, scaled_by_c=True, shared=shared)
     assert_close("times c", own[0], cw.reference.factor(wide, 0.5, "relative", "gradient", n // 2, n), 2e-6)
 

@@ -80,9 +80,9 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
   }
 }
 
-// The tiles <- gram + shift + ridge I, an identity beyond n.
+// The tiles <- gram + ridge I, an identity beyond n.
 template <FactorTeam kTeam, class T>
-__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T shift, T ridge, T* tiles) {
+__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T ridge, T* tiles) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const int along = tiles_along(n);
@@ -95,7 +95,7 @@ __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T shif
       for (int r = 0; r < kTile; ++r) {
         const int row = i * kTile + r;
         T value = row == column ? T(1) : T(0);
-        if (row < n && column < n) value = gram[row * n + column] + shift + (row == column ? ridge : T(0));
+        if (row < n && column < n) value = gram[row * n + column] + (row == column ? ridge : T(0));
         tile[r * Traits::kStride + lane] = value;
       }
     }
@@ -223,12 +223,9 @@ template <FactorTeam kTeam, class T>
 __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, FactorState<T>* state, unsigned* breakdowns) {
   const Team<kTeam> team;
   const int lane = team.thread % static_cast<int>(kWarpSize);
-  const T shift = static_cast<T>(item.shift);
   if (team.warp == 0) {
     T trace = 0;
-    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) {
-      trace += item.gram[i * n + i] + shift;
-    }
+    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) trace += item.gram[i * n + i];
     for (int step = kWarpSize / 2; step > 0; step /= 2) trace += __shfl_xor_sync(kFullWarp, trace, step);
     if (lane == 0) {
       state->trace = trace;
@@ -249,7 +246,7 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
 #pragma unroll 1
   for (int attempt = 0; attempt <= kFactorRetries; ++attempt, growth *= 10) {
     if (attempt == 0 && item.only_if != nullptr) continue;  // the first attempt has been made elsewhere
-    load_tiles(team, item.gram, n, shift, ridge * growth, tiles);
+    load_tiles(team, item.gram, n, ridge * growth, tiles);
     team.sync();
     factor_tiles(team, tiles_along(n), tiles, state);
     team.sync();
@@ -268,7 +265,7 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
     team.sync();
   }
   for (int i = team.thread; i < entries; i += team.threads) {
-    item.inverse[i] = i / n == i % n ? multiplier / (item.gram[i] + shift + ridge) : T(0);
+    item.inverse[i] = i / n == i % n ? multiplier / (item.gram[i] + ridge) : T(0);
   }
 }
 

@@ -8,12 +8,11 @@
 
 namespace consequentialism::cuda {
 
-// One matrix: inverse <- multiplier * (G + c I)^-1 with G = gram + shift, both [n, n] and contiguous; gram's upper
-// triangle is read. A shift of 1 is what a bias's column of ones adds to every entry of x x^T.
+// One matrix: inverse <- multiplier * (gram + c I)^-1, both [n, n] and contiguous; gram's upper triangle is read.
 //
 // c = damping * trace / rank where relative, else damping; the multiplier is `factor`, or `factor` * c where
 // scaled_by_c. Zero where the trace is zero, NaN where it is not finite. Where a pivot is not positive and finite the
-// ridge grows tenfold, at most three times; then the diagonal of G + c I stands in.
+// ridge grows tenfold, at most three times; then the diagonal of gram + c I stands in.
 template <class T>
 struct FactorItem {
   const T* gram;
@@ -22,7 +21,6 @@ struct FactorItem {
   double damping;
   double rank;
   double factor;
-  double shift;
   bool relative;
   bool scaled_by_c;
 };

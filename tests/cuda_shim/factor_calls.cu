@@ -8,13 +8,12 @@ namespace {
 template <class T>
 int factor(
     const T* gram, T* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns, int64_t count,
-    int64_t n, int64_t shared_limit, double damping, double rank, double factor, double shift, bool relative,
-    bool scaled_by_c) {
+    int64_t n, int64_t shared_limit, double damping, double rank, double factor, bool relative, bool scaled_by_c) {
   const Limits limits{static_cast<size_t>(shared_limit), 132, true};
   const FactorPlan plan = plan_factor(n, sizeof(T), limits);
   FactorItem<T> items[kMaxFactorItems];
   for (int64_t i = 0; i < count; ++i) {
-    items[i] = {gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, shift, relative, scaled_by_c};
+    items[i] = {gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, relative, scaled_by_c};
   }
   return launch_factor<T>(items, static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
 }
@@ -23,19 +22,19 @@ int factor(
 
 extern "C" int call_factor_float(
     const float* gram, float* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, double shift,
-    bool relative, bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
+    bool scaled_by_c) {
   return factor(
-      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, shift, relative,
+      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
       scaled_by_c);
 }
 
 extern "C" int call_factor_double(
     const double* gram, double* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, double shift,
-    bool relative, bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
+    bool scaled_by_c) {
   return factor(
-      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, shift, relative,
+      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
       scaled_by_c);
 }
 
