@@ -36,7 +36,11 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/factor_plan.cpp",
+    "csrc/cuda/gram_plan.cpp",
+    "csrc/cuda/emend_plan.cpp",
     "csrc/cuda/factor.cu",
+    "csrc/cuda/gram.cu",
+    "csrc/cuda/emend.cu",
     "csrc/cuda/weight_grad.cu",
 ]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"

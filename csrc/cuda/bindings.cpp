@@ -2,8 +2,8 @@
 // graph.
 #include "bindings.h"
 
+#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
@@ -12,9 +12,8 @@
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/mv.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -27,10 +26,12 @@
 #include <limits>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 #include "../checks.h"
 #include "../guards.h"
 #include "launchers.h"
+#include "matrix_launchers.h"
 
 namespace consequentialism::cuda {
 
@@ -68,6 +69,10 @@ unsigned* breakdown_counter() {
   return address;
 }
 
+at::ScalarType wide_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 struct FactorArguments {
   double damping;
   bool relative;
@@ -88,10 +93,8 @@ void run_factor(const FactorItem<T>& item, int64_t n, const FactorPlan& plan, co
 // once.
 template <class T>
 at::Tensor stock_factor(
-    const at::Tensor& unshifted, double shift, const FactorArguments& arguments, FactorItem<T> item,
-    const Limits& limits) {
-  const int64_t n = unshifted.size(0);
-  const at::Tensor gram = shift == 0 ? unshifted : unshifted.add(shift);
+    const at::Tensor& gram, const FactorArguments& arguments, FactorItem<T> item, const Limits& limits) {
+  const int64_t n = gram.size(0);
   const at::Tensor trace = gram.diagonal().sum();
   const at::Tensor c = arguments.relative ? trace.mul(arguments.damping / static_cast<double>(arguments.rank))
                                           : at::full({}, arguments.damping, gram.options());
@@ -113,8 +116,8 @@ at::Tensor stock_factor(
   return at::where(trace.isfinite(), inverse, at::full_like(inverse, std::numeric_limits<double>::quiet_NaN()));
 }
 
-// scale * (gram + shift + c I)^-1.
-at::Tensor inverse_of(const at::Tensor& gram, double shift, const FactorArguments& arguments) {
+// scale * (gram + c I)^-1.
+at::Tensor inverse_of(const at::Tensor& gram, const FactorArguments& arguments) {
   const int64_t n = gram.size(0);
   at::Tensor inverse = at::empty({n, n}, gram.options());
   if (n == 0) return inverse;
@@ -126,12 +129,11 @@ at::Tensor inverse_of(const at::Tensor& gram, double shift, const FactorArgument
     item.damping = arguments.damping;
     item.rank = static_cast<double>(arguments.rank);
     item.factor = arguments.scale == Scale::kNlms ? static_cast<double>(arguments.rows) : 1;
-    item.shift = shift;
     item.relative = arguments.relative;
     item.scaled_by_c = arguments.scale == Scale::kGradient;
     const FactorPlan plan = plan_factor(n, sizeof(scalar_t), limits);
     if (plan.team == FactorTeam::kNone) {
-      inverse = stock_factor<scalar_t>(gram, shift, arguments, item, limits);
+      inverse = stock_factor<scalar_t>(gram, arguments, item, limits);
     } else {
       run_factor<scalar_t>(item, n, plan, gram.options());
     }
@@ -139,53 +141,80 @@ at::Tensor inverse_of(const at::Tensor& gram, double shift, const FactorArgument
   return inverse;
 }
 
-// a b with float32 sums and a float32 result for half types.
-at::Tensor wide_mm(const at::Tensor& a, const at::Tensor& b) {
-  const auto dtype = a.scalar_type();
-  return dtype == at::kHalf || dtype == at::kBFloat16 ? at::mm(a, b, at::kFloat) : at::mm(a, b);
-}
-
-struct Gram {
-  at::Tensor entries;
-  double shift;  // what is still to be added to each
+template <class Scalar>
+struct Native {
+  using Type = Scalar;
+};
+template <>
+struct Native<at::BFloat16> {
+  using Type = bfloat16;
+};
+template <>
+struct Native<at::Half> {
+  using Type = float16;
 };
 
-Gram gram_of(const at::Tensor& x, bool bias, Form form) {
-  if (form == Form::kDual) return {wide_mm(x, x.t()), bias ? 1.0 : 0.0};
-  if (!bias) return {wide_mm(x.t(), x), 0};
-  const int64_t inputs = x.size(1);
-  const at::Tensor square = wide_mm(x.t(), x);
-  at::Tensor gram = at::empty({inputs + 1, inputs + 1}, square.options());
-  const at::Tensor sums = x.sum(0, false, square.scalar_type());
-  gram.narrow(0, 0, inputs).narrow(1, 0, inputs).copy_(square);
-  gram.select(0, inputs).narrow(0, 0, inputs).copy_(sums);
-  gram.select(1, inputs).narrow(0, 0, inputs).copy_(sums);
-  gram.select(0, inputs).select(0, inputs).fill_(x.size(0));
-  return {gram, 0};
+// work(x's element type of the kernels, torch's own).
+template <class Work>
+void dispatch_element(at::ScalarType dtype, const Work& work) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "consequentialism", [&] {
+    work(typename Native<scalar_t>::Type{}, scalar_t{});
+  });
+}
+
+// Whether float32 may be rounded to TF32, as torch's own setting for matrix products says.
+bool tf32_allowed() {
+  return at::globalContext().allowTF32CuBLAS();
+}
+
+// Rows that are contiguous, at any distance.
+at::Tensor with_contiguous_rows(const at::Tensor& x) {
+  const bool fits = (x.stride(1) == 1 || x.size(1) <= 1) && (x.size(0) <= 1 || x.stride(0) >= x.size(1));
+  return fits ? x : x.contiguous();
+}
+
+int64_t row_stride_of(const at::Tensor& x) {
+  return x.size(0) <= 1 ? x.size(1) : x.stride(0);
+}
+
+// The Gram in dtype, float32 or float64; x has contiguous rows.
+at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dtype) {
+  const bool primal = form == Form::kPrimal;
+  const GramShape shape{
+      x.size(0), x.size(1), bias, primal, x.dtype().itemsize(), dtype == at::kDouble ? sizeof(double) : sizeof(float)};
+  const int64_t n = gram_order(shape);
+  if (n == 0 || gram_inner(shape) == 0) return at::zeros({n, n}, x.options().dtype(dtype));
+  const at::Tensor gram = at::empty({n, n}, x.options().dtype(dtype));
+  const GramPlan plan = plan_gram(shape, limits_of_current_device());
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
+  dispatch_element(x.scalar_type(), [&](auto native, auto element) {
+    using T = decltype(native);
+    const auto* data = reinterpret_cast<const T*>(x.const_data_ptr<decltype(element)>());
+    const auto run = [&](auto* entries) {
+      C10_CUDA_CHECK(
+          launch_input_gram<T>(
+              data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(), entries, plan,
+              workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+    };
+    if (dtype == at::kDouble) {
+      run(gram.mutable_data_ptr<double>());
+    } else if constexpr (!std::is_same_v<T, double>) {
+      run(gram.mutable_data_ptr<float>());
+    }
+  });
+  return gram;
 }
 
 // In float64 where float32 is not enough, known from the arguments alone: looking at the Gram would wait for it.
-struct Inverse {
-  at::Tensor inverse;
-  at::Tensor x;  // in the type that was computed in
-};
-
-Inverse invert_input(
+at::Tensor invert_input(
     const at::Tensor& x, bool bias, Form form, double damping, std::string_view damping_mode, std::string_view scale) {
-  check_x(x);
-  check_damping(damping);
   const int64_t rows = x.size(0);
   const FactorArguments arguments{
       damping, parse_relative(damping_mode), parse_scale(scale), std::max<int64_t>(1, std::min(rows, x.size(1) + bias)),
       rows};
   const bool enough = arguments.relative && static_cast<double>(arguments.rank) <= kMaxFloat32Condition * damping;
-  const at::Tensor computed = enough ? x : x.to(at::kDouble);
-  const Gram gram = gram_of(computed, bias, form);
-  return {inverse_of(gram.entries, gram.shift, arguments), computed};
-}
-
-at::ScalarType wide_type(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = enough && x.scalar_type() != at::kDouble ? at::kFloat : at::kDouble;
+  return inverse_of(gram_of(x, bias, form, dtype), arguments);
 }
 
 }  // namespace
@@ -208,9 +237,7 @@ at::Tensor input_gram(const at::Tensor& x, bool bias, std::string_view form) {
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
-  Gram gram = gram_of(x, bias, parsed);
-  if (gram.shift != 0) gram.entries.add_(gram.shift);
-  return gram.entries;
+  return gram_of(with_contiguous_rows(x), bias, parsed, wide_type(x.scalar_type()));
 }
 
 at::Tensor factor(
@@ -222,42 +249,61 @@ at::Tensor factor(
   const FactorArguments arguments{damping, parse_relative(damping_mode), parse_scale(scale), rank, rows};
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(gram.device());
-  return inverse_of(gram.contiguous(), 0, arguments);
+  return inverse_of(gram.contiguous(), arguments);
 }
 
 at::Tensor input_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
+  check_x(x);
+  check_damping(damping);
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
-  return invert_input(x, bias, parsed, damping, damping_mode, scale).inverse.to(wide_type(x.scalar_type()));
+  return invert_input(with_contiguous_rows(x), bias, parsed, damping, damping_mode, scale)
+      .to(wide_type(x.scalar_type()));
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
-    const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
+    const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  const Form parsed = parse_form(form);
+  check_x(input);
+  check_damping(damping);
+  const bool primal = parse_form(form) == Form::kPrimal;
   const PlainKernelGuard plain;
-  const c10::cuda::CUDAGuard device(x.device());
-  const auto [inverse, computed] = invert_input(x, bias, parsed, damping, damping_mode, scale);
-  const at::Tensor wide = computed.to(inverse.scalar_type());
-  const int64_t inputs = x.size(1);
-  at::Tensor emended;
-  at::Tensor column = at::empty({0}, inverse.options());
-  if (parsed == Form::kDual) {
-    emended = at::mm(inverse, wide);
-    if (bias) column = inverse.sum(1);
-  } else {
-    emended = at::mm(wide, inverse.narrow(0, 0, inputs).narrow(1, 0, inputs));
-    if (bias) {
-      const at::Tensor border = inverse.select(0, inputs);
-      emended.add_(border.narrow(0, 0, inputs));
-      column = at::mv(wide, border.narrow(0, 0, inputs)).add_(border.select(0, inputs));
-    }
-  }
+  const c10::cuda::CUDAGuard device(input.device());
+  const at::Tensor x = with_contiguous_rows(input);
+  const at::Tensor inverse = invert_input(x, bias, parse_form(form), damping, damping_mode, scale);
   const auto dtype = x.scalar_type();
-  return {emended.to(dtype == at::kHalf ? at::kFloat : dtype), column.to(wide_type(dtype))};
+  const bool wide = inverse.scalar_type() == at::kDouble;
+  const at::Tensor emended = at::empty(x.sizes(), x.options().dtype(dtype == at::kHalf ? at::kFloat : dtype));
+  const at::Tensor column = at::empty({bias ? x.size(0) : 0}, x.options().dtype(wide_type(dtype)));
+  if (x.size(0) == 0 || x.size(1) + bias == 0) return {emended, column};
+  const EmendShape shape{x.size(0),
+                         x.size(1),
+                         bias,
+                         primal,
+                         x.dtype().itemsize(),
+                         inverse.dtype().itemsize(),
+                         dtype == at::kBFloat16 && !wide};
+  const EmendPlan plan = plan_emend(shape, limits_of_current_device());
+  dispatch_element(dtype, [&](auto native, auto element) {
+    using T = decltype(native);
+    const auto* data = reinterpret_cast<const T*>(x.const_data_ptr<decltype(element)>());
+    const auto run = [&](const auto* entries) {
+      C10_CUDA_CHECK(
+          launch_emended_input<T>(
+              entries, data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(),
+              static_cast<Emended<T>*>(emended.mutable_data_ptr()), column.mutable_data_ptr<Accumulator<T>>(), plan,
+              c10::cuda::getCurrentCUDAStream()));
+    };
+    if (wide) {
+      run(inverse.const_data_ptr<double>());
+    } else if constexpr (!std::is_same_v<T, double>) {
+      run(inverse.const_data_ptr<float>());
+    }
+  });
+  return {emended, column};
 }
 
 namespace {
@@ -291,19 +337,9 @@ std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::T
   if (dy.size(1) == 0) return {dw, db};
   const at::Tensor errors = dy.stride(1) == 1 || dy.size(1) == 1 ? dy : dy.contiguous();
   const at::Tensor ones = column.to(wide_type(dy.scalar_type())).contiguous();
-  switch (dy.scalar_type()) {
-    case at::kFloat:
-      bias_grad_and_poison<float, float>(errors, ones, dw, db);
-      break;
-    case at::kDouble:
-      bias_grad_and_poison<double, double>(errors, ones, dw, db);
-      break;
-    case at::kBFloat16:
-      bias_grad_and_poison<bfloat16, at::BFloat16>(errors, ones, dw, db);
-      break;
-    default:
-      bias_grad_and_poison<float16, at::Half>(errors, ones, dw, db);
-  }
+  dispatch_element(dy.scalar_type(), [&](auto native, auto element) {
+    bias_grad_and_poison<decltype(native), decltype(element)>(errors, ones, dw, db);
+  });
   return {dw, db};
 }
 

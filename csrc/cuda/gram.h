@@ -1,0 +1,43 @@
+// Host side of the Gram kernels: how a launch is chosen. Plain C++.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device_limits.h"
+
+namespace consequentialism::cuda {
+
+struct GramShape {
+  int64_t rows;
+  int64_t inputs;
+  bool bias;
+  bool primal;
+  size_t element_bytes;  // of x
+  size_t sum_bytes;      // of the Gram
+};
+
+// order: of the result; outer, inner: what the product's tiles and sums run over.
+int64_t gram_order(const GramShape& shape);
+int64_t gram_outer(const GramShape& shape);
+int64_t gram_inner(const GramShape& shape);
+
+// The upper triangle's tiles, each by `splits` blocks that take `depth` of the inner index. With more splits than one
+// each writes its own matrix into the workspace, and a second kernel adds them: a launch, but on the whole chip and in
+// one order, and nothing has to be zero before or after.
+struct GramPlan {
+  int tile;  // 0 where the device has not enough shared memory
+  int64_t splits;
+  int64_t depth;
+  int64_t blocks;
+  int64_t reduce_blocks;  // 0 without splits
+  size_t shared_bytes;
+  size_t workspace_bytes;
+};
+
+GramPlan plan_gram(const GramShape& shape, const Limits& limits);
+
+// With this tile (64 or 128; 64 where sums are float64) and about so many splits.
+GramPlan plan_gram_with(const GramShape& shape, int tile, int64_t splits);
+
+}  // namespace consequentialism::cuda
