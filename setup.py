@@ -70,7 +70,7 @@ def reason_for_none() -> str | None:
 
 
 def find_cuda_toolkit() -> str | None:
-    """The toolkit's folder. torch takes the folder above nvcc's for it, which is wrong where nvcc is a link or a script."""
+    """The toolkit's folder. torch takes the one above nvcc's, which is wrong where nvcc is a link or a script."""
     from torch.utils import cpp_extension
 
     home = cpp_extension.CUDA_HOME

@@ -7,7 +7,7 @@ any torch optimizer; `convert` puts them into an existing model.
 Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 """
 
-from . import reference
+from . import optim, reference
 from .convert import convert, param_groups, revert
 from .dispatch import backends
 from .embedding import Embedding
@@ -25,6 +25,7 @@ __all__ = [
     "convert",
     "emended_linear",
     "emended_weight_grad",
+    "optim",
     "param_groups",
     "predict_change",
     "reference",

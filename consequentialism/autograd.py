@@ -7,6 +7,7 @@ What depends on ``x`` alone is computed in forward (`prepare`); backward is stoc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from . import cost, distributed
 from .options import Form, Options
+from .reference import compute_dtype, emended_dtype
 
 
 class Prepared(NamedTuple):
@@ -106,6 +108,76 @@ def weight_grad(
     return dw, plain @ border + plain_bias * inverse[-1, -1] if need_bias else None
 
 
+def update(
+    weight: Tensor | None, bias: Tensor | None, prepared: Prepared, x: Tensor | None, dy: Tensor, lr: float | Tensor
+) -> None:
+    """``W <- W - lr*dw`` and ``b <- b - lr*db`` in place, without a ``dw`` in memory; each is left alone where None.
+
+    One product adds to the weight where all types are the same. Where ``dw`` is rounded or multiplied on its way,
+    which autocast, float16 and the primal inverse on the gradient's side need, it is there one eighth at a time.
+
+    Args:
+        weight: ``[O, I]``.
+        bias: ``[O]``.
+        x: ``[N, I]``; read only where ``prepared`` keeps an inverse.
+        dy: ``[N, O]``, ``N > 0``. One infinity or NaN makes every weight NaN, as the gradient would be.
+        lr: A number, or a 0-dimensional tensor on the weight's device, which the host does not read.
+    """
+    form, inverse, emended, column = prepared
+    errors, alpha = _scaled(dy, lr)
+    if bias is not None:
+        if inverse is not None:
+            assert x is not None
+            column = emended_ones(inverse, x, form)
+        assert column is not None
+        bias.add_(errors.to(column.dtype).t() @ column, alpha=alpha)
+    if weight is None:
+        return
+    if inverse is None:
+        assert emended is not None
+        _add_product(weight, errors, emended, alpha)
+    elif form == "dual":
+        assert x is not None
+        _add_product(weight, inverse @ errors, x, alpha)  # P is symmetric: dw = (P dy)^T x
+    else:
+        assert x is not None
+        inputs = x.shape[1]
+        for rows in _blocks(weight):
+            some = errors[:, rows]  # [N, o]
+            weight[rows].addmm_(some.t() @ x, inverse[:inputs, :inputs], alpha=alpha)
+            if inverse.shape[0] > inputs:
+                weight[rows].addr_(some.sum(0), inverse[-1, :-1], alpha=alpha)
+
+
+def _scaled(dy: Tensor, lr: float | Tensor) -> tuple[Tensor, float]:
+    """Errors and a number whose product is ``-lr * dy``, NaN everywhere where one entry of ``dy`` is not finite."""
+    if isinstance(lr, Tensor):
+        dy = dy.to(emended_dtype(dy.dtype))  # lr times a float16 may leave its range
+        return dy * ((0 * dy).sum().to(compute_dtype(dy.dtype)) - lr), 1.0
+    if dy.device.type != "cpu":
+        dy = dy + (0 * dy).sum()
+    elif not math.isfinite(dy.sum().item()) and not dy.isfinite().all():  # a sum of finite entries may overflow
+        dy = torch.full_like(dy, math.nan)
+    return (dy, -lr) if lr else (0 * dy, 1.0)  # with alpha=0 a product is skipped, and a NaN with it
+
+
+def _add_product(weight: Tensor, errors: Tensor, rows: Tensor, alpha: float) -> None:
+    """``weight [O, I] += alpha * errors^T rows``, of ``errors [N, O]`` and ``rows [N, I]``."""
+    if weight.dtype == rows.dtype == errors.dtype:
+        weight.addmm_(errors.t(), rows, alpha=alpha)
+        return
+    errors = errors.to(rows.dtype)
+    for some in _blocks(weight):
+        weight[some].add_(errors[:, some].t() @ rows, alpha=alpha)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """The rows of ``weight`` in at most eight parts."""
+    outputs = weight.shape[0]
+    size = max(1, math.ceil(outputs / 8))
+    return (slice(begin, begin + size) for begin in range(0, outputs, size))
+
+
 class EmendedLinear(torch.autograd.Function):
     """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``.
 
@@ -145,6 +217,41 @@ class TransformableEmendedLinear(EmendedLinear):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
+
+
+class UpdatedLinear(torch.autograd.Function):
+    """``x W^T + b`` whose backward steps ``W`` and ``b`` instead of returning their gradients; see `optim`.
+
+    The parameters come twice. First as views of them, through which backward learns whether anybody wants their
+    gradients (the engine answers that only for what lies above a leaf); then detached, in the type computed in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, _, _, weight, bias, inverse, emended, column, ctx.form, ctx.step = inputs
+        kept_x = x if inverse is not None else None
+        kept_weight = weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column)
+        ctx.step.used_by(ctx)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.step.backward(ctx, dy), *(None,) * 9
+
+
+def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
+    """The input's gradient ``[..., I]`` where it is needed; after that, the step."""
+    wants_weight, wants_bias = ctx.step.begin(ctx)
+    x, weight, inverse, emended, column = ctx.saved_tensors
+    dx = dy @ weight if ctx.needs_input_grad[0] else None
+    rows = math.prod(dy.shape[:-1])
+    if rows > 0 and (wants_weight or wants_bias):
+        flat_x = None if x is None else x.reshape(rows, x.shape[-1])
+        prepared = Prepared(ctx.form, inverse, emended, column)
+        with full_precision(dy.device.type):
+            ctx.step.update(wants_weight, wants_bias, prepared, flat_x, dy.reshape(rows, dy.shape[-1]))
+    return dx
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch, reference
-from .autograd import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare, weight_grad
+from .autograd import (
+    EmendedLinear,
+    TransformableEmendedLinear,
+    UpdatedLinear,
+    autocasts,
+    full_precision,
+    prepare,
+    weight_grad,
+)
 from .options import Options
+
+if TYPE_CHECKING:
+    from .optim import LayerStep
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,6 +81,49 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, inverse, emended, column, form, backend)
+
+
+def updated_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
+    """`emended_linear_with` for a layer of `consequentialism.optim.FusedSGD`: backward steps the weights in place.
+
+    Raises:
+        RuntimeError: Where that cannot be right; the message says what and why.
+        TypeError, ValueError: As `emended_linear`.
+    """
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not torch.is_grad_enabled() or not (trained or transformed):
+        return emended_linear_with(x, weight, bias, options)
+    if transformed:
+        raise RuntimeError(
+            "consequentialism.optim.FusedSGD does not support torch.func transforms, which must not change weights; "
+            "call its release() first"
+        )
+    return step.linear(x, weight, bias, options, step)
+
+
+def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
+    """`updated_linear_with` where a backward may follow."""
+    if not step.alive():
+        return emended_linear_with(x, weight, bias, options)
+    step.check_forward(weight, bias, options)
+    cast_x, cast_weight, cast_bias = _autocast(x, weight.detach(), None if bias is None else bias.detach())
+    _check_linear(cast_x, cast_weight, cast_bias)
+    rows = math.prod(cast_x.shape[:-1])
+    form, inverse, emended, column = "dual", None, None, None
+    if rows > 0:
+        with torch.no_grad(), full_precision(cast_x.device.type):
+            form, inverse, emended, column = prepare(
+                cast_x.detach().reshape(rows, cast_x.shape[-1]),
+                bias is not None,
+                weight.shape[0],
+                options,
+                dispatch.select(options.backend, cast_x),
+                weight.requires_grad,
+                bias is not None and bias.requires_grad,
+            )
+    views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, inverse, emended, column, form, step)
 
 
 def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:

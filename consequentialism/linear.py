@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import emended_linear_with
+from .functional import emended_linear_with, updated_linear_with
 from .options import OPTION_NAMES, DampingMode, Options, Scale
+
+if TYPE_CHECKING:
+    from .optim import LayerStep
 
 
 class EmendedModule(nn.Module):
@@ -20,6 +23,7 @@ class EmendedModule(nn.Module):
     scale: Scale
     backend: str
     process_group: Any
+    layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
 
     def set_options(self, options: Options) -> None:
         """Take over checked options."""
@@ -94,4 +98,6 @@ class Linear(EmendedModule, nn.Linear):
         self.set_options(options)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.layer_step is not None:
+            return updated_linear_with(input, self.weight, self.bias, self.options(), self.layer_step)
         return emended_linear_with(input, self.weight, self.bias, self.options())

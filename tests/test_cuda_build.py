@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import consequentialism as cw
@@ -13,6 +17,18 @@ pytestmark = pytest.mark.skipif(
     ops.module is None or ops.module.build_info()["cuda"] is None, reason="the extension was built for the CPU only"
 )
 X = (5, 7)
+OPTIONS = (1.0, "relative", "nlms")
+
+
+def cuda_kernel(name: str, *arguments: Any) -> Any:
+    """Calls the CUDA kernel itself on tensors of the CPU: it checks its arguments before it needs a device."""
+    return getattr(torch.ops.consequentialism, name).default.redispatch(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments
+    )
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
 
 
 def test_build_info() -> None:
@@ -59,3 +75,56 @@ def test_layer_on_cuda_under_fake_tensors() -> None:
         layer = cw.Linear(7, 3, device="cuda", dtype=torch.bfloat16)
         y = layer(torch.empty(2, 5, 7, device="cuda", dtype=torch.bfloat16))
         assert (y.shape, y.device.type, y.requires_grad) == ((2, 5, 3), "cuda", True)
+
+
+BAD_X = [
+    ((ones(5), True, "dual"), ValueError, "x must have the shape"),
+    ((ones(2, 2, 2), True, "dual"), ValueError, "x must have the shape"),
+    ((ones(5, 7, dtype=torch.int32), True, "dual"), TypeError, "x must be float16"),
+    ((ones(5, 7, dtype=torch.complex64), True, "dual"), TypeError, "x must be float16"),
+    ((ones(5, 7), True, "both"), ValueError, "form must be 'dual' or 'primal', got 'both'"),
+]
+BAD_CALLS = [
+    *(("input_gram", *case) for case in BAD_X),
+    *((name, (*a, *OPTIONS), *rest) for name in ("input_inverse", "emended_input") for a, *rest in BAD_X),
+    *(
+        (name, (ones(5, 7), True, "dual", damping, "relative", "nlms"), ValueError, "damping must be finite")
+        for name in ("input_inverse", "emended_input")
+        for damping in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        ("factor", (torch.eye(4), d, "relative", "nlms", 4, 4), ValueError, "damping must be finite")
+        for d in (0.0, math.nan)
+    ),
+    ("factor", (ones(4, 3), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
+    ("factor", (ones(4), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
+    ("factor", (ones(4, 4, dtype=torch.float16), *OPTIONS, 4, 4), TypeError, "gram must be float32 or float64"),
+    ("factor", (torch.eye(4), 1.0, "other", "nlms", 4, 4), ValueError, "damping_mode must be 'relative'"),
+    ("factor", (torch.eye(4), 1.0, "relative", "other", 4, 4), ValueError, "scale must be 'nlms'"),
+    ("factor", (torch.eye(4), *OPTIONS, 0, 4), ValueError, "rank must be at least 1, got 0"),
+    ("weight_grad", (ones(4, 3), ones(5, 7), ones(5)), ValueError, "must have the same N"),
+    ("weight_grad", (ones(5), ones(5, 7), ones(5)), ValueError, "must have the same N"),
+    ("weight_grad", (ones(5, 3), ones(5, 7), ones(4)), ValueError, "column must have the shape"),
+    ("weight_grad", (ones(5, 3), ones(5, 7, dtype=torch.int32), ones(5)), TypeError, "must be float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), BAD_CALLS)
+def test_bad_arguments_of_the_cuda_kernels(
+    name: str, arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        cuda_kernel(name, *arguments)
+
+
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_a_tensor_of_the_cpu_is_refused(name: str) -> None:
+    arguments: dict[str, tuple[Any, ...]] = {
+        "input_gram": (ones(5, 7), True, "dual"),
+        "factor": (torch.eye(4), *OPTIONS, 4, 4),
+        "input_inverse": (ones(5, 7), True, "dual", *OPTIONS),
+        "emended_input": (ones(5, 7), True, "dual", *OPTIONS),
+        "weight_grad": (ones(5, 3), ones(5, 7), ones(5)),
+    }
+    with pytest.raises(RuntimeError, match="non-CUDA"):
+        cuda_kernel(name, *arguments[name])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import isaac
 import numpy as np
-import padasip
 import pytest
 import torch
 from cases import (
@@ -109,6 +107,7 @@ def test_small_damping_moves_each_sample_as_intended(backend: str, shape: Shape)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_row_is_nlms(backend: str) -> None:
+    padasip = pytest.importorskip("padasip", reason="the peer padasip is not installed")
     steps, inputs, mu, eps = 40, 6, 0.7, 0.05
     x, target = randn(steps, inputs), randn(steps, seed=1)
     theirs = padasip.filters.FilterNLMS(n=inputs, mu=mu, eps=eps, w="zeros")
@@ -125,6 +124,7 @@ def test_one_row_is_nlms(backend: str) -> None:
 @pytest.mark.parametrize(("order", "inputs"), [(4, 9), (6, 3)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sliding_window_is_affine_projection(backend: str, order: int, inputs: int) -> None:
+    padasip = pytest.importorskip("padasip", reason="the peer padasip is not installed")
     steps, mu, ifc = 40, 0.4, 0.02
     x, target = randn(steps, inputs), randn(steps, seed=1)
     theirs = padasip.filters.FilterAP(n=inputs, order=order, ifc=ifc, mu=mu, w="zeros")
@@ -145,6 +145,7 @@ def test_sliding_window_is_affine_projection(backend: str, order: int, inputs: i
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_isaac_up_to_scale(backend: str, shape: Shape, la: float) -> None:
     # ISAAC keeps the plain bias gradient, so the comparison has no bias.
+    isaac = pytest.importorskip("isaac", reason="the peer isaac is not installed")
     rows, inputs, outputs = shape
     x, dy = randn(rows, inputs), randn(rows, outputs, seed=1)
     theirs = isaac.Linear(inputs, outputs, la=la, bias=False, dtype=F64)
