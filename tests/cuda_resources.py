@@ -24,7 +24,7 @@ TABLE = CUDA / "resources.txt"
 CACHE = ROOT / "build" / "cuda_resources"
 ARCHITECTURES = ("sm_80", "sm_90a")
 FLAGS = ["-std=c++20", "-O3", f"-I{CUDA}", "-Werror", "all-warnings", "-Xptxas", "-v"]
-HEADER = "# kernel, architecture, registers, bytes of stack, of spill stores, of spill loads (tests/cuda_resources.py)"
+HEADER = "# kernel, architecture, registers, bytes of: stack, spill stores, spill loads, static shared memory"
 
 
 class Resources(NamedTuple):
@@ -32,6 +32,7 @@ class Resources(NamedTuple):
     stack: int
     spill_stores: int
     spill_loads: int
+    shared: int = 0  # static, of a block; what a launch asks for comes on top
 
 
 Table = dict[tuple[str, str], Resources]
@@ -70,10 +71,16 @@ def parse(report: str) -> Table:
             stack, stores, loads = map(int, match.groups())
             frame = (stack, stores, loads)
         elif name and (match := re.search(r"Used (\d+) registers", line)):
-            found.append((name, architecture, Resources(int(match[1]), *frame)))
+            shared = re.search(r"(\d+) bytes smem", line)
+            found.append((name, architecture, Resources(int(match[1]), *frame, int(shared[1]) if shared else 0)))
             name = ""
     names = demangle([name for name, _, _ in found])
-    return {(short(name), arch): value for name, (_, arch, value) in zip(names, found, strict=True)}
+    table: Table = {}
+    for name, (_, arch, value) in zip(names, found, strict=True):
+        if (short(name), arch) in table:
+            raise SystemExit(f"two kernels are called {short(name)}: the table could not tell them apart")
+        table[short(name), arch] = value
+    return table
 
 
 def compile_source(source: Path, nvcc: str) -> Table:
@@ -132,7 +139,10 @@ def main() -> int:
         return 0
     own: Table = {}
     for source in sorted(CUDA.glob("*.cu")):
-        own |= compile_source(source, nvcc)
+        compiled = compile_source(source, nvcc)
+        if twice := own.keys() & compiled.keys():
+            raise SystemExit(f"{source.name} has a kernel of another source's name: {min(twice)[0]}")
+        own |= compiled
     text = write_table(own)
     print(text, end="")
     if arguments.update:
