@@ -84,7 +84,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _square(x: Tensor, bias: bool, form: str) -> Tensor:
-    n = x.shape[0] if form == "dual" else x.shape[1] + bias
+    n = x.shape[0] if form == "dual" else x.shape[1] + int(bias)
     return x.new_empty((n, n), dtype=_compute_dtype(x.dtype))
 
 

@@ -67,7 +67,7 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     trace = gram.diagonal().sum()
     c = ridge(gram, damping, damping_mode, rank)
     c = torch.where(trace == 0, torch.ones_like(c), c)
-    growth = torch.tensor([10.0**k for k in range(RETRIES + 1)], dtype=gram.dtype, device=gram.device)
+    growth = 10.0 ** torch.arange(RETRIES + 1, dtype=gram.dtype, device=gram.device)
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     attempts = gram + (c * growth)[:, None, None] * eye  # [4, n, n]
     lower, info = torch.linalg.cholesky_ex(attempts)
