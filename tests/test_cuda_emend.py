@@ -137,6 +137,20 @@ def test_shapes(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool, bias:
 
 
 @FORMS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_alone(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) -> None:
+    for rows in (1, 70):
+        n = 1 if primal else rows
+        (y, column), inverse, values = emend(
+            shim, torch.zeros(rows, 0), dtype, bias=True, primal=primal, inverse=torch.eye(n, dtype=F64) + 1 / 3
+        )
+        assert y.shape == (rows, 0)
+        expected = cw.reference.apply_inverse(inverse.double(), values, True, "primal" if primal else "dual")[1]
+        assert column is not None
+        assert error_of(column, expected) <= FLOOR[SUMS[dtype]]
+
+
+@FORMS
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_large_tiles(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) -> None:
     for shape in ((40, 70), (130, 131), (129, 264)):
@@ -236,7 +250,7 @@ def test_plan_is_one_the_device_takes(
             continue
         assert tile == 64 or (tile == 128 and not wide and dtype != F64)
         assert shared_bytes <= shared
-        assert blocks == -(-rows // tile) * -(-inputs // tile) <= MAX_GRID
+        assert blocks == -(-rows // tile) * max(1, -(-inputs // tile)) <= MAX_GRID
 
 
 def test_refusals(shim: cuda_shim.Library) -> None:

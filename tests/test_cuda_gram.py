@@ -23,7 +23,7 @@ SUMS = {F64: F64, F32: F32, BF16: F32, F16: F32}
 FLOOR = {F64: 1e-15, F32: 2e-7}
 HOPPER_SHARED, AMPERE_SHARED, ADA_SHARED = 232448, 166912, 101376
 MAX_GRID = 2**31 - 1
-PLAN_SIZES = (1, 2, 7, 31, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 500, 576, 784, 1000, 1024, 1025)
+PLAN_SIZES = (0, 1, 2, 7, 31, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257, 500, 576, 784, 1000, 1024, 1025)
 LARGE_PLAN_SIZES = (2047, 2304, 4096, 4097, 8192, 11008, 20000)
 
 
@@ -167,6 +167,14 @@ def test_shapes(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool, bias:
 
 
 @FORMS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_alone(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) -> None:
+    for rows in (1, 70):
+        own, _ = gram(shim, torch.zeros(rows, 0), dtype, bias=True, primal=primal)
+        assert torch.equal(own, torch.full((1, 1), rows) if primal else torch.ones(rows, rows))
+
+
+@FORMS
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("shape", [(40, 70), (130, 70), (129, 65), (257, 40)])
 def test_large_tiles(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool, shape: tuple[int, int]) -> None:
@@ -285,10 +293,10 @@ def test_plan_is_one_the_device_takes(
             assert shared <= 61440
             continue
         outer, inner, order = (inputs, rows, inputs + 1) if primal else (rows, inputs, rows)
-        along = -(-outer // tile)
+        along = max(1, -(-outer // tile))
         assert tile == 64 or (tile == 128 and sum_bytes == 4)
         assert shared_bytes <= shared
-        assert (splits - 1) * depth < inner <= splits * depth
+        assert (splits - 1) * depth < max(inner, 1) <= splits * depth
         assert depth * torch.empty((), dtype=dtype).element_size() % 128 == 0
         assert blocks == along * (along + 1) // 2 * splits <= MAX_GRID
         reduced = -(-order // 32)

@@ -183,7 +183,7 @@ at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dty
   const GramShape shape{
       x.size(0), x.size(1), bias, primal, x.dtype().itemsize(), dtype == at::kDouble ? sizeof(double) : sizeof(float)};
   const int64_t n = gram_order(shape);
-  if (n == 0 || gram_inner(shape) == 0) return at::zeros({n, n}, x.options().dtype(dtype));
+  if (n == 0 || x.size(0) == 0) return at::zeros({n, n}, x.options().dtype(dtype));
   const at::Tensor gram = at::empty({n, n}, x.options().dtype(dtype));
   const GramPlan plan = plan_gram(shape, limits_of_current_device());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));

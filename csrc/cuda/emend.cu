@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident) emended_i
     Y* __restrict__ y, Accumulator<T>* __restrict__ column) {
   using P = typename Traits::P;
   const int64_t order = kPrimal ? inputs : rows;  // of P, without its border
-  const int64_t along = (order + P::kTileM - 1) / P::kTileM;
+  const int64_t along = max((order + P::kTileM - 1) / P::kTileM, int64_t{1});
   const int64_t of_inverse = blockIdx.x % along * P::kTileM;
   const int64_t of_input = blockIdx.x / along * P::kTileM;
   const int64_t first_row = kPrimal ? of_input : of_inverse;
@@ -84,7 +84,7 @@ template <class T, class G>
 cudaError_t launch_emended_input(
     const G* inverse, const T* x, int64_t rows, int64_t inputs, int64_t row_stride, bool bias, bool primal, bool tf32,
     Emended<T>* y, Accumulator<T>* column, const EmendPlan& plan, cudaStream_t stream) {
-  if (rows == 0 || inputs == 0 || plan.tile == 0 || plan.blocks > kMaxGrid) return cudaErrorInvalidValue;
+  if (rows == 0 || plan.tile == 0 || plan.blocks > kMaxGrid) return cudaErrorInvalidValue;
   const MatrixView<G> p = view_of(inverse, primal ? inputs + bias : rows);
   const MatrixView<T> view = view_of(x, row_stride);
   if constexpr (std::is_same_v<T, float> && std::is_same_v<G, float>) {

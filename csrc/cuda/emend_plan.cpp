@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "emend.h"
 #include "matrix_tiles.h"
 
@@ -9,7 +11,8 @@ EmendPlan plan_emend_with(const EmendShape& shape, int tile) {
   const Major major = shape.primal ? Major::kInner : Major::kOuter;  // of x; the inverse is symmetric
   EmendPlan plan{};
   plan.tile = tile;
-  plan.blocks = ceil_div(shape.rows, tile) * ceil_div(shape.inputs, tile);
+  // Without inputs there is still the bias's column.
+  plan.blocks = ceil_div(shape.rows, tile) * std::max<int64_t>(1, ceil_div(shape.inputs, tile));
   plan.shared_bytes = kProductStages * (operand_bytes(tile, depth, shape.element_bytes, pairs, major) +
                                         operand_bytes(tile, depth, shape.inverse_bytes, pairs, Major::kInner));
   return plan;

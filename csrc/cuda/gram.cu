@@ -99,7 +99,7 @@ template <class T, class G>
 cudaError_t launch_input_gram(
     const T* x, int64_t rows, int64_t inputs, int64_t row_stride, bool bias, bool primal, bool tf32, G* gram,
     const GramPlan& plan, void* workspace, cudaStream_t stream) {
-  if (rows == 0 || inputs == 0 || plan.tile == 0) return cudaErrorInvalidValue;
+  if (rows == 0 || plan.tile == 0) return cudaErrorInvalidValue;
   if (plan.blocks > kMaxGrid || plan.reduce_blocks > kMaxGrid) return cudaErrorInvalidValue;
   const GramShape shape{rows, inputs, bias, primal, sizeof(T), sizeof(G)};
   const MatrixView<T> view = view_of(x, row_stride);

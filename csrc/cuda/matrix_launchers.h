@@ -8,7 +8,7 @@
 
 namespace consequentialism::cuda {
 
-// x is [rows, inputs], contiguous along a row, with row_stride elements from row to row.
+// x is [rows, inputs], contiguous along a row, with row_stride elements from row to row; rows >= 1.
 
 // gram <- x x^T [N, N], plus 1 everywhere with a bias (dual), or x1^T x1 [I + bias, I + bias] with x1 = [x, 1]
 // (primal). G is Accumulator<T>, or double. tf32: float32 x may be rounded to TF32. plan = plan_gram(...); workspace

@@ -125,8 +125,9 @@ struct BlockTraits {
   using Gram = GramTraits<T, float, false, kTile, kTerms>;
   using Apply = ApplyTraits<T, kTile, 64, kTerms>;
   static constexpr size_t kGramBytes = kTile * Apply::kStride * sizeof(float);
-  static constexpr size_t kStageBytes =
-      Gram::P::kSharedBytes > Apply::P::kSharedBytes ? Gram::P::kSharedBytes : Apply::P::kSharedBytes;
+  // The Gram lies where its stages were, and those of the product with it follow.
+  static constexpr size_t kApplyBytes = kGramBytes + Apply::P::kSharedBytes;
+  static constexpr size_t kSharedBytes = Gram::P::kSharedBytes > kApplyBytes ? Gram::P::kSharedBytes : kApplyBytes;
   static_assert(Gram::kThreads == Apply::kThreads);
 };
 
@@ -137,14 +138,14 @@ __global__ void block_kernel(const MatrixView<T> x, int n, int64_t inputs, float
   using P = typename Traits::Apply::P;
   constexpr int kStride = Traits::Apply::kStride;
   unsigned char* shared = dynamic_shared<unsigned char>();
-  float* own = reinterpret_cast<float*>(shared + Traits::kStageBytes);
+  float* own = reinterpret_cast<float*>(shared);
   block_gram<typename Traits::Gram>(x, n, 0, inputs, 1.0f, shared, own, kStride);
   const int threads = static_cast<int>(blockDim.x);
   for (int i = static_cast<int>(threadIdx.x); i < n * n; i += threads) gram[i] = own[i / n * kStride + i % n];
   const typename P::A inverse{own, kStride};
   for (int64_t first = 0; first < inputs; first += P::kTileN) {
     block_apply<P>(
-        inverse, n, typename P::B{x, first, inputs}, first == 0, shared,
+        inverse, n, typename P::B{x, first, inputs}, first == 0, shared + Traits::kGramBytes,
         [&](int row, int c, float left, float right) {
           const int64_t at = first + c;
           if (row < n && at < inputs) y[row * inputs + at] = left;
@@ -162,7 +163,7 @@ int launch_block(const T* x, int64_t rows, int64_t inputs, float* gram, float* y
   LaunchShape shape{};
   shape.grid = dim3(1);
   shape.block = dim3(Traits::Gram::kThreads);
-  shape.shared_bytes = Traits::kStageBytes + Traits::kGramBytes;
+  shape.shared_bytes = Traits::kSharedBytes;
   return launch(block_kernel<T, kTile>, shape, view_of(x, inputs), static_cast<int>(rows), inputs, gram, y, column);
 }
 
