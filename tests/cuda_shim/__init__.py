@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 INCLUDES = (ROOT / "csrc" / "cuda", HERE)
 BUILD = ROOT / "build" / "cuda_shim"
+SHIM = [HERE / f"{part}.cpp" for part in ("scheduler", "errors", "instructions", "python_calls")]
 SEEDS = (0, 1, 2)
 
 FLAGS = (
@@ -72,7 +73,7 @@ def build(sources: Sequence[Path], options: Sequence[str] = ()) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("CUDA shim: no g++")
-    sources = [*sources, HERE / "shim.cpp"]
+    sources = [*sources, *SHIM]
     command = [compiler, *FLAGS, *options, *(f"-I{folder}" for folder in INCLUDES)]
     digest = hashlib.sha256(repr((command, os.stat(compiler).st_mtime, os.uname().machine)).encode())
     for path in _closure(sources):

@@ -1,5 +1,5 @@
 // CUDA's language on the host, as far as platform.cuh promises it. Threads are fibers, run one at a time, in an order
-// that the seed chooses; see shim.cpp. Not thread-safe in itself: a lock lets one launch run at a time.
+// that the seed chooses; see scheduler.cpp. Not thread-safe in itself: a lock lets one launch run at a time.
 #pragma once
 
 #include <math.h>
