@@ -30,9 +30,17 @@ class Prepared(NamedTuple):
     column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
 
 
+# Asked for once: torch.compile of torch 2.11 does not see through the question.
+_AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(name)
+)
+
+
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on; some types of device, such as meta, know none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def full_precision(device_type: str) -> AbstractContextManager[Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import cuda_shim
 import pytest
 import torch
-from cases import F32, F64, KINDS, assert_close, error_of, make_input, randn
+from cases import F32, F64, FACTOR, FLOOR, KINDS, assert_close, error_of, make_input, randn
 from torch import Tensor
 
 import consequentialism as cw
@@ -67,15 +68,13 @@ def gram_of(kind: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (x @ x.T).to(dtype)
 
 
-ORDERS = (1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 129, 200)
+ORDERS = (1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 129)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("n", ORDERS)
+@pytest.mark.parametrize(("n", "dtype"), [*product(ORDERS, [F32, F64]), (192, F64), (288, F32)], ids=str)
 def test_block(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
     gram = gram_of("random", n, dtype)
-    if plan(shim, n, dtype)[0] != BLOCK:
-        pytest.skip("does not fit one block")
+    assert plan(shim, n, dtype)[0] == BLOCK
     shim.reset_counts()
     own, breakdowns = invert(shim, gram[None], factor=3.0, seeds=(0, 1))
     assert shim.launches == 2
@@ -110,7 +109,7 @@ def test_error_against_lapack(shim: cuda_shim.Library, kind: str, damping: float
             own_errors.append(error_of(own[0] @ x.float(), expected))
             plain_errors.append(error_of(torch.cholesky_inverse(lower) @ x.float(), expected))
     own_error, plain_error = (math.sqrt(sum(e * e for e in errors)) for errors in (own_errors, plain_errors))
-    assert own_error <= 2 * plain_error + 1e-6
+    assert own_error <= FACTOR * plain_error + FLOOR[F32]
 
 
 def test_right_residual_in_float64(shim: cuda_shim.Library) -> None:
@@ -179,9 +178,10 @@ def test_only_if(shim: cuda_shim.Library) -> None:
     gram = gram_of("random", 33, F32)
     own, breakdowns = invert(shim, gram[None], only_if=0)
     assert own.isnan().all()  # untouched
+    assert breakdowns == 0
     own, breakdowns = invert(shim, gram[None], only_if=7, damping=0.1)
     assert_close("inverse", own[0], cw.reference.factor(gram.double(), 1.0, "relative", "raw", 33, 33), 2e-6)
-    assert breakdowns == 0
+    assert breakdowns == 1  # the first attempt, made elsewhere
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)

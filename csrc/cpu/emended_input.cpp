@@ -24,18 +24,12 @@ struct Inverse {
 Inverse invert_input(
     const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  check_x(input);
-  check_damping(damping);
+  const FactorArguments arguments = factor_arguments_of(input, bias, damping, damping_mode, scale);
   const bool primal = parse_form(form) == Form::kPrimal;
-  const int64_t rows = input.size(0);
-  const FactorArguments arguments{
-      damping, parse_relative(damping_mode), parse_scale(scale),
-      std::max<int64_t>(1, std::min(rows, input.size(1) + bias)), rows};
   const at::Tensor x = computable(input);
   if (x.scalar_type() == at::kFloat) {
-    // A relative damping tells the condition before the Gram is there.
-    const bool enough = !arguments.relative || arguments.rank <= kMaxFloat32Condition * damping;
-    if (enough) {
+    // An absolute damping shows its condition with the Gram.
+    if (!arguments.relative || arguments.float32_is_enough()) {
       at::Tensor gram = lower_input_gram(x, bias, primal);
       if (try_factor_float32_(gram, arguments)) return {gram, x};
     }

@@ -154,9 +154,7 @@ at::Tensor factor(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
   check_gram(gram);
-  check_damping(damping);
-  TORCH_CHECK_VALUE(rank >= 1, "rank must be at least 1, got ", rank);
-  const FactorArguments arguments{damping, parse_relative(damping_mode), parse_scale(scale), rank, rows};
+  const FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard guard;
   return factor_lower(gram.contiguous(), arguments);
 }

@@ -29,6 +29,7 @@
 #include <type_traits>
 
 #include "../checks.h"
+#include "../factor_arguments.h"
 #include "../guards.h"
 #include "launchers.h"
 #include "matrix_launchers.h"
@@ -36,8 +37,6 @@
 namespace consequentialism::cuda {
 
 namespace {
-
-constexpr double kMaxFloat32Condition = 2e3;  // as on the CPU, csrc/cpu/factor.h
 
 constexpr size_t kMaxDevices = 64;
 
@@ -72,14 +71,6 @@ unsigned* breakdown_counter() {
 at::ScalarType wide_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
-
-struct FactorArguments {
-  double damping;
-  bool relative;
-  Scale scale;
-  int64_t rank;  // min(N, I), what a relative damping is relative to
-  int64_t rows;  // N, the multiplier of Scale::kNlms
-};
 
 template <class T>
 void run_factor(const FactorItem<T>& item, int64_t n, const FactorPlan& plan, const at::TensorOptions& options) {
@@ -206,15 +197,9 @@ at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dty
 }
 
 // In float64 where float32 is not enough, known from the arguments alone: looking at the Gram would wait for it.
-at::Tensor invert_input(
-    const at::Tensor& x, bool bias, Form form, double damping, std::string_view damping_mode, std::string_view scale) {
-  const int64_t rows = x.size(0);
-  const FactorArguments arguments{
-      damping, parse_relative(damping_mode), parse_scale(scale), std::max<int64_t>(1, std::min(rows, x.size(1) + bias)),
-      rows};
-  const bool enough = arguments.relative && static_cast<double>(arguments.rank) <= kMaxFloat32Condition * damping;
-  const auto dtype = enough && x.scalar_type() != at::kDouble ? at::kFloat : at::kDouble;
-  return inverse_of(gram_of(x, bias, form, dtype), arguments);
+at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const FactorArguments& arguments) {
+  const bool narrow = arguments.float32_is_enough() && x.scalar_type() != at::kDouble;
+  return inverse_of(gram_of(x, bias, form, narrow ? at::kFloat : at::kDouble), arguments);
 }
 
 }  // namespace
@@ -244,9 +229,7 @@ at::Tensor factor(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
   check_gram(gram);
-  check_damping(damping);
-  TORCH_CHECK_VALUE(rank >= 1, "rank must be at least 1, got ", rank);
-  const FactorArguments arguments{damping, parse_relative(damping_mode), parse_scale(scale), rank, rows};
+  const FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(gram.device());
   return inverse_of(gram.contiguous(), arguments);
@@ -255,25 +238,23 @@ at::Tensor factor(
 at::Tensor input_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  check_x(x);
-  check_damping(damping);
+  const FactorArguments arguments = factor_arguments_of(x, bias, damping, damping_mode, scale);
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
-  return invert_input(with_contiguous_rows(x), bias, parsed, damping, damping_mode, scale)
-      .to(wide_type(x.scalar_type()));
+  return invert_input(with_contiguous_rows(x), bias, parsed, arguments).to(wide_type(x.scalar_type()));
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
     const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  check_x(input);
-  check_damping(damping);
-  const bool primal = parse_form(form) == Form::kPrimal;
+  const FactorArguments arguments = factor_arguments_of(input, bias, damping, damping_mode, scale);
+  const Form parsed = parse_form(form);
+  const bool primal = parsed == Form::kPrimal;
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(input.device());
   const at::Tensor x = with_contiguous_rows(input);
-  const at::Tensor inverse = invert_input(x, bias, parse_form(form), damping, damping_mode, scale);
+  const at::Tensor inverse = invert_input(x, bias, parsed, arguments);
   const auto dtype = x.scalar_type();
   const bool wide = inverse.scalar_type() == at::kDouble;
   const at::Tensor emended = at::empty(x.sizes(), x.options().dtype(dtype == at::kHalf ? at::kFloat : dtype));

@@ -245,7 +245,10 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
   T growth = 1;
 #pragma unroll 1
   for (int attempt = 0; attempt <= kFactorRetries; ++attempt, growth *= 10) {
-    if (attempt == 0 && item.only_if != nullptr) continue;  // the first attempt has been made elsewhere
+    if (attempt == 0 && item.only_if != nullptr) {  // the first attempt was made elsewhere, and broke down
+      if (team.thread == 0) atomicAdd(breakdowns, 1u);
+      continue;
+    }
     load_tiles(team, item.gram, n, ridge * growth, tiles);
     team.sync();
     factor_tiles(team, tiles_along(n), tiles, state);

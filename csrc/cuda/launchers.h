@@ -7,7 +7,8 @@
 namespace consequentialism::cuda {
 
 // count matrices of order n, at most kMaxFactorItems, by plan = plan_factor(n, sizeof(T), ...). workspace has
-// count * plan.workspace_bytes, aligned to 128. *breakdowns counts the matrices whose first attempt broke down.
+// count * plan.workspace_bytes, aligned to 128. *breakdowns counts the matrices whose first attempt
+// broke down, here or elsewhere.
 template <class T>
 cudaError_t launch_factor(
     const FactorItem<T>* items, int count, int64_t n, const FactorPlan& plan, void* workspace, unsigned* breakdowns,

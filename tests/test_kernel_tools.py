@@ -1,0 +1,146 @@
+"""The tools around the kernels, as far as they need neither nvcc nor a GPU: the resource table, the GPU benchmark."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+from pathlib import Path
+
+import cuda_resources
+import pytest
+import torch
+from cuda_resources import Resources
+
+from bench import gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = """\
+ptxas info    : 4 bytes gmem, 8 bytes cmem[4]
+ptxas info    : Compiling entry function '_ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_
+    64 bytes stack frame, 88 bytes spill stores, 296 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 64 bytes cumulative stack size, 512 bytes smem, 380 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 1 barriers
+"""
+
+
+def row(provider: str, median: float, ratio: float, target: float | None = None, error: float | None = None) -> gpu.Row:
+    return gpu.Row("linear", provider, "64x784x1600", "float32", median, median, median, ratio, target, error)
+
+
+def test_report_of_ptxas_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "void ns::(anonymous namespace)::k<float, 3>(float*)"
+    monkeypatch.setattr(cuda_resources, "demangle", lambda names: [name] * len(names))
+    table = cuda_resources.parse(REPORT)
+    assert table["k<float,3>", "sm_80"] == Resources(255, 64, 88, 296, 512)
+    assert table["k<float,3>", "sm_90a"] == Resources(30, 0, 0, 0, 0)
+    assert cuda_resources.read_table(cuda_resources.write_table(table)) == table
+
+
+@pytest.mark.parametrize(
+    ("change", "miss"),
+    [
+        ({"spill_stores": 4}, "spill_stores 4, the table allows 0"),
+        ({"spill_loads": 4}, "spill_loads 4, the table allows 0"),
+        ({"registers": 31}, "registers 31, the table allows 30"),
+        ({"shared": 8}, "shared 8, the table allows 0"),
+        ({"registers": 29}, None),
+    ],
+)
+def test_what_is_worse_than_the_table_is_named(change: dict[str, int], miss: str | None) -> None:
+    allowed = {("k<float>", "sm_80"): Resources(30, 0, 0, 0)}
+    own = {("k<float>", "sm_80"): Resources(30, 0, 0, 0)._replace(**change)}
+    assert cuda_resources.compare(own, allowed) == ([] if miss is None else [f"k<float> sm_80: {miss}"])
+
+
+def test_a_kernel_missing_from_the_table_or_new_to_it_is_named() -> None:
+    table = {("k<float>", "sm_80"): Resources(30, 0, 0, 0)}
+    assert cuda_resources.compare(table, {}) == ["k<float> sm_80: not in the table"]
+    assert cuda_resources.compare({}, table) == ["k<float> sm_80: in the table, but not compiled"]
+
+
+def test_the_committed_table_has_both_architectures_of_every_kernel() -> None:
+    table = cuda_resources.read_table(cuda_resources.TABLE.read_text())
+    kernels = {kernel for kernel, _ in table}
+    assert set(table) == {(kernel, arch) for kernel in kernels for arch in cuda_resources.ARCHITECTURES}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e5, 2.6e6, 37.7e6, 106e6, 1e9])
+def test_input_sets_are_more_than_the_cache_or_many(size: float) -> None:
+    sets = gpu.input_sets(size)
+    assert 2 <= sets <= 8
+    assert sets == 8 or sets * size > gpu.CACHE_BYTES
+
+
+def test_short_calls_are_repeated_and_long_ones_are_not() -> None:
+    assert gpu.repeats_for(8, 6 * 64 * 784 * 1600) >= 4
+    assert gpu.repeats_for(2, 6 * 512 * 4096 * 11008) == 1
+
+
+def test_verdicts() -> None:
+    rows = [
+        row("plain", 10, 1),
+        row("cuda", 14, 1.4, 1.5, 1e-6),
+        row("reference, eager", 69, 6.9),
+        row("reference", 50, 5, None, float("nan")),
+    ]
+    lines = gpu.verdicts(rows)
+    assert [line.split()[0] for line in lines] == ["met", "missed", "WRONG"]
+    assert "1.40 of plain, target 1.50" in lines[0]
+    assert "4.9 times faster" in lines[1]
+    assert gpu.table(rows).count("\n") == len(rows)
+
+
+def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    path = tmp_path / "new" / "gpu.csv"
+    gpu.write([row("cuda", 14, 1.4, 1.5, 1e-6)], path)
+    with path.open() as file:
+        (line,) = csv.DictReader(file)
+    assert line["device"] == "a GPU"
+    assert float(line["ratio"]) == 1.4
+
+
+STAND_IN = """#!/bin/bash
+case "$*" in
+  *get_device_capability*) echo 9.0 ;;
+  *get_device_name*) echo a-gpu ;;
+  *"import xdist"*) exit 1 ;;
+  *build_ext*) echo "for $TORCH_CUDA_ARCH_LIST"; exit ${BUILD:-0} ;;
+  *bench.gpu*) echo "the table" ;;
+  *"-m pytest"*) exit ${TESTS:-0} ;;
+esac
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize(
+    ("settings", "code", "verdicts"),
+    [
+        ({}, 0, ["ok    build", "ok    tests", "ok    racecheck", "ok    bench", "all passed"]),
+        ({"QUICK": "1"}, 0, ["ok    memcheck", "ok    bench", "all passed"]),
+        ({"TESTS": "1"}, 1, ["FAIL  tests: exit 1", "ok    bench", "FAILED"]),
+        ({"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED"]),
+    ],
+    ids=str,
+)
+def test_gpu_script_reports_every_part(
+    tmp_path: Path, settings: dict[str, str], code: int, verdicts: list[str]
+) -> None:
+    for name, text in (("python", STAND_IN), ("compute-sanitizer", "#!/bin/bash\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)}
+    done = subprocess.run(
+        [ROOT / "tests/gpu.sh"], env={**os.environ, "QUICK": "0", **paths, **settings}, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    summary = [line for line in done.stdout.splitlines() if line.startswith("gpu: ")]
+    for verdict in verdicts:
+        assert any(verdict in line for line in summary), summary
+    assert (tmp_path / "build.log").read_text() == "for 9.0a\n"
+    assert ("racecheck" in done.stdout) == (settings.get("QUICK") != "1" and "BUILD" not in settings)
