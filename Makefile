@@ -42,12 +42,13 @@ format: $(VENV)/.lint
 kernels:
 	$(PYTHON) tests/cuda_resources.py $(ARGS)
 
+# torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.
 cuda-build: $(CUDA_VENV)/.built
 	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
-	cd build/cuda && $(CUDA_PYTHON) -m pytest -q --rootdir $(CURDIR) $(CURDIR)/tests/test_cuda_build.py
+	cd build/cuda && $(CUDA_PYTHON) -m pytest -q --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,test_cuda_build.py test_ops.py test_compile.py)
 
 # On a machine with a GPU, with its own python3 and no network.
 gpu:

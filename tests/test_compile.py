@@ -113,6 +113,7 @@ def test_no_grad_and_frozen() -> None:
     model.requires_grad_(False)
     assert not compiled(x).requires_grad
     model[2].weight.requires_grad_(True)
+    torch._dynamo.reset()  # torch 2.11 does not notice this of any layer
     compiled(x).square().sum().backward()
     own = model[2].weight.grad
     model.zero_grad()
