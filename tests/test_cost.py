@@ -52,7 +52,7 @@ def test_the_inverse_is_applied_to_the_input_where_rounding_would_be_amplified(
 
 
 def test_the_kernel_knows_the_same_condition_limit() -> None:
-    header = (ROOT / "csrc/cpu/factor.h").read_text()
+    header = (ROOT / "csrc/factor_arguments.h").read_text()
     match = re.search(r"kMaxFloat32Condition = ([\d.e+]+);", header)
     assert match is not None
     assert float(match[1]) == reference.MAX_FLOAT32_CONDITION
