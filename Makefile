@@ -76,7 +76,7 @@ $(VENV)/.demo: $(VENV)/.built
 	touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(PIP) "consequentialism[demo,mnist5k,test]"
+	$(PIP) "consequentialism[demo,mnist1d,mnist5k,test]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.built

@@ -143,6 +143,7 @@ def test_demo_names_a_broken_gzip_file(tmp_path: Path) -> None:
         (["--optimizer", "adamw"], "adamw"),
         (["--data", "cifar"], "cifar"),
         (["--model", "rnn"], "rnn"),
+        (["--model", "conv1d", "--optimizer", "emended-sgd", "--target", "0.9"], "mlp"),
         (["--device", "abacus"], "abacus"),
         (["--epochs", "0"], "0"),
         (["--batch-size", "-3"], "-3"),

@@ -1,7 +1,8 @@
-"""Handwritten digits as tensors, split into training and test."""
+"""Digits as tensors, images or sequences, split into training and test."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,17 @@ from .errors import need
 from .idx import read_mnist
 
 CLASSES = 10
+DIMENSIONS = {"digits": 2, "mnist5k": 2, "mnist": 2, "mnist1d": 1}  # of a sample: an image or a sequence
 PROBE = 1000  # most training samples that the reported training loss is computed on
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images and labels on one device.
+    """Samples and labels on one device.
 
     Attributes:
-        train_x: ``[N, 1, H, W]`` float32, standardised with the training set's one mean and one deviation.
+        train_x: Images ``[N, 1, H, W]`` or sequences ``[N, 1, L]``, float32, standardised with the training set's
+            one mean and one deviation.
         train_y: ``[N]`` int64.
         test_x: ``[M, 1, H, W]``, with the same mean and deviation.
         test_y: ``[M]``.
@@ -33,10 +36,9 @@ class Digits:
     test_y: Tensor
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
-        channels, height, width = self.train_x.shape[1:]
-        return channels, height, width
+    def sample_shape(self) -> tuple[int, ...]:
+        """Channels, then height and width, or length."""
+        return tuple(self.train_x.shape[1:])
 
     def to(self, device: torch.device) -> Digits:
         """The same on ``device``."""
@@ -65,6 +67,19 @@ def _mnist(root: Path) -> Digits:
     return _standardised(*read_mnist(root))
 
 
+def _mnist1d(root: Path) -> Digits:
+    """5,000 digits as sequences of 40 values, made by the generator package mnist1d; 80 % train."""
+    generator = need("mnist1d.data")
+    numpy = need("numpy")
+    states = random.getstate(), numpy.random.get_state()  # the generator seeds the global ones
+    try:
+        made = generator.make_dataset(generator.get_dataset_args())
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+    return _standardised(*(torch.tensor(made[name]) for name in ("x", "y", "x_test", "y_test")))
+
+
 def _split(images: Tensor, labels: Tensor, test_fraction: float) -> Digits:
     """A fixed split with the same share of every class on both sides."""
     generator = torch.Generator().manual_seed(0)
@@ -81,12 +96,17 @@ def _split(images: Tensor, labels: Tensor, test_fraction: float) -> Digits:
     return _standardised(images[train_rows], labels[train_rows], images[test_rows], labels[test_rows])
 
 
-def _standardised(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Digits:
-    """Images ``[N, H, W]`` with one mean and one deviation for all pixels, those of the training set."""
-    train_x, test_x = train_images.float().unsqueeze(1), test_images.float().unsqueeze(1)
+def _standardised(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Digits:
+    """Images ``[N, H, W]`` or sequences ``[N, L]`` with one mean and one deviation, those of the training set."""
+    train_x, test_x = train.float().unsqueeze(1), test.float().unsqueeze(1)
     deviation, mean = torch.std_mean(train_x)
     deviation = deviation.clamp_min(1e-6)
     return Digits((train_x - mean) / deviation, train_labels.long(), (test_x - mean) / deviation, test_labels.long())
 
 
-DATA_SETS: dict[str, Callable[[Path], Digits]] = {"digits": _sklearn_digits, "mnist5k": _mnist5k, "mnist": _mnist}
+DATA_SETS: dict[str, Callable[[Path], Digits]] = {
+    "digits": _sklearn_digits,
+    "mnist5k": _mnist5k,
+    "mnist": _mnist,
+    "mnist1d": _mnist1d,
+}

@@ -21,5 +21,6 @@ def need(module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        package = "mlxtend" if module.startswith("mlxtend") else "consequentialism[demo]"
+        own = module.split(".")[0]
+        package = own if own in ("mlxtend", "mnist1d") else "consequentialism[demo]"
         raise UserError(f"{error.name} is not installed: pip install {package}") from None

