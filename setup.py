@@ -27,6 +27,7 @@ REASON_FILE = "_C_missing.txt"  # in the package: why there are no compiled kern
 CPU_SOURCES = [
     "csrc/ops.cpp",
     "csrc/module.cpp",
+    "csrc/autograd.cpp",
     "csrc/cpu/input_gram.cpp",
     "csrc/cpu/factor.cpp",
     "csrc/cpu/tile_inverse.cpp",

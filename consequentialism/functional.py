@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch, reference
+from . import cost, dispatch, ops, reference
 from .autograd import (
     EmendedLinear,
     TransformableEmendedLinear,
@@ -68,8 +68,20 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
+    backend = dispatch.select(options.backend, x)
+    if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
+        plan = cost.choose(rows, x.shape[-1] + (bias is not None), weight.shape[0], x.dtype, options)
+        return ops.emended_linear(
+            x,
+            weight,
+            bias,
+            plan.form,
+            plan.applied_to == "gradient",
+            options.damping,
+            options.damping_mode,
+            options.scale,
+        )
     with torch.no_grad(), full_precision(x.device.type):
-        backend = dispatch.select(options.backend, x)
         form, inverse, emended, column = prepare(
             x.detach().reshape(rows, x.shape[-1]),
             bias is not None,

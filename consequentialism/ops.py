@@ -79,6 +79,25 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     return torch.ops.consequentialism.weight_grad(dy, rows, column)
 
 
+def emended_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    form: Form,
+    on_gradient: bool,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> Tensor:
+    """`autograd.EmendedLinear` with what precedes it, for eager mode: the same bits without Python in between.
+
+    Args:
+        x: ``[..., I]``, at least one row.
+        on_gradient: Whether the inverse is applied to the gradient, as `cost.Plan` says, or else to the input.
+    """
+    return torch.ops.consequentialism.emended_linear(x, weight, bias, form, on_gradient, damping, damping_mode, scale)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -19,9 +19,13 @@ TORCH_LIBRARY(consequentialism, m) {
       "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
       "-> (Tensor, Tensor)");
   m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
+  m.def(
+      "emended_linear(Tensor x, Tensor weight, Tensor? bias, str form, bool on_gradient, float damping, "
+      "str damping_mode, str scale) -> Tensor");
 }
 
-// The derivative belongs to one autograd Function in Python; differentiating an op itself is an error.
+// The derivative belongs to emended_linear and to the autograd Functions in Python; differentiating one of the others
+// is an error.
 TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("input_gram", torch::autograd::autogradNotImplementedFallback());
   m.impl("factor", torch::autograd::autogradNotImplementedFallback());

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import consequentialism as cw
 
@@ -192,3 +193,19 @@ def assert_identical(name: str, own: Tensor | None, expected: Tensor | None) -> 
     assert own.shape == expected.shape, f"{name}: shape {list(own.shape)}, expected {list(expected.shape)}"
     difference = (own.double() - expected.double()).abs().max().item() if own.numel() else 0.0
     assert torch.equal(own, expected), f"{name}: differs by up to {difference:.3g}"
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def own(self) -> list[str]:
+        """Those of this package."""
+        return [name for name in self.names if name.startswith("consequentialism")]

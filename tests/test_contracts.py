@@ -16,6 +16,7 @@ from cases import (
     HALF_TYPES,
     SMALL_SHAPES,
     TOLERANCE,
+    Recorder,
     Shape,
     assert_close,
     assert_grads_close,
@@ -26,28 +27,11 @@ from cases import (
     randn,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import consequentialism as cw
 from consequentialism import reference
 
 SHARED = {"damping_mode": ("relative", "absolute"), "scale": ("nlms", "raw", "gradient")}
-
-
-class Recorder(TorchDispatchMode):
-    """The names of the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-    def own(self) -> list[str]:
-        """Those of this package."""
-        return [name for name in self.names if name.startswith("consequentialism")]
 
 
 @pytest.mark.parametrize("damping_mode", SHARED["damping_mode"])

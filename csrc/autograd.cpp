@@ -1,0 +1,170 @@
+// The derivative of an emended linear layer for eager mode: what consequentialism/autograd.py does, without Python
+// between the steps. There stands the meaning of every branch; tests hold the two to the same bits.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addr.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/mv.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "guards.h"
+
+namespace consequentialism {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor input_inverse(
+    const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view mode,
+    std::string_view scale) {
+  using Call = at::Tensor(const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::input_inverse", "").typed<Call>();
+  return op.call(x, bias, form, damping, mode, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> emended_input(
+    const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view mode,
+    std::string_view scale) {
+  using Call = std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::emended_input", "").typed<Call>();
+  return op.call(x, bias, form, damping, mode, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
+  using Call = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::weight_grad", "").typed<Call>();
+  return op.call(dy, rows, column);
+}
+
+// What forward keeps, in the order of saved variables; undefined where a plan does not need it.
+enum Saved { kX, kWeight, kInverse, kEmended, kColumn };
+
+at::Tensor as_rows(const at::Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
+}
+
+// The emended input's column for the bias alone, [N].
+at::Tensor emended_ones(const at::Tensor& inverse, const at::Tensor& x, bool primal) {
+  if (!primal) return inverse.sum(1);
+  const at::Tensor border = inverse.select(0, -1);
+  return at::mv(x.to(inverse.scalar_type()), border.narrow(0, 0, x.size(1))).add_(border.select(0, -1));
+}
+
+// dw [O, I] and db [O] of dy [N, O] by an inverse that is applied to the gradient's side.
+std::tuple<at::Tensor, at::Tensor> grads_by_inverse(
+    const at::Tensor& inverse, const at::Tensor& x, const at::Tensor& dy, bool primal, bool needs_bias) {
+  const int64_t rows = x.size(0);
+  const int64_t inputs = x.size(1);
+  if (!primal) return weight_grad(at::mm(inverse, dy), x, inverse.new_ones({needs_bias ? rows : 0}));
+  const bool has_bias = inverse.size(0) > inputs;
+  const auto [plain, plain_bias] = weight_grad(dy, x, inverse.new_ones({has_bias ? rows : 0}));
+  if (!has_bias) return {at::mm(plain, inverse), at::Tensor()};
+  const at::Tensor border = inverse.select(0, inputs).narrow(0, 0, inputs);
+  const at::Tensor square = inverse.narrow(0, 0, inputs).narrow(1, 0, inputs);
+  at::Tensor dw = at::addr(at::mm(plain, square), plain_bias, border);
+  if (!needs_bias) return {dw, at::Tensor()};
+  return {dw, at::mv(plain, border).add_(at::mul(plain_bias, inverse.select(0, inputs).select(0, inputs)))};
+}
+
+class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
+ public:
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+      std::string_view form, bool on_gradient, double damping, std::string_view damping_mode, std::string_view scale) {
+    const PlainKernelGuard plain;
+    const at::Tensor y = at::linear(x, weight, bias);
+    const at::Tensor rows = as_rows(x);
+    const bool has_bias = bias.has_value();
+    const bool needs_weight = weight.requires_grad();
+    const bool needs_bias = has_bias && bias->requires_grad();
+    const bool primal = parse_form(form) == Form::kPrimal;
+    at::Tensor inverse, emended, column;
+    if (!on_gradient) {
+      std::tie(emended, column) = emended_input(rows, has_bias, form, damping, damping_mode, scale);
+      if (!needs_weight) emended = at::Tensor();
+      if (!needs_bias) column = at::Tensor();
+    } else {
+      inverse = input_inverse(rows, has_bias, form, damping, damping_mode, scale);
+      if (!needs_weight) {
+        column = emended_ones(inverse, rows, primal);
+        inverse = at::Tensor();
+      }
+    }
+    ctx->save_for_backward(
+        {inverse.defined() ? x : at::Tensor(), x.requires_grad() ? weight : at::Tensor(), inverse, emended, column});
+    ctx->saved_data["primal"] = primal;
+    ctx->saved_data["bias"] = needs_bias;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor& dy = grads[0];
+    const bool twice = at::GradMode::is_enabled() && dy.requires_grad();
+    const variable_list saved = ctx->get_saved_variables();  // a checkpoint runs its forward again in here
+    variable_list result(8);
+    {
+      const at::NoGradGuard no_grad;
+      const PlainKernelGuard plain;
+      if (ctx->needs_input_grad(0)) result[0] = at::matmul(dy, saved[kWeight]);
+      const bool needs_weight = ctx->needs_input_grad(1);
+      const bool needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
+      if (needs_weight || needs_bias) {
+        auto [dw, db] = weight_grads(saved, as_rows(dy), ctx->saved_data["primal"].toBool(), needs_bias);
+        if (needs_weight) result[1] = dw;
+        if (needs_bias) result[2] = db;
+      }
+    }
+    return twice ? once_differentiable(std::move(result)) : result;
+  }
+
+ private:
+  static std::tuple<at::Tensor, at::Tensor> weight_grads(
+      const variable_list& saved, const at::Tensor& dy, bool primal, bool needs_bias) {
+    if (saved[kInverse].defined()) {
+      return grads_by_inverse(saved[kInverse], as_rows(saved[kX]), dy, primal, needs_bias);
+    }
+    const at::Tensor& column = saved[kColumn];
+    if (!saved[kEmended].defined()) return weight_grad(dy, column.unsqueeze(1), column);
+    return weight_grad(dy, saved[kEmended], column.defined() ? column : saved[kEmended].new_empty({0}));
+  }
+
+  // The gradients, whose own differentiation is an error: what torch's decorator of that name does.
+  static variable_list once_differentiable(variable_list result) {
+    torch::autograd::DelayedError error(
+        "trying to differentiate twice an emended gradient, which is @once_differentiable",
+        static_cast<int64_t>(result.size()));
+    for (at::Tensor& gradient : result) {
+      if (gradient.defined()) gradient = gradient.detach().requires_grad_();
+    }
+    return error.apply(std::move(result));
+  }
+};
+
+at::Tensor emended_linear(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::string_view form,
+    bool on_gradient, double damping, std::string_view damping_mode, std::string_view scale) {
+  return EmendedLinear::apply(x, weight, bias, form, on_gradient, damping, damping_mode, scale);
+}
+
+}  // namespace
+
+}  // namespace consequentialism
+
+TORCH_LIBRARY_IMPL(consequentialism, CompositeImplicitAutograd, m) {
+  m.impl("emended_linear", consequentialism::emended_linear);
+}
