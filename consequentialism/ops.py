@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .options import DampingMode, Form, Scale
 
-NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad")
+NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad", "fused_weight_grad")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -79,6 +79,12 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     return torch.ops.consequentialism.weight_grad(dy, rows, column)
 
 
+def fused_weight_grad(
+    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.consequentialism.fused_weight_grad.default(x, dy, bias, damping, damping_mode, scale)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -112,3 +118,8 @@ if module is not None:
     def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         outputs = dy.shape[1]
         return dy.new_empty((outputs, rows.shape[1])), dy.new_empty((0 if column.shape[0] == 0 else outputs,))
+
+    @torch.library.register_fake("consequentialism::fused_weight_grad")
+    def _(x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
+        outputs = dy.shape[1]
+        return dy.new_empty((outputs, x.shape[1])), dy.new_empty((outputs if bias else 0,))

@@ -19,6 +19,12 @@ TORCH_LIBRARY(consequentialism, m) {
       "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
       "-> (Tensor, Tensor)");
   m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
+  m.def(
+      "fused_weight_grad(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "fused_weight_grad.by(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale, str variant) "
+      "-> (Tensor, Tensor)");
 }
 
 // The derivative belongs to one autograd Function in Python; differentiating an op itself is an error.
@@ -28,4 +34,5 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
   m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }

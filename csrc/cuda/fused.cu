@@ -6,6 +6,10 @@ namespace {
 
 constexpr int64_t kMaxBlocks = 0xFFFF;  // the ticket's lower half
 
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+__device__ unsigned all_counters[kFusedSlots * kFusedCounters];
+#endif
+
 template <class T, int kTile, int kTerms>
 cudaError_t launch_tile(
     const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
@@ -43,6 +47,12 @@ cudaError_t launch_terms(
 }
 
 }  // namespace
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+cudaError_t fused_counters_address(unsigned** address) {
+  return cudaGetSymbolAddress(reinterpret_cast<void**>(address), all_counters);
+}
+#endif
 
 template <class T>
 cudaError_t launch_fused_weight_grad(

@@ -79,25 +79,32 @@ __device__ __forceinline__ void sum_partials(
   }
 }
 
-// Whether this is the last block to come here and some thread of some block came with `flag`. What other blocks wrote
-// before is seen after. The ticket is left at zero; shared is one integer.
-__device__ __forceinline__ bool last_of_flagged(unsigned* ticket, unsigned blocks, bool flag, int* shared) {
-  constexpr unsigned kFlagged = 1u << 16;
+// Whether some thread of the block comes with `flag`; shared is one integer.
+__device__ __forceinline__ bool block_any(bool flag, int* shared) {
+  __syncthreads();
   if (threadIdx.x == 0) *shared = 0;
   __syncthreads();
   if (flag) *shared = 1;
   __syncthreads();
+  return *shared != 0;
+}
+
+// Whether this is the last block to come here and some block came with `flag`, the same in all its threads. What other
+// blocks wrote before is seen after. The ticket is left at zero; shared is one integer.
+__device__ __forceinline__ bool last_of_flagged(unsigned* ticket, unsigned blocks, bool flag, int* shared) {
+  constexpr unsigned kFlagged = 1u << 16;
+  bool poisons = false;
+  __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned own = *shared != 0 ? kFlagged + 1 : 1;
+    const unsigned own = flag ? kFlagged + 1 : 1;
     __threadfence();
     const unsigned all = atomicAdd(ticket, own) + own;
     const bool last = all % kFlagged == blocks;
     if (last) *ticket = 0;
-    *shared = last && all >= kFlagged ? 1 : 0;
+    poisons = last && all >= kFlagged;
     __threadfence();
   }
-  __syncthreads();
-  return *shared != 0;
+  return block_any(poisons, shared);
 }
 
 template <class Traits, class T>
@@ -182,13 +189,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
   }
 
   // A dy that is not finite has left no sum in its row finite; a finite dy may have overflown, which is no reason.
+  int* any = reinterpret_cast<int*>(state + 1);
   bool broken = false;
-  if (suspicious) {
-    for (int64_t row = 0; row < n; ++row) {
-      for (int64_t o = begin; o < end; ++o) broken = broken || !isfinite(to_accumulator(dy.data[row * dy.stride + o]));
+  if (block_any(suspicious, any)) {
+    const int64_t width = end - begin;
+    for (int64_t i = thread; i < n * width; i += Traits::kThreads) {
+      broken = broken || !isfinite(to_accumulator(dy.data[i / width * dy.stride + begin + i % width]));
     }
+    broken = block_any(broken, any);
   }
-  if (!last_of_flagged(counters + 1, gridDim.x, broken, reinterpret_cast<int*>(state + 1))) return;
+  if (!last_of_flagged(counters + 1, gridDim.x, broken, any)) return;
   const T nan = from_accumulator<T>(G(NAN));
   for (int64_t i = thread; i < outputs * inputs; i += Traits::kThreads) arguments.dw[i] = nan;
   if (!bias) return;

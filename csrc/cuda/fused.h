@@ -105,6 +105,9 @@ struct FusedPlan {
 
 FusedPlan plan_fused(const FusedShape& shape, const Limits& limits);
 
+// Into how many parts the cooperative variant cuts the sum over the inputs, where there are so many blocks.
+int64_t fused_splits(const FusedShape& shape);
+
 // With this variant, and about so many splits.
 FusedPlan plan_fused_with(const FusedShape& shape, const Limits& limits, FusedVariant variant, int64_t splits);
 

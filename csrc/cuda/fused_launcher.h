@@ -9,6 +9,10 @@
 namespace consequentialism::cuda {
 
 constexpr int kFusedCounters = 2;  // of a launch: the grid's barrier, and the arrivals at the end
+constexpr int kFusedSlots = 16384;
+
+// The current device's own counters, kFusedSlots times kFusedCounters. Zero when the process begins.
+cudaError_t fused_counters_address(unsigned** address);
 
 // x [rows, inputs] and dy [rows, outputs], contiguous along a row; dw [outputs, inputs] and db [outputs], contiguous.
 template <class T>

@@ -26,16 +26,29 @@ const char* refusal(const FusedShape& shape, const Limits& limits) {
   return bytes > limits.shared_bytes ? "more shared memory than a block has" : nullptr;
 }
 
-// What a block reads until it has the Gram: its part of x, and all parts of the Gram's upper triangle.
-double gram_microseconds(const FusedShape& shape, double splits) {
-  const double rows = static_cast<double>(shape.rows), inputs = static_cast<double>(shape.inputs);
-  const double x_bytes = rows * inputs * static_cast<double>(shape.element_bytes) / splits;
+// Of one part of the Gram, whose upper triangle is read.
+double part_bytes(const FusedShape& shape) {
+  const double rows = static_cast<double>(shape.rows);
+  return rows * rows / 2 * static_cast<double>(fused_sum_bytes(shape.element_bytes));
+}
+
+// Until a block has the Gram: it reads its part of x, and then all parts.
+double gram_microseconds(const FusedShape& shape, int64_t splits) {
+  const double x_bytes =
+      static_cast<double>(shape.rows) * static_cast<double>(shape.inputs) * static_cast<double>(shape.element_bytes);
   if (splits == 1) return x_bytes / kBytesPerMicrosecond;
-  const double parts = splits * rows * rows / 2 * static_cast<double>(fused_sum_bytes(shape.element_bytes));
-  return (x_bytes + parts) / kBytesPerMicrosecond + kBarrierMicroseconds;
+  const double parts = static_cast<double>(splits);
+  return (x_bytes / parts + parts * part_bytes(shape)) / kBytesPerMicrosecond + kBarrierMicroseconds;
 }
 
 }  // namespace
+
+int64_t fused_splits(const FusedShape& shape) {
+  // x_bytes / s + s * part_bytes is least at the root of their quotient.
+  const double x_bytes =
+      static_cast<double>(shape.rows) * static_cast<double>(shape.inputs) * static_cast<double>(shape.element_bytes);
+  return std::max<int64_t>(1, std::lround(std::sqrt(x_bytes / part_bytes(shape))));
+}
 
 FusedPlan plan_fused_with(const FusedShape& shape, const Limits& limits, FusedVariant variant, int64_t splits) {
   FusedPlan plan{};
@@ -62,15 +75,9 @@ FusedPlan plan_fused_with(const FusedShape& shape, const Limits& limits, FusedVa
 FusedPlan plan_fused(const FusedShape& shape, const Limits& limits) {
   const FusedPlan recompute = plan_fused_with(shape, limits, FusedVariant::kRecompute, 1);
   if (recompute.variant == FusedVariant::kNone) return recompute;
-  // x_bytes / s + s * part_bytes is least at the root of their quotient.
-  const double sum_bytes = static_cast<double>(fused_sum_bytes(shape.element_bytes));
-  const double ratio = static_cast<double>(shape.inputs) * static_cast<double>(shape.element_bytes) /
-                       (static_cast<double>(shape.rows) / 2 * sum_bytes);
-  const auto splits = static_cast<int64_t>(std::lround(std::sqrt(ratio)));
-  const FusedPlan cooperative = plan_fused_with(shape, limits, FusedVariant::kCooperative, splits);
+  const FusedPlan cooperative = plan_fused_with(shape, limits, FusedVariant::kCooperative, fused_splits(shape));
   if (cooperative.splits == 1) return recompute;
-  const double shared_time = gram_microseconds(shape, static_cast<double>(cooperative.splits));
-  return shared_time < gram_microseconds(shape, 1) ? cooperative : recompute;
+  return gram_microseconds(shape, cooperative.splits) < gram_microseconds(shape, 1) ? cooperative : recompute;
 }
 
 }  // namespace consequentialism::cuda
