@@ -29,7 +29,7 @@ from .options import Form, Options
 from .reference import float32_is_enough
 
 # Up to so many rows, and weights, one launch is taken to be faster than six. Predicted: no GPU has measured it; the
-# rows "whole gradient" of bench/gpu.py say where it holds.
+# rows "whole grad" of bench/gpu.py say where it holds.
 FUSED_DEVICES = ("cuda",)
 FUSED_ROWS = {torch.float64: 64, torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}
 FUSED_WEIGHTS = 4 * 2**20
