@@ -25,7 +25,8 @@ namespace {
 
 struct FusedSlots {
   std::mutex lock;
-  std::unordered_map<cudaStream_t, int> of_stream;
+  std::unordered_map<cudaStream_t, unsigned*> of_stream;
+  unsigned* first = nullptr;
   int used = 0;
 };
 
@@ -36,18 +37,15 @@ unsigned* fused_counters(cudaStream_t stream) {
   FusedSlots& slots = all.at(static_cast<size_t>(c10::cuda::current_device()));
   const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   const std::lock_guard guard(slots.lock);
-  int slot = slots.used;
-  const auto known = captured ? slots.of_stream.end() : slots.of_stream.find(stream);
-  if (known != slots.of_stream.end()) {
-    slot = known->second;
-  } else {
-    if (slot == kFusedSlots) return nullptr;
-    ++slots.used;
-    if (!captured) slots.of_stream[stream] = slot;
+  if (slots.first == nullptr) C10_CUDA_CHECK(fused_counters_address(&slots.first));
+  if (!captured) {
+    const auto known = slots.of_stream.find(stream);
+    if (known != slots.of_stream.end()) return known->second;
   }
-  unsigned* first = nullptr;
-  C10_CUDA_CHECK(fused_counters_address(&first));
-  return first + kFusedCounters * slot;
+  if (slots.used == kFusedSlots) return nullptr;
+  unsigned* fresh = slots.first + kFusedCounters * slots.used++;
+  if (!captured) slots.of_stream[stream] = fresh;
+  return fresh;
 }
 
 FusedShape shape_of(const at::Tensor& x, const at::Tensor& dy, bool bias) {
