@@ -84,8 +84,9 @@ constexpr FusedLayout fused_layout(int tile, size_t element_bytes, bool bfloat16
 }
 
 // kRecompute: each block computes the whole Gram. kCooperative: `splits` blocks compute a part of it each, over `depth`
-// inputs, and all meet once. Then each block inverts it, emends its slice of x and writes its part of dw: block
-// slice + slices * group takes inputs [64 slice, +64) and the output tiles [group * group_tiles, +group_tiles).
+// inputs, and all meet once; few parts, as every block then reads them all. Then each block inverts it, emends its
+// slice of x and writes its part of dw: block slice + slices * group takes inputs [64 slice, +64) and the output tiles
+// [group * group_tiles, +group_tiles).
 enum class FusedVariant { kNone, kRecompute, kCooperative };
 
 struct FusedPlan {
