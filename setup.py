@@ -33,16 +33,20 @@ CPU_SOURCES = [
     "csrc/cpu/tile_inverse.cpp",
     "csrc/cpu/emended_input.cpp",
     "csrc/cpu/weight_grad.cpp",
+    "csrc/cpu/fused_weight_grad.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/bindings.cpp",
+    "csrc/cuda/fused_bindings.cpp",
     "csrc/cuda/factor_plan.cpp",
     "csrc/cuda/gram_plan.cpp",
     "csrc/cuda/emend_plan.cpp",
+    "csrc/cuda/fused_plan.cpp",
     "csrc/cuda/factor.cu",
     "csrc/cuda/gram.cu",
     "csrc/cuda/emend.cu",
     "csrc/cuda/weight_grad.cu",
+    "csrc/cuda/fused.cu",
 ]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 

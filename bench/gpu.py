@@ -33,6 +33,16 @@ SHAPES = (
     Shape(1024, 4096, 4096, 1.6),
     Shape(8192, 1024, 4096, 1.6),
 )
+# Around the thresholds of cost.is_fused and of csrc/cuda/fused_plan.cpp, which these decide.
+FUSED_SHAPES = (
+    Shape(32, 784, 1600),
+    Shape(60, 1600, 10),
+    Shape(64, 784, 1600),
+    Shape(128, 256, 256),
+    Shape(128, 1024, 1024),
+    Shape(128, 4096, 1024),
+    Shape(128, 1024, 4096),
+)
 ORDERS = (32, 64, 128, 256, 512, 1024, 2048)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MLP = (784, 1600, 1600, 1600, 1600, 10)  # ISAAC's network for MNIST
@@ -254,6 +264,39 @@ def bench_ops(shape: Shape, dtype_name: str, rounds: int) -> list[Row]:
     return [Row(name, "cuda", shape.name, dtype_name, *quantiles(found), None, None) for name, found in times.items()]
 
 
+def bench_whole(shape: Shape, dtype_name: str, rounds: int) -> list[Row]:
+    """A weight gradient from x and dy: the separate kernels, and the one launch by each variant and as planned."""
+    dtype, options = DTYPES[dtype_name], (1.0, "relative", "nlms")
+    xs = [torch.randn(shape.rows, shape.inputs, device="cuda", dtype=dtype) for _ in range(8)]
+    dys = [torch.randn(shape.rows, shape.outputs, device="cuda", dtype=dtype) for _ in range(8)]
+    by = torch.ops.consequentialism.fused_weight_grad.by
+    providers: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
+        "separate": lambda i: ops.weight_grad(dys[i], *ops.emended_input(xs[i], True, "dual", 1.0, "relative", "nlms")),
+        "recompute": lambda i: by(xs[i], dys[i], True, *options, "recompute"),
+        "cooperative": lambda i: by(xs[i], dys[i], True, *options, "cooperative"),
+        "as planned": lambda i: ops.fused_weight_grad(xs[i], dys[i], True, 1.0, "relative", "nlms"),
+    }
+    expected, _ = cw.reference.emended_weight_grad(xs[0].double(), dys[0].double(), True)
+    errors = {
+        name: ((work(0)[0].double() - expected).norm() / expected.norm()).item() for name, work in providers.items()
+    }
+    times = measure({name: (captured(work, 8).replay, 8) for name, work in providers.items()}, rounds)
+    medians = {name: quantiles(found) for name, found in times.items()}
+    return [
+        Row(
+            "whole grad",
+            name,
+            shape.name,
+            dtype_name,
+            *found,
+            found[0] / medians["separate"][0],
+            None,
+            errors[name],
+        )
+        for name, found in medians.items()
+    ]
+
+
 def write(rows: list[Row], path: Path) -> None:
     """The CSV, with what is the same for all lines in each of them."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -321,6 +364,9 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype_name in DTYPES:
             works[f"linear {shape.name} {dtype_name}"] = functools.partial(bench_layer, shape, dtype_name, rounds)
             works[f"ops {shape.name} {dtype_name}"] = functools.partial(bench_ops, shape, dtype_name, rounds)
+    for shape in FUSED_SHAPES[1:5] if chosen.quick else FUSED_SHAPES:
+        for dtype_name in DTYPES:
+            works[f"whole grad {shape.name} {dtype_name}"] = functools.partial(bench_whole, shape, dtype_name, rounds)
     works["mlp"] = functools.partial(bench_mlp, rounds)
     for n in ORDERS[:4] if chosen.quick else ORDERS:
         works[f"factor {n}"] = functools.partial(bench_factor, n, rounds)

@@ -17,14 +17,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import cost, distributed
-from .options import Form, Options
+from .options import DampingMode, Form, Options, Scale
 from .reference import compute_dtype, emended_dtype
 
 
-class Prepared(NamedTuple):
-    """What forward keeps for `weight_grad`: ``inverse``, or ``emended`` and ``column``, as the plan says."""
+class Fused(NamedTuple):
+    """In the place of a form: all is left to one op in backward, which needs ``x`` and this."""
 
-    form: Form
+    bias: bool
+    damping: float
+    damping_mode: DampingMode
+    scale: Scale
+
+
+class Prepared(NamedTuple):
+    """What forward keeps for `weight_grad`: ``inverse``, ``emended`` and ``column``, or nothing, as the plan says."""
+
+    form: Form | Fused
     inverse: Tensor | None = None  # [n, n]
     emended: Tensor | None = None  # [N, I]
     column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
@@ -51,7 +60,14 @@ def full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 
 def prepare(
-    x: Tensor, bias: bool, outputs: int, options: Options, backend: Any, need_weight: bool, need_bias: bool
+    x: Tensor,
+    bias: bool,
+    outputs: int,
+    options: Options,
+    backend: Any,
+    need_weight: bool,
+    need_bias: bool,
+    fusible: bool = False,
 ) -> Prepared:
     """Everything that does not depend on ``dy``.
 
@@ -59,11 +75,15 @@ def prepare(
         x: ``[N, I]``, ``N > 0``, detached.
         bias: Whether the layer has a bias, which then stands in the Gram.
         outputs: ``O``, for the cost model.
+        fusible: Whether `Fused` is something that the caller's backward can do.
     """
     if options.process_group is not None:
         emended, column = distributed.emended_input(x, bias, options, backend)
         return Prepared("dual", None, emended if need_weight else None, column if need_bias else None)
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
+    fusible = fusible and need_weight and hasattr(backend, "fused_weight_grad")
+    if fusible and cost.is_fused(plan, x, bias, outputs, options):
+        return Prepared(Fused(bias, options.damping, options.damping_mode, options.scale))
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
@@ -88,10 +108,14 @@ def weight_grad(
     """``dw [O, I]`` and ``db [O]``, each None where it is not needed.
 
     Args:
-        x: ``[N, I]``; read only where ``prepared`` keeps an inverse.
+        x: ``[N, I]``; read only where ``prepared`` keeps an inverse, or nothing.
         dy: ``[N, O]``.
     """
     form, inverse, emended, column = prepared
+    if isinstance(form, Fused):
+        assert x is not None
+        dw, db = backend.fused_weight_grad(x, dy, *form)
+        return dw, db if need_bias else None
     if inverse is None:
         if dy.shape[0] == 0:  # a rank without rows in a distributed batch; an empty column would mean no bias
             dw = None if emended is None else dy.new_zeros(dy.shape[1], emended.shape[1])
@@ -132,6 +156,7 @@ def update(
         lr: A number, or a 0-dimensional tensor on the weight's device, which the host does not read.
     """
     form, inverse, emended, column = prepared
+    assert not isinstance(form, Fused), "a step has no dw to compute"
     errors, alpha = _scaled(dy, lr)
     if bias is not None:
         if inverse is not None:
@@ -264,6 +289,6 @@ def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     x, weight, _, inverse, emended, column, ctx.form, ctx.backend = inputs
-    kept_x = x if inverse is not None else None
+    kept_x = x if inverse is not None or isinstance(ctx.form, Fused) else None
     kept_weight = weight if ctx.needs_input_grad[0] else None
     ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column)

@@ -13,16 +13,27 @@ primal   gradient    ``x``, ``P [I, I]``         ``N I^2``       ``I^3``        
 =======  ==========  ==========================  ==============  =====================  ==============
 
 Applied to the input, backward is plain backward with ``y`` in the place of ``x``.
+
+On a GPU a small layer is all launches. There `is_fused` replaces a dual plan by one that keeps ``x`` alone and computes
+everything in backward, by the one launch of ``fused_weight_grad``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .options import Form, Options
 from .reference import float32_is_enough
+
+# Up to so many rows, and weights, one launch is taken to be faster than six. Predicted: no GPU has measured it; the
+# rows "whole grad" of bench/gpu.py say where it holds.
+FUSED_DEVICES = ("cuda",)
+FUSED_ROWS = {torch.float64: 64, torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}
+FUSED_WEIGHTS = 4 * 2**20
 
 
 class Plan(NamedTuple):
@@ -61,3 +72,19 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
         if flops(plan, rows, inputs, outputs) < flops(best, rows, inputs, outputs):
             best = plan
     return best
+
+
+def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) -> bool:
+    """Whether the gradient of ``x [..., I]`` is better computed whole in backward than by ``plan``."""
+    if x.device.type not in FUSED_DEVICES:
+        return False
+    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
+    return (
+        plan.form == "dual"
+        and rows <= FUSED_ROWS[x.dtype]
+        and inputs * outputs <= FUSED_WEIGHTS
+        and (
+            x.dtype == torch.float64
+            or float32_is_enough(min(rows, inputs + bias), options.damping, options.damping_mode)
+        )
+    )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from . import cost, dispatch, ops, reference
 from .autograd import (
     EmendedLinear,
+    Prepared,
     TransformableEmendedLinear,
     UpdatedLinear,
     autocasts,
@@ -71,12 +72,13 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     backend = dispatch.select(options.backend, x)
     if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
         plan = cost.choose(rows, x.shape[-1] + (bias is not None), weight.shape[0], x.dtype, options)
+        fused = need_weight and cost.is_fused(plan, x, bias is not None, weight.shape[0], options)
         return ops.emended_linear(
             x,
             weight,
             bias,
             plan.form,
-            plan.applied_to == "gradient",
+            "fused" if fused else plan.applied_to,
             options.damping,
             options.damping_mode,
             options.scale,
@@ -90,6 +92,7 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
             backend,
             need_weight,
             need_bias,
+            fusible=not transformed,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, inverse, emended, column, form, backend)
@@ -122,10 +125,10 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
     cast_x, cast_weight, cast_bias = _autocast(x, weight.detach(), None if bias is None else bias.detach())
     _check_linear(cast_x, cast_weight, cast_bias)
     rows = math.prod(cast_x.shape[:-1])
-    form, inverse, emended, column = "dual", None, None, None
+    prepared = Prepared("dual")
     if rows > 0:
         with torch.no_grad(), full_precision(cast_x.device.type):
-            form, inverse, emended, column = prepare(
+            prepared = prepare(
                 cast_x.detach().reshape(rows, cast_x.shape[-1]),
                 bias is not None,
                 weight.shape[0],
@@ -135,7 +138,8 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
                 bias is not None and bias.requires_grad,
             )
     views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, inverse, emended, column, form, step)
+    form, *kept = prepared
+    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, *kept, form, step)
 
 
 def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +174,7 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
     with torch.no_grad(), full_precision(x.device.type):
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         backend = dispatch.select(settings.backend, x)
-        prepared = prepare(x, bias, outputs, settings, backend, True, bias)
+        prepared = prepare(x, bias, outputs, settings, backend, True, bias, fusible=True)
         dw, db = weight_grad(prepared, x, dy, backend, bias)
         assert dw is not None
         return dw, db

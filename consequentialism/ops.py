@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .options import DampingMode, Form, Scale
 
-NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad")
+NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad", "fused_weight_grad")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -84,7 +84,7 @@ def emended_linear(
     weight: Tensor,
     bias: Tensor | None,
     form: Form,
-    on_gradient: bool,
+    applied_to: str,
     damping: float,
     damping_mode: DampingMode,
     scale: Scale,
@@ -93,9 +93,15 @@ def emended_linear(
 
     Args:
         x: ``[..., I]``, at least one row.
-        on_gradient: Whether the inverse is applied to the gradient, as `cost.Plan` says, or else to the input.
+        applied_to: ``"input"`` or ``"gradient"``, as `cost.Plan` says, or ``"fused"``, as `cost.is_fused` does.
     """
-    return torch.ops.consequentialism.emended_linear(x, weight, bias, form, on_gradient, damping, damping_mode, scale)
+    return torch.ops.consequentialism.emended_linear(x, weight, bias, form, applied_to, damping, damping_mode, scale)
+
+
+def fused_weight_grad(
+    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.consequentialism.fused_weight_grad.default(x, dy, bias, damping, damping_mode, scale)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,3 +137,8 @@ if module is not None:
     def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         outputs = dy.shape[1]
         return dy.new_empty((outputs, rows.shape[1])), dy.new_empty((0 if column.shape[0] == 0 else outputs,))
+
+    @torch.library.register_fake("consequentialism::fused_weight_grad")
+    def _(x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
+        outputs = dy.shape[1]
+        return dy.new_empty((outputs, x.shape[1])), dy.new_empty((outputs if bias else 0,))

@@ -143,6 +143,16 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     return dw.to(dy.dtype), db.to(dy.dtype)
 
 
+def fused_weight_grad(
+    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    """``dw [O, I]`` and ``db [O]`` (empty without a bias) of ``x [N, I]`` and ``dy [N, O]``: all in one."""
+    if x.shape[0] == 0:
+        return dy.new_zeros(dy.shape[1], x.shape[1]), dy.new_zeros(dy.shape[1] if bias else 0)
+    form: Form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
+    return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
+
+
 def _nan_unless_finite(dy: Tensor) -> Tensor:
     """``dy``, or NaN everywhere where one entry is not finite."""
     return dy + (0 * dy).sum()

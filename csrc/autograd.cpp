@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "checks.h"
@@ -24,6 +25,7 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using SavedData = decltype(AutogradContext::saved_data);
 
 at::Tensor input_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view mode,
@@ -49,6 +51,26 @@ std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::T
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::weight_grad", "").typed<Call>();
   return op.call(dy, rows, column);
+}
+
+std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
+    const at::Tensor& x, const at::Tensor& dy, bool bias, double damping, std::string_view mode,
+    std::string_view scale) {
+  using Call = std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, bool, double, std::string_view, std::string_view);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::fused_weight_grad", "").typed<Call>();
+  return op.call(x, dy, bias, damping, mode, scale);
+}
+
+// Where the inverse is applied; kFused leaves everything to one op in backward.
+enum class Side { kInput, kGradient, kFused };
+
+Side parse_side(std::string_view applied_to) {
+  if (applied_to == "input") return Side::kInput;
+  if (applied_to == "gradient") return Side::kGradient;
+  TORCH_CHECK_VALUE(applied_to == "fused", "applied_to must be 'input', 'gradient' or 'fused', got '", applied_to, "'");
+  return Side::kFused;
 }
 
 // What forward keeps, in the order of saved variables; undefined where a plan does not need it.
@@ -85,7 +107,9 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
  public:
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-      std::string_view form, bool on_gradient, double damping, std::string_view damping_mode, std::string_view scale) {
+      std::string_view form, std::string_view applied_to, double damping, std::string_view damping_mode,
+      std::string_view scale) {
+    const Side side = parse_side(applied_to);
     const PlainKernelGuard plain;
     const at::Tensor y = at::linear(x, weight, bias);
     const at::Tensor rows = as_rows(x);
@@ -94,21 +118,28 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
     const bool needs_bias = has_bias && bias->requires_grad();
     const bool primal = parse_form(form) == Form::kPrimal;
     at::Tensor inverse, emended, column;
-    if (!on_gradient) {
+    if (side == Side::kInput) {
       std::tie(emended, column) = emended_input(rows, has_bias, form, damping, damping_mode, scale);
       if (!needs_weight) emended = at::Tensor();
       if (!needs_bias) column = at::Tensor();
-    } else {
+    } else if (side == Side::kGradient) {
       inverse = input_inverse(rows, has_bias, form, damping, damping_mode, scale);
       if (!needs_weight) {
         column = emended_ones(inverse, rows, primal);
         inverse = at::Tensor();
       }
     }
+    const bool keeps_x = inverse.defined() || side == Side::kFused;
     ctx->save_for_backward(
-        {inverse.defined() ? x : at::Tensor(), x.requires_grad() ? weight : at::Tensor(), inverse, emended, column});
+        {keeps_x ? x : at::Tensor(), x.requires_grad() ? weight : at::Tensor(), inverse, emended, column});
     ctx->saved_data["primal"] = primal;
     ctx->saved_data["bias"] = needs_bias;
+    if (side == Side::kFused) {
+      ctx->saved_data["has_bias"] = has_bias;
+      ctx->saved_data["damping"] = damping;
+      ctx->saved_data["damping_mode"] = std::string(damping_mode);
+      ctx->saved_data["scale"] = std::string(scale);
+    }
     return y;
   }
 
@@ -124,7 +155,7 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
       const bool needs_weight = ctx->needs_input_grad(1);
       const bool needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
       if (needs_weight || needs_bias) {
-        auto [dw, db] = weight_grads(saved, as_rows(dy), ctx->saved_data["primal"].toBool(), needs_bias);
+        auto [dw, db] = weight_grads(saved, as_rows(dy), ctx->saved_data, needs_bias);
         if (needs_weight) result[1] = dw;
         if (needs_bias) result[2] = db;
       }
@@ -134,9 +165,14 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
 
  private:
   static std::tuple<at::Tensor, at::Tensor> weight_grads(
-      const variable_list& saved, const at::Tensor& dy, bool primal, bool needs_bias) {
+      const variable_list& saved, const at::Tensor& dy, const SavedData& data, bool needs_bias) {
     if (saved[kInverse].defined()) {
-      return grads_by_inverse(saved[kInverse], as_rows(saved[kX]), dy, primal, needs_bias);
+      return grads_by_inverse(saved[kInverse], as_rows(saved[kX]), dy, data.at("primal").toBool(), needs_bias);
+    }
+    if (saved[kX].defined()) {
+      return fused_weight_grad(
+          as_rows(saved[kX]), dy, data.at("has_bias").toBool(), data.at("damping").toDouble(),
+          data.at("damping_mode").toStringView(), data.at("scale").toStringView());
     }
     const at::Tensor& column = saved[kColumn];
     if (!saved[kEmended].defined()) return weight_grad(dy, column.unsqueeze(1), column);
@@ -157,8 +193,8 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
 
 at::Tensor emended_linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::string_view form,
-    bool on_gradient, double damping, std::string_view damping_mode, std::string_view scale) {
-  return EmendedLinear::apply(x, weight, bias, form, on_gradient, damping, damping_mode, scale);
+    std::string_view applied_to, double damping, std::string_view damping_mode, std::string_view scale) {
+  return EmendedLinear::apply(x, weight, bias, form, applied_to, damping, damping_mode, scale);
 }
 
 }  // namespace

@@ -62,4 +62,16 @@ inline void check_weight_grad(const at::Tensor& dy, const at::Tensor& rows, cons
       "column must have the shape [N] or [0], got column ", column.sizes(), " and rows ", rows.sizes());
 }
 
+inline void check_fused(const at::Tensor& x, const at::Tensor& dy) {
+  check_x(x);
+  TORCH_CHECK_VALUE(
+      dy.device() == x.device(), "dy and x must be on the same device, got dy ", dy.device(), " and x ", x.device());
+  TORCH_CHECK_VALUE(
+      dy.dim() == 2 && dy.size(0) == x.size(0), "dy [N, O] and x [N, I] must have the same N, got dy ", dy.sizes(),
+      " and x ", x.sizes());
+  TORCH_CHECK_TYPE(
+      dy.scalar_type() == x.scalar_type(), "dy and x must have the same type, got dy ", dy.scalar_type(), " and x ",
+      x.scalar_type());
+}
+
 }  // namespace consequentialism

@@ -20,8 +20,14 @@ TORCH_LIBRARY(consequentialism, m) {
       "-> (Tensor, Tensor)");
   m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
   m.def(
-      "emended_linear(Tensor x, Tensor weight, Tensor? bias, str form, bool on_gradient, float damping, "
+      "emended_linear(Tensor x, Tensor weight, Tensor? bias, str form, str applied_to, float damping, "
       "str damping_mode, str scale) -> Tensor");
+  m.def(
+      "fused_weight_grad(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "fused_weight_grad.by(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale, str variant) "
+      "-> (Tensor, Tensor)");
 }
 
 // The derivative belongs to emended_linear and to the autograd Functions in Python; differentiating one of the others
@@ -32,4 +38,5 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
   m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }

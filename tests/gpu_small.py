@@ -6,7 +6,7 @@ import torch
 
 from consequentialism import ops
 
-SHAPES = ((1, 1, 1), (5, 7, 3), (33, 31, 12), (64, 65, 33), (130, 70, 40), (300, 310, 20))
+SHAPES = ((1, 1, 1), (5, 7, 3), (33, 31, 12), (64, 65, 33), (64, 200, 300), (130, 70, 40), (300, 310, 20))
 
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for rows, inputs, outputs in SHAPES:
@@ -20,5 +20,13 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                 dw, db = ops.weight_grad(dy, emended, column)
                 for one in (gram, inverse, emended, column, dw, db):
                     assert one.isfinite().all()
+        for bias in (True, False):
+            for one in ops.fused_weight_grad(x, dy, bias, 1.0, "relative", "nlms"):
+                assert one.isfinite().all()
+            if rows <= min(64, inputs + bias):
+                for variant in ("recompute", "cooperative"):
+                    by = torch.ops.consequentialism.fused_weight_grad.by
+                    for one in by(x, dy, bias, 1.0, "relative", "nlms", variant):
+                        assert one.isfinite().all()
 torch.cuda.synchronize()
 print("gpu_small: every op ran")

@@ -85,7 +85,7 @@ def test_opcheck(shape: tuple[int, int, int]) -> None:
     rows, inputs, outputs = shape
     x, weight, bias = randn(rows, inputs), randn(outputs, inputs, seed=1), randn(outputs, seed=2)
     plan = cost.choose(rows, inputs + 1, outputs, F64, Options())
-    options = (plan.form, plan.applied_to == "gradient", 1.0, "relative", "nlms")
+    options = (plan.form, plan.applied_to, 1.0, "relative", "nlms")
     for tensors in ((x, weight, bias), (x, weight, None), (x[None], weight, bias)):
         leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
         torch.library.opcheck(torch.ops.consequentialism.emended_linear.default, (*leaves, *options))
@@ -116,8 +116,10 @@ def test_the_op_called_by_itself_names_what_does_not_fit() -> None:
     x, weight = randn(4, 3).requires_grad_(), randn(2, 3).requires_grad_()
     op = torch.ops.consequentialism.emended_linear
     with pytest.raises(ValueError, match="form must be 'dual' or 'primal', got 'third'"):
-        op(x, weight, None, "third", False, 1.0, "relative", "nlms")
+        op(x, weight, None, "third", "input", 1.0, "relative", "nlms")
+    with pytest.raises(ValueError, match="applied_to must be 'input', 'gradient' or 'fused', got 'both'"):
+        op(x, weight, None, "dual", "both", 1.0, "relative", "nlms")
     with pytest.raises(ValueError, match="damping must be finite and above 0, got 0"):
-        op(x, weight, None, "dual", False, 0.0, "relative", "nlms")
+        op(x, weight, None, "dual", "input", 0.0, "relative", "nlms")
     with pytest.raises(RuntimeError, match="shapes"):
-        op(x, weight.t(), None, "dual", False, 1.0, "relative", "nlms")
+        op(x, weight.t(), None, "dual", "input", 1.0, "relative", "nlms")

@@ -20,9 +20,9 @@ X = (5, 7)
 OPTIONS = (1.0, "relative", "nlms")
 
 
-def cuda_kernel(name: str, *arguments: Any) -> Any:
+def cuda_kernel(name: str, *arguments: Any, overload: str = "default") -> Any:
     """Calls the CUDA kernel itself on tensors of the CPU: it checks its arguments before it needs a device."""
-    return getattr(torch.ops.consequentialism, name).default.redispatch(
+    return getattr(getattr(torch.ops.consequentialism, name), overload).redispatch(
         torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments
     )
 
@@ -67,6 +67,9 @@ def test_fakes_on_cuda(form: str, bias: bool, dtype: torch.dtype) -> None:
         dw, db = ops.weight_grad(dy, emended, column)
         assert (dw.shape, dw.dtype, dw.device.type) == ((3, X[1]), dtype, "cuda")
         assert db.shape == (3 if bias else 0,)
+        dw, db = ops.fused_weight_grad(x, dy, bias, 1.0, "relative", "raw")
+        assert (dw.shape, dw.dtype, dw.device.type) == ((3, X[1]), dtype, "cuda")
+        assert (db.shape, db.dtype) == ((3 if bias else 0,), dtype)
 
 
 def test_layer_on_cuda_under_fake_tensors() -> None:
@@ -106,6 +109,19 @@ BAD_CALLS = [
     ("weight_grad", (ones(5), ones(5, 7), ones(5)), ValueError, "must have the same N"),
     ("weight_grad", (ones(5, 3), ones(5, 7), ones(4)), ValueError, "column must have the shape"),
     ("weight_grad", (ones(5, 3), ones(5, 7, dtype=torch.int32), ones(5)), TypeError, "must be float16"),
+    ("fused_weight_grad", (ones(5), ones(5, 3), True, *OPTIONS), ValueError, "x must have the shape"),
+    ("fused_weight_grad", (ones(5, 7), ones(4, 3), True, *OPTIONS), ValueError, "must have the same N"),
+    ("fused_weight_grad", (ones(5, 7), ones(5), True, *OPTIONS), ValueError, "must have the same N"),
+    ("fused_weight_grad", (ones(5, 7), ones(5, 3).double(), True, *OPTIONS), TypeError, "must have the same type"),
+    ("fused_weight_grad", (ones(5, 7).int(), ones(5, 3).int(), True, *OPTIONS), TypeError, "x must be float16"),
+    (
+        "fused_weight_grad",
+        (ones(5, 7), ones(5, 3), True, 0.0, "relative", "nlms"),
+        ValueError,
+        "damping must be finite",
+    ),
+    ("fused_weight_grad", (ones(5, 7), ones(5, 3), True, 1.0, "other", "nlms"), ValueError, "damping_mode must be"),
+    ("fused_weight_grad", (ones(5, 7), ones(5, 3), True, 1.0, "relative", "other"), ValueError, "scale must be"),
 ]
 
 
@@ -117,6 +133,16 @@ def test_bad_arguments_of_the_cuda_kernels(
         cuda_kernel(name, *arguments)
 
 
+def test_bad_arguments_of_a_named_variant() -> None:
+    x, dy = ones(5, 7), ones(5, 3)
+    with pytest.raises(ValueError, match="variant must be 'recompute' or 'cooperative', got 'both'"):
+        cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "both", overload="by")
+    with pytest.raises(ValueError, match="needs a Gram in float64"):
+        cuda_kernel("fused_weight_grad", x, dy, True, 1.0, "absolute", "nlms", "recompute", overload="by")
+    with pytest.raises(RuntimeError, match="non-CUDA"):
+        cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "recompute", overload="by")
+
+
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_a_tensor_of_the_cpu_is_refused(name: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
@@ -125,6 +151,7 @@ def test_a_tensor_of_the_cpu_is_refused(name: str) -> None:
         "input_inverse": (ones(5, 7), True, "dual", *OPTIONS),
         "emended_input": (ones(5, 7), True, "dual", *OPTIONS),
         "weight_grad": (ones(5, 3), ones(5, 7), ones(5)),
+        "fused_weight_grad": (ones(5, 7), ones(5, 3), True, *OPTIONS),
     }
     with pytest.raises(RuntimeError, match="non-CUDA"):
         cuda_kernel(name, *arguments[name])

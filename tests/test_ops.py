@@ -25,6 +25,7 @@ from cases import (
     assert_identical,
     device_of,
     needs_kernels,
+    oracle,
     randn,
 )
 from torch import Tensor
@@ -138,6 +139,28 @@ def test_factor(backend: str, dtype: torch.dtype, order: int) -> None:
         assert_identical("gram", gram, before)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "layout"), OPCHECK_CASES, ids=str)
+def test_opcheck_of_fused_weight_grad(dtype: torch.dtype, layout: str) -> None:
+    for bias, (rows, inputs) in ((True, (5, 7)), (False, (7, 5)), (True, (1, 1)), (True, (0, 3))):
+        x, dy = LAYOUTS[layout](rows, inputs, dtype), LAYOUTS[layout](rows, 3, dtype)
+        torch.library.opcheck(op("fused_weight_grad"), (x, dy, bias, *OPTIONS), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_weight_grad_is_the_gradient(backend: str, dtype: torch.dtype) -> None:
+    for rows, inputs, outputs in (*SHAPES, (0, 3, 2)):
+        for bias in (True, False):
+            x = randn(rows, inputs, dtype=dtype, device=device_of(backend))
+            dy = randn(rows, outputs, seed=1, dtype=dtype, device=device_of(backend))
+            dw, db = kernels(backend, x).fused_weight_grad(x, dy, bias, 1.0, "relative", "nlms")
+            expected = oracle(x, dy, bias)
+            assert dw.dtype == db.dtype == dtype
+            assert_close("dw", dw, expected[0], TOLERANCE[dtype])
+            assert_close("db", db, torch.zeros(0) if expected[1] is None else expected[1], TOLERANCE[dtype])
+
+
 def test_module_of_the_reference_and_of_the_ops_have_the_same_functions() -> None:
     for name in ops.NAMES:
         assert callable(getattr(ops, name))
@@ -213,6 +236,9 @@ def test_bad_arguments_of_ops() -> None:
         (lambda: own.factor(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "BFloat16")),
         (lambda: own.factor(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
         (lambda: own.weight_grad(x, x[:2], x[:, 0]), ValueError, ("dy", "rows", "[4, 3]", "[2, 3]")),
+        (lambda: own.fused_weight_grad(x, x[:2], True, *OPTIONS), ValueError, ("dy", "x", "[2, 3]", "[4, 3]")),
+        (lambda: own.fused_weight_grad(x, x.float(), True, *OPTIONS), TypeError, ("dy", "x", "Float", "Double")),
+        (lambda: own.fused_weight_grad(x, x, True, 0.0, "relative", "raw"), ValueError, ("damping", "0")),
         (lambda: own.weight_grad(x, x, x[:2, 0]), ValueError, ("column", "[2]", "[4, 3]")),
     ):
         with pytest.raises(error) as caught:

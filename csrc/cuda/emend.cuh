@@ -81,18 +81,19 @@ __device__ __forceinline__ void block_apply(
   if (sums_wanted) for_each_of_vector<P>(sums, vector_step);
 }
 
-// What block_apply takes for x of type T and float32 P. The warps are as those of the Gram's tiles.
+// What block_apply takes for x of type T and P of its sums' type. The warps are as those of the Gram's tiles.
 template <class T, int kTileM, int kTileN, int kTerms>
 struct ApplyTraits {
-  using Types = EmendTypes<T, float, kTerms>;
+  using G = Accumulator<T>;
+  using Types = EmendTypes<T, G, kTerms>;
   using Mma = typename Types::Mma;
   static constexpr int kThreads = threads_of_tile(kTileM);
-  static constexpr int kDepth = stage_depth(sizeof(float));
-  using Inverse = ResidentOperand<float, Major::kInner>;
+  static constexpr int kDepth = stage_depth(sizeof(G));
+  using Inverse = ResidentOperand<G, Major::kInner>;
   using Input = StagedOperand<Mma, T, Major::kOuter, kTileN, kDepth, kThreads>;
   using P = Product<Mma, Inverse, Types::kTermsP, Input, Types::kTermsX, kTileM, kTileN, 4, kThreads / 128, kDepth>;
-  // Floats from row to row of P, so that no bank is met twice.
-  static constexpr int kStride = padded_line(kTileM, sizeof(float), Mma::kPairs, Major::kInner);
+  // Elements from row to row of P, so that no bank is met twice.
+  static constexpr int kStride = padded_line(kTileM, sizeof(G), Mma::kPairs, Major::kInner);
 };
 
 }  // namespace consequentialism::cuda

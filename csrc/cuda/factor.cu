@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>)
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* shared = dynamic_shared<unsigned char>();
   invert_matrix<FactorTeam::kBlock>(
-      item, n, reinterpret_cast<T*>(shared + kStateBytes), reinterpret_cast<FactorState<T>*>(shared), breakdowns);
+      item, n, n, reinterpret_cast<T*>(shared + kStateBytes), reinterpret_cast<FactorState<T>*>(shared), breakdowns);
 }
 
 template <class T>
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(256) factor_cluster_kernel(
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* own = workspace + matrix * workspace_bytes;
   invert_matrix<FactorTeam::kCluster>(
-      item, n, reinterpret_cast<T*>(own + kStateBytes), reinterpret_cast<FactorState<T>*>(own), breakdowns);
+      item, n, n, reinterpret_cast<T*>(own + kStateBytes), reinterpret_cast<FactorState<T>*>(own), breakdowns);
 }
 
 #ifndef CONSEQUENTIALISM_HOST_SHIM

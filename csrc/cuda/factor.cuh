@@ -82,7 +82,7 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
 
 // The tiles <- gram + ridge I, an identity beyond n.
 template <FactorTeam kTeam, class T>
-__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T ridge, T* tiles) {
+__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int stride, T ridge, T* tiles) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const int along = tiles_along(n);
@@ -95,7 +95,7 @@ __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, T ridg
       for (int r = 0; r < kTile; ++r) {
         const int row = i * kTile + r;
         T value = row == column ? T(1) : T(0);
-        if (row < n && column < n) value = gram[row * n + column] + (row == column ? ridge : T(0));
+        if (row < n && column < n) value = gram[row * stride + column] + (row == column ? ridge : T(0));
         tile[r * Traits::kStride + lane] = value;
       }
     }
@@ -187,7 +187,7 @@ __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* sp
 // inverse <- multiplier * V V^T, both triangles. Summed from the last column of V to the first: the other way round the
 // sums lose up to four times the digits on duplicate rows.
 template <FactorTeam kTeam, class T>
-__device__ void multiply_tiles(const Team<kTeam>& team, int n, const T* tiles, T multiplier, T* inverse) {
+__device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const T* tiles, T multiplier, T* inverse) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const int along = tiles_along(n);
@@ -209,23 +209,25 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, const T* tiles, T
           const int column = j * kTile + fragment_column<Inner::kColumns>(lane, p);
           if (row > column || column >= n) continue;  // of a tile on the diagonal, one triangle and its mirror
           const T value = multiplier * sums[q][p];
-          inverse[row * n + column] = value;
-          inverse[column * n + row] = value;
+          inverse[row * stride + column] = value;
+          inverse[column * stride + row] = value;
         }
       }
     }
   }
 }
 
-// The whole, for one matrix and all threads of its team. state and tiles, one more than the triangle has, are the
-// team's.
+// The whole, for one matrix and all threads of its team; rows of the item are `stride` apart, and both of its matrices
+// may be the same. state and tiles, one more than the triangle has, are the team's. breakdowns is null where another
+// team counts.
 template <FactorTeam kTeam, class T>
-__device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, FactorState<T>* state, unsigned* breakdowns) {
+__device__ void invert_matrix(
+    const FactorItem<T>& item, int n, int stride, T* tiles, FactorState<T>* state, unsigned* breakdowns) {
   const Team<kTeam> team;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   if (team.warp == 0) {
     T trace = 0;
-    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) trace += item.gram[i * n + i];
+    for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) trace += item.gram[i * stride + i];
     for (int step = kWarpSize / 2; step > 0; step /= 2) trace += __shfl_xor_sync(kFullWarp, trace, step);
     if (lane == 0) {
       state->trace = trace;
@@ -237,7 +239,7 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
   const int entries = n * n;
   if (trace == 0 || !isfinite(trace)) {
     const T value = trace - trace;  // zero, or NaN
-    for (int i = team.thread; i < entries; i += team.threads) item.inverse[i] = value;
+    for (int i = team.thread; i < entries; i += team.threads) item.inverse[i / n * stride + i % n] = value;
     return;
   }
   const T ridge = static_cast<T>(item.relative ? item.damping * trace / item.rank : item.damping);
@@ -249,7 +251,7 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
       if (team.thread == 0) atomicAdd(breakdowns, 1u);
       continue;
     }
-    load_tiles(team, item.gram, n, ridge * growth, tiles);
+    load_tiles(team, item.gram, n, stride, ridge * growth, tiles);
     team.sync();
     factor_tiles(team, tiles_along(n), tiles, state);
     team.sync();
@@ -257,18 +259,20 @@ __device__ void invert_matrix(const FactorItem<T>& item, int n, T* tiles, Factor
       const int along = tiles_along(n);
       T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
       invert_tiles(team, along, tiles, spare);
-      multiply_tiles(team, n, tiles, multiplier, item.inverse);
+      multiply_tiles(team, n, stride, tiles, multiplier, item.inverse);
       return;
     }
     team.sync();
     if (team.thread == 0) {
       state->broken = 0;
-      if (attempt == 0) atomicAdd(breakdowns, 1u);
+      if (attempt == 0 && breakdowns != nullptr) atomicAdd(breakdowns, 1u);
     }
     team.sync();
   }
   for (int i = team.thread; i < entries; i += team.threads) {
-    item.inverse[i] = i / n == i % n ? multiplier / (item.gram[i] + ridge) : T(0);
+    const int row = i / n, column = i % n;
+    item.inverse[row * stride + column] =
+        row == column ? multiplier / (item.gram[row * stride + column] + ridge) : T(0);
   }
 }
 

@@ -308,9 +308,12 @@ struct BlockSums {
   typename P::Sum vector[P::kM][2];  // of rows lane / 4 and lane / 4 + 8; lanes of a row have the same
 };
 
+// A vector in a product is split into kTerms terms, 0: as many as B is.
+
 // No vector in a product.
 struct NoVector {
   static constexpr bool kExists = false;
+  static constexpr int kTerms = 0;
   bool wanted = false;
   __device__ __forceinline__ float operator()(int64_t) const { return 0; }
 };
@@ -318,6 +321,7 @@ struct NoVector {
 // The vector of ones.
 struct Ones {
   static constexpr bool kExists = true;
+  static constexpr int kTerms = 0;
   bool wanted;
   __device__ __forceinline__ float operator()(int64_t) const { return 1; }
 };
@@ -326,20 +330,21 @@ struct Ones {
 template <class S>
 struct VectorAt {
   static constexpr bool kExists = true;
+  static constexpr int kTerms = 0;
   bool wanted;
   const S* data;
   int64_t size;
   __device__ __forceinline__ S operator()(int64_t inner) const { return inner < size ? __ldg(data + inner) : S(0); }
 };
 
-// a b^T, products of small terms first.
-template <class P, int kHalf>
+// a b^T's products of terms whose indices add up to `order`; the large ones are small.
+template <class Mma, int kHalf, int kTermsA, int kTermsB>
 __device__ __forceinline__ void multiply_terms(
-    typename P::Sum (&d)[4], const typename P::Mma::Register (&a)[P::kTermsA][P::Mma::kRegisters],
-    const typename P::Mma::Register (&b)[P::kTermsB][P::Mma::kRegisters], int order) {
+    typename Mma::Sum (&d)[4], const typename Mma::Register (&a)[kTermsA][Mma::kRegisters],
+    const typename Mma::Register (&b)[kTermsB][Mma::kRegisters], int order) {
 #pragma unroll
-  for (int t = 0; t < P::kTermsA; ++t) {
-    if (order - t >= 0 && order - t < P::kTermsB) P::Mma::template multiply<kHalf>(d, a[t], b[order - t]);
+  for (int t = 0; t < kTermsA; ++t) {
+    if (order - t >= 0 && order - t < kTermsB) Mma::template multiply<kHalf>(d, a[t], b[order - t]);
   }
 }
 
@@ -382,20 +387,22 @@ __device__ __forceinline__ void multiply_stage(
       for (int i = 0; i < P::kM; ++i) {
 #pragma unroll
         for (int j = 0; j < P::kN; ++j) {
-          multiply_terms<P, 0>(stage[i][j][0], fa[i], fb[j], order);
-          multiply_terms<P, 1>(stage[i][j][1], fa[i], fb[j], order);
+          multiply_terms<Mma, 0>(stage[i][j][0], fa[i], fb[j], order);
+          multiply_terms<Mma, 1>(stage[i][j][1], fa[i], fb[j], order);
         }
       }
     }
     if constexpr (Vector::kExists) {
       if (vector.wanted && column == 0) {
-        typename Mma::Register fv[P::kTermsB][Mma::kRegisters];
+        constexpr int kTermsV = Vector::kTerms == 0 ? P::kTermsB : Vector::kTerms;
+        constexpr int kOrdersV = P::kTermsA > kTermsV ? P::kTermsA : kTermsV;
+        typename Mma::Register fv[kTermsV][Mma::kRegisters];
         Mma::gather(fv, [&](int, int step) { return vector(inner + k + step); }, lane);
 #pragma unroll
         for (int i = 0; i < P::kM; ++i) {
           Sum d[4] = {};
 #pragma unroll
-          for (int order = kOrders - 1; order >= 0; --order) multiply_terms<P, 0>(d, fa[i], fv, order);
+          for (int order = kOrdersV - 1; order >= 0; --order) multiply_terms<Mma, 0>(d, fa[i], fv, order);
           sums.vector[i][0] += d[0];
           sums.vector[i][1] += d[2];
         }

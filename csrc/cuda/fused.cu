@@ -1,0 +1,79 @@
+#include "fused.cuh"
+
+namespace consequentialism::cuda {
+
+namespace {
+
+constexpr int64_t kMaxBlocks = 0xFFFF;  // the ticket's lower half
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+__device__ unsigned all_counters[kFusedSlots * kFusedCounters];
+#endif
+
+template <class T, int kTile, int kTerms>
+cudaError_t launch_tile(
+    const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
+    unsigned* breakdowns, cudaStream_t stream) {
+  using Traits = FusedTraits<T, kTile, kTerms>;
+  if (plan.shared_bytes != Traits::kLayout.bytes || plan.depth % Traits::Gram::kDepth != 0) {
+    return cudaErrorInvalidValue;
+  }
+  const bool cooperative = plan.variant == FusedVariant::kCooperative;
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(plan.blocks()));
+  shape.block = dim3(Traits::kThreads);
+  shape.shared_bytes = plan.shared_bytes;
+  shape.stream = stream;
+  shape.cooperative = cooperative;
+  const bool even = arguments.inputs % 2 == 0 && reinterpret_cast<uintptr_t>(arguments.dw) % (2 * sizeof(T)) == 0;
+  return launch(
+      fused_weight_grad_kernel<Traits, T>, shape, arguments, view_of(arguments.x, arguments.x_stride),
+      view_of(arguments.dy, arguments.dy_stride), static_cast<unsigned>(plan.slices), plan.group_tiles,
+      static_cast<unsigned>(plan.splits), plan.depth, even,
+      cooperative ? static_cast<Accumulator<T>*>(workspace) : nullptr, counters, breakdowns);
+}
+
+template <class T, int kTerms>
+cudaError_t launch_terms(
+    const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
+    unsigned* breakdowns, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (plan.tile == kLargeTile) {
+      return launch_tile<T, kLargeTile, kTerms>(arguments, plan, workspace, counters, breakdowns, stream);
+    }
+  }
+  if (plan.tile != kSmallTile) return cudaErrorInvalidValue;
+  return launch_tile<T, kSmallTile, kTerms>(arguments, plan, workspace, counters, breakdowns, stream);
+}
+
+}  // namespace
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+cudaError_t fused_counters_address(unsigned** address) {
+  return cudaGetSymbolAddress(reinterpret_cast<void**>(address), all_counters);
+}
+#endif
+
+template <class T>
+cudaError_t launch_fused_weight_grad(
+    const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
+    unsigned* breakdowns, cudaStream_t stream) {
+  if (plan.variant == FusedVariant::kNone || plan.blocks() > kMaxBlocks || arguments.rows > plan.tile) {
+    return cudaErrorInvalidValue;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (!arguments.tf32) return launch_terms<T, 2>(arguments, plan, workspace, counters, breakdowns, stream);
+  }
+  return launch_terms<T, 1>(arguments, plan, workspace, counters, breakdowns, stream);
+}
+
+#define CONSEQUENTIALISM_INSTANTIATE(T)             \
+  template cudaError_t launch_fused_weight_grad<T>( \
+      const FusedArguments<T>&, const FusedPlan&, void*, unsigned*, unsigned*, cudaStream_t);
+CONSEQUENTIALISM_INSTANTIATE(float)
+CONSEQUENTIALISM_INSTANTIATE(double)
+CONSEQUENTIALISM_INSTANTIATE(bfloat16)
+CONSEQUENTIALISM_INSTANTIATE(float16)
+#undef CONSEQUENTIALISM_INSTANTIATE
+
+}  // namespace consequentialism::cuda

@@ -1,0 +1,41 @@
+// Launcher of the kernel that computes a whole weight gradient. Pointers are to device memory of the stream's device;
+// nothing waits for the device.
+#pragma once
+
+#include "factor.h"
+#include "fused.h"
+#include "types.h"
+
+namespace consequentialism::cuda {
+
+constexpr int kFusedCounters = 2;  // of a launch: the grid's barrier, and the arrivals at the end
+constexpr int kFusedSlots = 16384;
+
+// The current device's own counters, kFusedSlots times kFusedCounters. Zero when the process begins.
+cudaError_t fused_counters_address(unsigned** address);
+
+// x [rows, inputs] and dy [rows, outputs], contiguous along a row; dw [outputs, inputs] and db [outputs], contiguous.
+template <class T>
+struct FusedArguments {
+  const T* x;
+  const T* dy;
+  T* dw;
+  T* db;  // null without a bias
+  int64_t x_stride;
+  int64_t dy_stride;
+  int64_t rows;
+  int64_t inputs;
+  int64_t outputs;
+  bool tf32;                           // float32 may be rounded to TF32
+  FactorItem<Accumulator<T>> inverse;  // its options; the matrices are in shared memory
+};
+
+// dw, db <- dy^T P [x, 1] with P the inverse of the damped Gram, by plan = plan_fused(...). NaN everywhere where an
+// entry of x or dy is not finite. counters [kFusedCounters] are zero before the first launch that is given them and
+// after each; no two launches that may run at once share them. workspace has plan.workspace_bytes, aligned to 16.
+template <class T>
+cudaError_t launch_fused_weight_grad(
+    const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
+    unsigned* breakdowns, cudaStream_t stream);
+
+}  // namespace consequentialism::cuda
