@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from . import dispatch, reference
 from .autograd import (
     EmendedLinear,
+    Prepared,
     TransformableEmendedLinear,
     UpdatedLinear,
     autocasts,
@@ -70,7 +71,7 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         return F.linear(x, weight, bias)
     with torch.no_grad(), full_precision(x.device.type):
         backend = dispatch.select(options.backend, x)
-        form, inverse, emended, column = prepare(
+        prepared = prepare(
             x.detach().reshape(rows, x.shape[-1]),
             bias is not None,
             weight.shape[0],
@@ -80,7 +81,7 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
             need_bias,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
-    return function.apply(x, weight, bias, inverse, emended, column, form, backend)
+    return function.apply(x, weight, bias, backend, *prepared)
 
 
 def updated_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
@@ -110,10 +111,10 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
     cast_x, cast_weight, cast_bias = _autocast(x, weight.detach(), None if bias is None else bias.detach())
     _check_linear(cast_x, cast_weight, cast_bias)
     rows = math.prod(cast_x.shape[:-1])
-    form, inverse, emended, column = "dual", None, None, None
+    prepared = Prepared("dual")
     if rows > 0:
         with torch.no_grad(), full_precision(cast_x.device.type):
-            form, inverse, emended, column = prepare(
+            prepared = prepare(
                 cast_x.detach().reshape(rows, cast_x.shape[-1]),
                 bias is not None,
                 weight.shape[0],
@@ -123,7 +124,7 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
                 bias is not None and bias.requires_grad,
             )
     views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, inverse, emended, column, form, step)
+    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, *prepared)
 
 
 def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
