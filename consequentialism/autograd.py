@@ -71,7 +71,8 @@ def prepare(
         return Prepared("dual", None, emended if need_weight else None, column if need_bias else None)
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
     if plan.solver == "cg":
-        return _prepare_system(x, bias, plan, options, backend, need_weight, need_bias)
+        system = conjugate.System(bias, options)
+        return Prepared(plan.form, system=system, gram=system.gram(x, backend) if plan.gram == "stored" else None)
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
@@ -80,19 +81,6 @@ def prepare(
     if need_weight:
         return Prepared(plan.form, inverse)
     return Prepared(plan.form, None, None, emended_ones(inverse, x, plan.form))
-
-
-def _prepare_system(
-    x: Tensor, bias: bool, plan: cost.Plan, options: Options, backend: Any, need_weight: bool, need_bias: bool
-) -> Prepared:
-    """`prepare` for conjugate gradients."""
-    if not need_weight:
-        return Prepared(plan.form, column=conjugate.emended_ones(x, plan.form, options))
-    if plan.applied_to == "input":
-        emended, column = conjugate.emended_input(x, bias, plan.form, options, backend)
-        return Prepared(plan.form, emended=emended, column=column if need_bias else None)
-    system = conjugate.System(plan.form, bias, options)
-    return Prepared(plan.form, system=system, gram=system.gram(x, backend) if plan.gram == "stored" else None)
 
 
 def emended_ones(inverse: Tensor, x: Tensor, form: Form) -> Tensor:
@@ -115,7 +103,8 @@ def weight_grad(
     form, inverse, emended, column, system, gram = prepared
     if system is not None:
         assert x is not None
-        return conjugate.weight_grad(system, gram, x, dy, backend, need_bias)
+        gradients = conjugate.weight_grad(system, gram, x, dy, backend)
+        return gradients if need_bias else (gradients[0], None)
     if inverse is None:
         if dy.shape[0] == 0:  # a rank without rows in a distributed batch; an empty column would mean no bias
             dw = None if emended is None else dy.new_zeros(dy.shape[1], emended.shape[1])
@@ -161,7 +150,7 @@ def update(
     if system is not None:
         assert x is not None
         for part in _blocks(errors.t()):
-            dw, db = conjugate.weight_grad(system, gram, x, errors[:, part], reference, bias is not None)
+            dw, db = conjugate.weight_grad(system, gram, x, errors[:, part], reference)
             if weight is not None:
                 weight[part].add_(dw, alpha=alpha)
             if bias is not None and db is not None:

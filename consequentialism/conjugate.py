@@ -1,20 +1,23 @@
-"""Conjugate gradients on the ridge system: emended gradients from matrix products alone, without a factor.
+"""Conjugate gradients on the primal ridge system: an emended gradient from matrix products alone, without a factor.
 
-``Z (G + c I) = B`` is solved for all rows of ``B`` at once, each with its own step lengths: one product of ``B``'s
-shape with ``G`` an iteration, a fixed number of them, nothing that the host waits for. An iteration predicts what the
-steps so far change, ``Z G``, and emends what is left of ``B``; the first gives the plain gradient times the best step.
+``Z (G + c I) = B`` with ``G = x^T x [I, I]`` and ``B = dy^T x [O, I]``, the plain gradient, is solved for all rows of
+``B`` at once, each with its own step lengths: a fixed number of iterations, a product of ``B``'s shape with ``G`` each,
+and nothing that the host waits for. An iteration predicts what the steps so far change, ``Z G``, and emends what is
+left; the first gives the plain gradient times the best step length, row by row.
 
 After ``k`` iterations, with ``kappa`` the condition number of ``G + c I`` and ``|E|^2 = trace(E (G + c I) E^T)``,
 
     |Z_k - Z| <= 2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k |Z|,    kappa <= 1 + min(N, I) / damping
 
-and `error_bound` sharpens it by what the trace says of the largest eigenvalues. What it leaves out on purpose: a start
-other than zero (it costs the product of one iteration and gains less), preconditioning by the diagonal (it helps
-badly scaled inputs and harms correlated ones), and coupling the rows of ``B`` (fewer iterations, but each then has
-a QR of its own). Measured: ``docs/solvers.md``.
+and `error_bound` sharpens it by what the trace says of the largest eigenvalues. In the norm of `torch.linalg.norm` the
+error falls with every iteration, and ``Z_k`` grows, to ``Z`` from below: stopping early is a smaller step, never one
+that overshoots. The dual system has no such bound (stopped early, ``dw`` came out up to 60 times too long), so it is
+not used. Nor are: a start other than zero (it costs the product of one iteration and gains no more than that),
+preconditioning by the diagonal (it helps badly scaled inputs and harms correlated ones), a coupling of the rows
+of ``B`` (fewer iterations, each with a QR factorisation). Measured: ``docs/solvers.md``.
 
-Source: Hestenes and Stiefel, J. Res. Natl. Bur. Stand. 49 (1952); the bounds are in Axelsson, Iterative Solution
-Methods (1994), chapter 13.
+Source: Hestenes and Stiefel, J. Res. Natl. Bur. Stand. 49 (1952); Steihaug, SIAM J. Numer. Anal. 20 (1983), for the
+growth of ``Z_k``; Axelsson, Iterative Solution Methods (1994), chapter 13, for the bounds.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import DampingMode, Form, Options, Scale
-from .reference import compute_dtype, emended_dtype, float32_is_enough
+from .options import DampingMode, Options, Scale
+from .reference import compute_dtype, float32_is_enough
 
 
 def error_bound(ratio: float, iterations: int) -> float:
@@ -105,25 +108,18 @@ def solve_gram(
 
 
 def solve_rows(
-    x: Tensor,
-    form: Form,
-    right: Tensor,
-    damping: float,
-    damping_mode: DampingMode,
-    scale: Scale,
-    iterations: int,
+    x: Tensor, right: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, iterations: int
 ) -> Tensor:
-    """`solve_gram` with the Gram of ``x [N, I]``, which is never there: two products with ``x`` an iteration.
+    """`solve_gram` with ``G = x^T x``, which is never there: two products with ``x`` an iteration.
 
     Args:
-        x: With the bias's column of ones, if there is a bias.
-        right: ``[R, N]`` (dual) or ``[R, I]`` (primal), of x's type.
+        x: ``[N, I]``, with the bias's column of ones, if there is a bias.
+        right: ``[R, I]``, of x's type.
     """
-    inner = x.T if form == "dual" else x  # the Gram is inner^T inner
-    ridge = _ridge(inner.square().sum(0), damping, damping_mode, max(min(x.shape), 1))
+    ridge = _ridge(x.square().sum(0), damping, damping_mode, max(min(x.shape), 1))
 
     def times(v: Tensor) -> Tensor:
-        return torch.addcmul((v @ inner.T / ridge.unit) @ inner, v, ridge.c / ridge.unit)
+        return torch.addcmul((v @ x.T / ridge.unit) @ x, v, ridge.c / ridge.unit)
 
     return _scaled_solve(times, right, ridge, scale, x.shape[0], iterations)
 
@@ -161,85 +157,43 @@ def _scaled_solve(
 
 
 class System(NamedTuple):
-    """A linear layer's system, as backward needs it to solve on the gradient's side."""
+    """A linear layer's primal system, which backward solves."""
 
-    form: Form
     bias: bool  # whether the Gram has one; its gradient may still not be wanted
     options: Options
 
+    def wide(self, x: Tensor) -> Tensor:
+        """``x [N, I]`` in the type that Gram and iterates need: float64 where the direct solution would take it too."""
+        rank = max(min(x.shape[0], x.shape[1] + self.bias), 1)
+        enough = float32_is_enough(rank, self.options.damping, self.options.damping_mode)
+        return x.to(compute_dtype(x.dtype) if enough or x.device.type == "mps" else torch.float64)
+
     def gram(self, x: Tensor, backend: Any) -> Tensor:
-        """``x x^T [N, N]`` (dual) or ``x^T x [I, I]`` (primal), with the bias's column, in the type that it needs."""
-        return backend.input_gram(x.to(wide_dtype(x, self.bias, self.options)), self.bias, self.form)
-
-
-def wide_dtype(x: Tensor, bias: bool, options: Options) -> torch.dtype:
-    """The type that Gram and iterates need: float64 where the direct solution would take it too."""
-    rank = max(min(x.shape[0], x.shape[1] + bias), 1)
-    enough = float32_is_enough(rank, options.damping, options.damping_mode)
-    return compute_dtype(x.dtype) if enough or x.device.type == "mps" else torch.float64
-
-
-def with_ones(x: Tensor, bias: bool) -> Tensor:
-    """``x [N, I]`` with the bias's column of ones."""
-    return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) if bias else x
-
-
-def emended_input(x: Tensor, bias: bool, form: Form, options: Options, backend: Any) -> tuple[Tensor, Tensor]:
-    """`reference.emended_input` by conjugate gradients: ``y [N, I]`` and its column for the bias ``[N]``."""
-    rows = with_ones(x.to(wide_dtype(x, bias, options)), bias)
-    rank = max(min(rows.shape), 1)
-    right = rows.T if form == "dual" else rows
-    emended = solve_gram(
-        System(form, bias, options).gram(x, backend), right, *_settings(options), rank, x.shape[0], options.iterations
-    )
-    if form == "dual":
-        emended = emended.T
-    kept, narrow = emended_dtype(x.dtype), compute_dtype(x.dtype)
-    column = emended[:, -1] if bias else emended.new_zeros(0)
-    return emended[:, : x.shape[1]].to(kept).contiguous(), column.to(narrow).contiguous()
-
-
-def emended_ones(x: Tensor, form: Form, options: Options) -> Tensor:
-    """The emended input's column for the bias alone, ``[N]``: one right-hand side."""
-    rows = with_ones(x.to(wide_dtype(x, True, options)), True)
-    if form == "dual":
-        right = rows[:, -1:].T  # [1, N]
-    else:
-        right = torch.zeros_like(rows[:1])  # [1, I]
-        right[:, -1] = 1
-    column = solve_rows(rows, form, right, *_settings(options), options.iterations)[0]
-    return (column if form == "dual" else rows @ column).to(compute_dtype(x.dtype))
+        """``x^T x [I, I]``, with the bias's column."""
+        return backend.input_gram(self.wide(x), self.bias, "primal")
 
 
 def weight_grad(
-    system: System, gram: Tensor | None, x: Tensor, dy: Tensor, backend: Any, need_bias: bool
+    system: System, gram: Tensor | None, x: Tensor, dy: Tensor, backend: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """``dw [O, I] = dy^T (x x^T + c I)^-1 x`` (dual) ``= (dy^T x) (x^T x + c I)^-1`` (primal), and ``db [O]``.
+    """``dw [O, I] = (dy^T x) (x^T x + c I)^-1`` by conjugate gradients, and ``db [O]`` where there is a bias.
 
     Args:
-        gram: The system's Gram; None for products with ``x`` in its place.
+        gram: ``x^T x [I, I]``; None for products with ``x`` in its place.
         x: ``[N, I]``.
         dy: ``[N, O]``. One infinity or NaN makes every entry NaN.
     """
-    form, bias, options = system
-    dtype = dy.dtype
-    wide = wide_dtype(x, bias, options)
-    x, dy = x.to(wide), dy.to(wide)
-
-    def solved(right: Tensor) -> Tensor:
-        if gram is None:
-            return solve_rows(with_ones(x, bias), form, right, *_settings(options), options.iterations)
-        rank = max(min(x.shape[0], x.shape[1] + bias), 1)
-        return solve_gram(gram, right, *_settings(options), rank, x.shape[0], options.iterations)
-
-    if form == "dual":
-        dw, db = backend.weight_grad(solved(dy.T).T, x, x.new_ones(x.shape[0] if bias else 0))
+    bias, options = system
+    dtype, inputs = dy.dtype, x.shape[1]
+    x = system.wide(x)
+    plain, plain_bias = backend.weight_grad(dy.to(x.dtype), x, x.new_ones(x.shape[0] if bias else 0))
+    right = torch.cat([plain, plain_bias[:, None]], dim=1) if bias else plain  # [O, I]
+    settings = options.damping, options.damping_mode, options.scale
+    if gram is None:
+        rows = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) if bias else x
+        solution = solve_rows(rows, right, *settings, options.iterations)
     else:
-        plain, plain_bias = backend.weight_grad(dy, x, x.new_ones(x.shape[0] if bias else 0))
-        dw = solved(torch.cat([plain, plain_bias[:, None]], dim=1) if bias else plain)
-        dw, db = dw[:, : x.shape[1]], dw[:, -1]
-    return dw.to(dtype).contiguous(), db.to(dtype) if need_bias else None
-
-
-def _settings(options: Options) -> tuple[float, DampingMode, Scale]:
-    return options.damping, options.damping_mode, options.scale
+        rank = max(min(x.shape[0], right.shape[1]), 1)
+        solution = solve_gram(gram, right, *settings, rank, x.shape[0], options.iterations)
+    solution = solution.to(dtype)
+    return solution[:, :inputs].contiguous(), solution[:, inputs].contiguous() if bias else None

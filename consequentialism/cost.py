@@ -12,9 +12,9 @@ primal   input       ``y = x P [N, I]``          ``N I^2``       ``I^3``        
 primal   gradient    ``x``, ``P [I, I]``         ``N I^2``       ``I^3``                ``2 O I^2``
 =======  ==========  ==========================  ==============  =====================  ==============
 
-Applied to the input, backward is plain backward with ``y`` in the place of ``x``. Conjugate gradients have no factor,
-and do the application once an iteration: with the stored Gram, or, for ``4 N I`` operations a row instead of ``2 N^2``
-or ``2 I^2``, with ``x`` and ``x^T`` one after the other.
+Applied to the input, backward is plain backward with ``y`` in the place of ``x``. Conjugate gradients, always primal
+and applied to the gradient (see `conjugate`), have no factor and do the application once an iteration: ``2 O I^2``
+with the stored Gram, or ``4 O N I`` with ``x`` and ``x^T`` one after the other and no Gram.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Plan(NamedTuple):
 def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0, factor: int = 1) -> int:
     """Operations beyond plain backward; a symmetric product counts half, one of the factor ``factor``."""
     n, m = (rows, inputs) if plan.form == "dual" else (inputs, rows)
+    if plan.solver == "cg":
+        gram, product = (n * n * m, 2 * n * n) if plan.gram == "stored" else (0, 4 * n * m)
+        return gram + iterations * (product + 10 * n) * outputs
     applied = m if plan.applied_to == "input" else outputs
-    if plan.solver == "cholesky":
-        return n * n * m + factor * n * n * n + 2 * n * n * applied
-    gram, product = (n * n * m, 2 * n * n) if plan.gram == "stored" else (0, 4 * n * m)
-    return gram + iterations * (product + 10 * n) * applied
+    return n * n * m + factor * n * n * n + 2 * n * n * applied
 
 
 def floor(rows: int, inputs: int, outputs: int) -> int:
@@ -61,10 +61,7 @@ def floor(rows: int, inputs: int, outputs: int) -> int:
 
 
 _PLANS = (Plan("dual", "input"), Plan("primal", "input"), Plan("dual", "gradient"), Plan("primal", "gradient"))
-_CG_PLANS = (
-    *(plan._replace(solver="cg") for plan in _PLANS),
-    *(plan._replace(solver="cg", gram="free") for plan in _PLANS if plan.applied_to == "gradient"),
-)
+_CG_PLANS = (Plan("primal", "gradient", "cg", "stored"), Plan("primal", "gradient", "cg", "free"))
 
 
 def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
@@ -80,6 +77,8 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
     direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
     if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
+        return direct
+    if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
         return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
     if flops(cg, *sizes, options.iterations) >= flops(direct, *sizes, factor=FACTOR_TIME):

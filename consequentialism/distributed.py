@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import conjugate
 from .options import Options
 from .reference import apply_inverse, compute_dtype, emended_dtype
 
@@ -31,22 +30,15 @@ def emended_input(x: Tensor, bias: bool, options: Options, backend: Any) -> tupl
     work = x.to(compute_dtype(x.dtype))
     if total <= inputs:
         batch, begin = _gather_rows(work, rows, group)
-        if options.solver == "cg":
-            emended, column = conjugate.emended_input(batch, bias, "dual", options, backend)
-        else:
-            arguments = (options.damping, options.damping_mode, options.scale)
-            emended, column = backend.emended_input(batch, bias, "dual", *arguments)
+        arguments = (options.damping, options.damping_mode, options.scale)
+        emended, column = backend.emended_input(batch, bias, "dual", *arguments)
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
     else:
         gram = backend.input_gram(work, bias, "primal")
         dist.all_reduce(gram, group=group)
-        settings = (options.damping, options.damping_mode, options.scale, rank, total)
-        if options.solver == "cg":
-            emended = conjugate.solve_gram(gram, conjugate.with_ones(work, bias), *settings, options.iterations)
-            emended, column = emended[:, : x.shape[1]].contiguous(), emended[:, x.shape[1] :].flatten()
-        else:
-            emended, column = apply_inverse(backend.factor(gram, *settings), work, bias, "primal")
+        inverse = backend.factor(gram, options.damping, options.damping_mode, options.scale, rank, total)
+        emended, column = apply_inverse(inverse, work, bias, "primal")
     return emended.to(emended_dtype(x.dtype)), column
 
 

@@ -55,6 +55,8 @@ class Options:
         check_choice("backend", self.backend, BACKENDS)
         check_choice("solver", self.solver, SOLVERS)
         check_iterations(self.iterations)
+        if self.solver == "cg" and self.process_group is not None:
+            raise ValueError("solver must be 'auto' or 'cholesky' with a process_group, got 'cg'")
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
