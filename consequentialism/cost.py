@@ -31,9 +31,9 @@ from .reference import float32_is_enough
 
 Side = Literal["input", "gradient"]
 
-# The time of an operation of factor and inverse, in those of a product: 36 against 105 Gflop/s at I = 2304 and 1152 on
-# two cores, in float32 and float64 (docs/solvers.md). Nobody has measured it on a GPU.
-FACTOR_TIME = 3
+# Measured on two cores, see docs/solvers.md; nobody has on a GPU.
+FACTOR_TIME = 2  # of an operation of factor and inverse, in those of a product: 1.7 at I = 1152, 2.2 at I = 2304
+FEWEST_OUTPUTS = 64  # with fewer a product waits for memory: 16 take as long as 43 to 107 would
 
 
 class Plan(NamedTuple):
@@ -46,11 +46,14 @@ class Plan(NamedTuple):
 
 
 def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0, factor: int = 1) -> int:
-    """Operations beyond plain backward; a symmetric product counts half, one of the factor ``factor``."""
+    """Operations beyond plain backward; a symmetric product counts half, one of the factor ``factor``.
+
+    Of conjugate gradients, those that would take as long where the outputs are few.
+    """
     n, m = (rows, inputs) if plan.form == "dual" else (inputs, rows)
     if plan.solver == "cg":
         gram, product = (n * n * m, 2 * n * n) if plan.gram == "stored" else (0, 4 * n * m)
-        return gram + iterations * (product + 10 * n) * outputs
+        return gram + iterations * (product + 10 * n) * max(outputs, FEWEST_OUTPUTS)
     applied = m if plan.applied_to == "input" else outputs
     return n * n * m + factor * n * n * n + 2 * n * n * applied
 
