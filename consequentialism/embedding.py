@@ -102,7 +102,7 @@ class Embedding(EmendedModule, nn.Embedding):
         solver: Solver = "auto",
         iterations: int = 16,
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, solver, iterations)
+        options = Options(damping, damping_mode, scale, backend, process_group, solver=solver, iterations=iterations)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
         super().__init__(

@@ -99,7 +99,7 @@ class Linear(EmendedModule, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, solver, iterations)
+        options = Options(damping, damping_mode, scale, backend, process_group, solver=solver, iterations=iterations)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.set_options(options)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import F64, error_of, make_input, oracle, randn
+from cases import BF16, F16, F32, F64, error_of, make_input, oracle, randn
 from torch import Tensor
 
 import consequentialism as cw
+from consequentialism import cost
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs/solvers.md"
 ROWS, INPUTS, OUTPUTS = 600, 300, 20
@@ -44,6 +45,15 @@ def stated() -> list[tuple[str, float, list[float]]]:
 def test_the_table_is_there() -> None:
     assert len({kind for kind, _, _ in stated()}) >= 6
     assert {damping for _, damping, _ in stated()} == {1.0, 0.1, 0.01}
+
+
+def test_where_auto_takes_it_is_as_stated() -> None:
+    rows = re.findall(r"^\| (\d+) \|((?: (?:[\d.]+|never) \|){4})$", DOCUMENT.read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for iterations, ratios in rows:
+        for dtype, ratio in zip((F64, F32, BF16, F16), ratios.split("|"), strict=False):
+            own = cost.largest_ratio(int(iterations), torch.finfo(dtype).eps / 2)
+            assert own == pytest.approx(float(ratio.replace("never", "0")), rel=0.02), f"{iterations} {dtype}"
 
 
 @pytest.mark.parametrize(("kind", "damping", "errors"), stated(), ids=lambda value: str(value))
