@@ -83,6 +83,8 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
         return direct
     if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
         return direct
+    if rows + inputs <= options.iterations * max(outputs, FEWEST_OUTPUTS):  # a factor is then always cheaper
+        return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
     if flops(cg, *sizes, options.iterations) >= flops(direct, *sizes, factor=FACTOR_TIME):
         return direct
