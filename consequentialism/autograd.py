@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import cost, distributed
+from . import conjugate, cost, distributed, reference
 from .options import DampingMode, Form, Options, Scale
 from .reference import compute_dtype, emended_dtype
 
@@ -31,12 +31,18 @@ class Fused(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What forward keeps for `weight_grad`: ``inverse``, ``emended`` and ``column``, or nothing, as the plan says."""
+    """What forward keeps for `weight_grad`: ``inverse``, ``emended``, ``system`` or nothing, as the plan says."""
 
     form: Form | Fused
     inverse: Tensor | None = None  # [n, n]
     emended: Tensor | None = None  # [N, I]
     column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
+    system: conjugate.System | None = None  # solved in backward
+    gram: Tensor | None = None  # [n, n], the system's, where it is stored
+
+    def keeps_x(self) -> bool:
+        """Whether backward reads ``x``."""
+        return self.inverse is not None or self.system is not None or isinstance(self.form, Fused)
 
 
 # Asked for once: torch.compile of torch 2.11 does not see through the question.
@@ -81,6 +87,9 @@ def prepare(
         emended, column = distributed.emended_input(x, bias, options, backend)
         return Prepared("dual", None, emended if need_weight else None, column if need_bias else None)
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
+    if plan.solver == "cg":
+        system = conjugate.System(bias, options)
+        return Prepared(plan.form, system=system, gram=system.gram(x, backend) if plan.gram == "stored" else None)
     fusible = fusible and need_weight and hasattr(backend, "fused_weight_grad")
     if fusible and cost.is_fused(plan, x, bias, outputs, options):
         return Prepared(Fused(bias, options.damping, options.damping_mode, options.scale))
@@ -108,14 +117,18 @@ def weight_grad(
     """``dw [O, I]`` and ``db [O]``, each None where it is not needed.
 
     Args:
-        x: ``[N, I]``; read only where ``prepared`` keeps an inverse, or nothing.
+        x: ``[N, I]``; read only where ``prepared`` keeps it.
         dy: ``[N, O]``.
     """
-    form, inverse, emended, column = prepared
+    form, inverse, emended, column, system, gram = prepared
     if isinstance(form, Fused):
         assert x is not None
         dw, db = backend.fused_weight_grad(x, dy, *form)
         return dw, db if need_bias else None
+    if system is not None:
+        assert x is not None
+        gradients = conjugate.weight_grad(system, gram, x, dy, backend)
+        return gradients if need_bias else (gradients[0], None)
     if inverse is None:
         if dy.shape[0] == 0:  # a rank without rows in a distributed batch; an empty column would mean no bias
             dw = None if emended is None else dy.new_zeros(dy.shape[1], emended.shape[1])
@@ -145,19 +158,29 @@ def update(
 ) -> None:
     """``W <- W - lr*dw`` and ``b <- b - lr*db`` in place, without a ``dw`` in memory; each is left alone where None.
 
-    One product adds to the weight where all types are the same. Where ``dw`` is rounded or multiplied on its way,
-    which autocast, float16 and the primal inverse on the gradient's side need, it is there one eighth at a time.
+    One product adds to the weight where all types are the same. Where ``dw`` is rounded or multiplied on its way, which
+    autocast, float16, conjugate gradients and the primal inverse on the gradient's side need, it is there one eighth
+    at a time.
 
     Args:
         weight: ``[O, I]``.
         bias: ``[O]``.
-        x: ``[N, I]``; read only where ``prepared`` keeps an inverse.
+        x: ``[N, I]``; read only where ``prepared`` keeps an inverse or a system.
         dy: ``[N, O]``, ``N > 0``. One infinity or NaN makes every weight NaN, as the gradient would be.
         lr: A number, or a 0-dimensional tensor on the weight's device, which the host does not read.
     """
-    form, inverse, emended, column = prepared
+    form, inverse, emended, column, system, gram = prepared
     assert not isinstance(form, Fused), "a step has no dw to compute"
     errors, alpha = _scaled(dy, lr)
+    if system is not None:
+        assert x is not None
+        for part in _blocks(errors.t()):
+            dw, db = conjugate.weight_grad(system, gram, x, errors[:, part], reference)
+            if weight is not None:
+                weight[part].add_(dw, alpha=alpha)
+            if bias is not None and db is not None:
+                bias[part].add_(db, alpha=alpha)
+        return
     if bias is not None:
         if inverse is not None:
             assert x is not None
@@ -205,7 +228,7 @@ def _add_product(weight: Tensor, errors: Tensor, rows: Tensor, alpha: float) -> 
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
-    """The rows of ``weight`` in at most eight parts."""
+    """The rows of ``weight [O, ...]`` in at most eight parts."""
     outputs = weight.shape[0]
     size = max(1, math.ceil(outputs / 8))
     return (slice(begin, begin + size) for begin in range(0, outputs, size))
@@ -214,7 +237,7 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 class EmendedLinear(torch.autograd.Function):
     """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``.
 
-    The arguments after the bias are those of `Prepared`, and the backend that serves `weight_grad`.
+    The arguments after the bias are the backend that serves `weight_grad`, and those of `Prepared`.
     """
 
     @staticmethod
@@ -225,17 +248,17 @@ class EmendedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse, emended, column = ctx.saved_tensors
+        x, weight, inverse, emended, column, gram = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dy @ weight if needs_x else None
         dw = db = None
         if needs_weight or needs_bias:
             rows = math.prod(dy.shape[:-1])
             flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-            prepared = Prepared(ctx.form, inverse, emended, column)
+            prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
             with full_precision(dy.device.type):
                 dw, db = weight_grad(prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.backend, needs_bias)
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, *(None,) * 7
 
 
 class TransformableEmendedLinear(EmendedLinear):
@@ -261,34 +284,37 @@ class UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, _, _, weight, bias, inverse, emended, column, ctx.form, ctx.step = inputs
-        kept_x = x if inverse is not None else None
-        kept_weight = weight if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column)
+        x, _, _, weight, bias, ctx.step, *rest = inputs
+        _keep(ctx, x, weight, Prepared(*rest))
         ctx.step.used_by(ctx)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.step.backward(ctx, dy), *(None,) * 9
+        return ctx.step.backward(ctx, dy), *(None,) * 11
 
 
 def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
     """The input's gradient ``[..., I]`` where it is needed; after that, the step."""
     wants_weight, wants_bias = ctx.step.begin(ctx)
-    x, weight, inverse, emended, column = ctx.saved_tensors
+    x, weight, inverse, emended, column, gram = ctx.saved_tensors
     dx = dy @ weight if ctx.needs_input_grad[0] else None
     rows = math.prod(dy.shape[:-1])
     if rows > 0 and (wants_weight or wants_bias):
         flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-        prepared = Prepared(ctx.form, inverse, emended, column)
+        prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
         with full_precision(dy.device.type):
             ctx.step.update(wants_weight, wants_bias, prepared, flat_x, dy.reshape(rows, dy.shape[-1]))
     return dx
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, _, inverse, emended, column, ctx.form, ctx.backend = inputs
-    kept_x = x if inverse is not None or isinstance(ctx.form, Fused) else None
+    x, weight, _, ctx.backend, *rest = inputs
+    _keep(ctx, x, weight, Prepared(*rest))
+
+
+def _keep(ctx: Any, x: Tensor, weight: Tensor, prepared: Prepared) -> None:
+    ctx.form, inverse, emended, column, ctx.system, gram = prepared
+    kept_x = x if prepared.keeps_x() else None
     kept_weight = weight if ctx.needs_input_grad[0] else None
-    ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column)
+    ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column, gram)

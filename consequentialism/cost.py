@@ -1,6 +1,6 @@
-"""The cost model: which form, and on which side the inverse is applied. The only place that decides.
+"""The cost model: which form, which solver, and on which side. The only place that decides.
 
-All four ways give the same gradient (floating-point operations beyond plain backward, ``N`` rows, ``I``
+All ways give the same gradient (floating-point operations beyond plain backward, ``N`` rows, ``I``
 inputs with the bias's, ``O`` outputs):
 
 =======  ==========  ==========================  ==============  =====================  ==============
@@ -12,7 +12,9 @@ primal   input       ``y = x P [N, I]``          ``N I^2``       ``I^3``        
 primal   gradient    ``x``, ``P [I, I]``         ``N I^2``       ``I^3``                ``2 O I^2``
 =======  ==========  ==========================  ==============  =====================  ==============
 
-Applied to the input, backward is plain backward with ``y`` in the place of ``x``.
+Applied to the input, backward is plain backward with ``y`` in the place of ``x``. Conjugate gradients, always primal
+and applied to the gradient (see `conjugate`), have no factor and do the application once an iteration: ``2 O I^2``
+with the stored Gram, or ``4 O N I`` with ``x`` and ``x^T`` one after the other and no Gram.
 
 On a GPU a small layer is all launches. There `is_fused` replaces a dual plan by one that keeps ``x`` alone and computes
 everything in backward, by the one launch of ``fused_weight_grad``.
@@ -21,13 +23,21 @@ everything in backward, by the one launch of ``fused_weight_grad``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .conjugate import error_bound
 from .options import Form, Options
 from .reference import float32_is_enough
+
+Side = Literal["input", "gradient"]
+
+# Measured on two cores, see docs/solvers.md; nobody has on a GPU.
+FACTOR_TIME = 2  # of an operation of factor and inverse, in those of a product: 1.7 at I = 1152, 2.2 at I = 2304
+FEWEST_OUTPUTS = 64  # with fewer a product waits for memory: 16 take as long as 43 to 107 would
 
 # Up to so many rows, and weights, one launch is taken to be faster than six. Predicted: no GPU has measured it; the
 # rows "whole grad" of bench/gpu.py say where it holds.
@@ -37,39 +47,70 @@ FUSED_WEIGHTS = 4 * 2**20
 
 
 class Plan(NamedTuple):
-    """``form`` of the Gram and the side that the inverse is ``applied_to``."""
+    """``form`` of the Gram, the side that the inverse is ``applied_to``, and what stands for the inverse."""
 
     form: Form
-    applied_to: Literal["input", "gradient"]
+    applied_to: Side
+    solver: Literal["cholesky", "cg"] = "cholesky"
+    gram: Literal["stored", "free"] = "stored"  # conjugate gradients can do without
 
 
-def flops(plan: Plan, rows: int, inputs: int, outputs: int) -> int:
-    """Operations beyond plain backward; a symmetric product counts half."""
+def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0, factor: int = 1) -> int:
+    """Operations beyond plain backward; a symmetric product counts half, one of the factor ``factor``.
+
+    Of conjugate gradients, those that would take as long where the outputs are few.
+    """
     n, m = (rows, inputs) if plan.form == "dual" else (inputs, rows)
+    if plan.solver == "cg":
+        gram, product = (n * n * m, 2 * n * n) if plan.gram == "stored" else (0, 4 * n * m)
+        return gram + iterations * (product + 10 * n) * max(outputs, FEWEST_OUTPUTS)
     applied = m if plan.applied_to == "input" else outputs
-    return n * n * m + n * n * n + 2 * n * n * applied
+    return n * n * m + factor * n * n * n + 2 * n * n * applied
 
 
 def floor(rows: int, inputs: int, outputs: int) -> int:
-    """The fewest operations beyond plain backward over all plans."""
+    """The fewest operations beyond plain backward over all plans with a factor."""
     return min(flops(plan, rows, inputs, outputs) for plan in _PLANS)
 
 
 _PLANS = (Plan("dual", "input"), Plan("primal", "input"), Plan("dual", "gradient"), Plan("primal", "gradient"))
+_CG_PLANS = (Plan("primal", "gradient", "cg", "stored"), Plan("primal", "gradient", "cg", "free"))
 
 
 def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
     """The cheapest plan that keeps the digits.
 
-    Half types and ill-conditioned Grams are applied to the input only: there the result is rounded once,
-    after the inverse; on the gradient's side the rounding would be amplified by the condition number.
+    Half types and ill-conditioned Grams with a factor are applied to the input only: there the result is rounded
+    once, after the inverse; on the gradient's side the rounding would be amplified by the condition number.
     """
+    sizes = (rows, inputs, outputs)
+    if options.solver == "cg":
+        return _cheapest(_CG_PLANS, sizes, options.iterations)
     enough = float32_is_enough(min(rows, inputs), options.damping, options.damping_mode)
     well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
-    plans = _PLANS if well_conditioned else _PLANS[:2]
-    best = plans[0]
-    for plan in plans[1:]:  # not min(key=...), which torch.compile does not trace over symbolic sizes
-        if flops(plan, rows, inputs, outputs) < flops(best, rows, inputs, outputs):
+    direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
+    cg = _cheapest(_CG_PLANS, sizes, options.iterations)
+    return cg if _pays(cg, direct, sizes, dtype, options) else direct
+
+
+def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], dtype: torch.dtype, options: Options) -> bool:
+    """Whether ``solver="auto"`` takes conjugate gradients: cheaper, and sure to be off by less than rounding."""
+    rows, inputs, outputs = sizes
+    if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
+        return False
+    if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
+        return False
+    if rows + inputs <= options.iterations * max(outputs, FEWEST_OUTPUTS):  # a factor is then always cheaper
+        return False
+    if flops(cg, *sizes, options.iterations) >= flops(direct, *sizes, factor=FACTOR_TIME):
+        return False
+    return inputs <= largest_ratio(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
+
+
+def _cheapest(plans: Iterable[Plan], sizes: tuple[int, int, int], iterations: int) -> Plan:
+    best, *others = plans
+    for plan in others:  # not min(key=...), which torch.compile does not trace over symbolic sizes
+        if flops(plan, *sizes, iterations) < flops(best, *sizes, iterations):
             best = plan
     return best
 
@@ -88,3 +129,14 @@ def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) 
             or float32_is_enough(min(rows, inputs + bias), options.damping, options.damping_mode)
         )
     )
+
+
+def largest_ratio(iterations: int, allowed: float) -> float:
+    """A ``rank / damping`` up to which conjugate gradients are sure to be off by no more than ``allowed``; or 0.
+
+    Off in the gradient's own norm, relative to the gradient, which costs the root of the condition number.
+    """
+    largest, ratio = 0.0, 1.0
+    while math.sqrt(1 + ratio) * error_bound(ratio, iterations) <= allowed:
+        largest, ratio = ratio, 1.25 * ratio
+    return largest

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .linear import EmendedModule
-from .options import DampingMode, Options, Scale
+from .options import DampingMode, Options, Scale, Solver
 from .reference import embedding_counts, emended_embedding_rows
 
 
@@ -63,7 +63,8 @@ class Embedding(EmendedModule, nn.Embedding):
     """`torch.nn.Embedding` whose weight gradient is emended: ``dw[v] = sum of dy over occurrences / (count_v + c)``.
 
     An embedding is a linear layer of one-hot rows, whose Gram is diagonal; this is its emended gradient, exactly.
-    It is plain PyTorch on every device, whatever ``backend`` says. A row at ``padding_idx`` is a row of zeros.
+    It is plain PyTorch on every device, whatever ``backend`` and ``solver`` say. A row at ``padding_idx`` is a row of
+    zeros.
 
     Args:
         num_embeddings: ``V``, and all further positional arguments as `torch.nn.Embedding`.
@@ -98,8 +99,10 @@ class Embedding(EmendedModule, nn.Embedding):
         scale: Scale = "nlms",
         backend: str = "auto",
         process_group: Any = None,
+        solver: Solver = "auto",
+        iterations: int = 16,
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group)
+        options = Options(damping, damping_mode, scale, backend, process_group, solver=solver, iterations=iterations)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
         super().__init__(

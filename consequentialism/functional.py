@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from .options import Options
 
 if TYPE_CHECKING:
     from .optim import LayerStep
+
+_plan = functools.lru_cache(maxsize=4096)(cost.choose)  # the same few layers, at every step
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,20 +74,14 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         return F.linear(x, weight, bias)
     backend = dispatch.select(options.backend, x)
     if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
-        plan = cost.choose(rows, x.shape[-1] + (bias is not None), weight.shape[0], x.dtype, options)
-        fused = need_weight and cost.is_fused(plan, x, bias is not None, weight.shape[0], options)
-        return ops.emended_linear(
-            x,
-            weight,
-            bias,
-            plan.form,
-            "fused" if fused else plan.applied_to,
-            options.damping,
-            options.damping_mode,
-            options.scale,
-        )
+        plan = _plan(rows, x.shape[-1] + (bias is not None), weight.shape[0], x.dtype, options)
+        if plan.solver == "cholesky":
+            fused = need_weight and cost.is_fused(plan, x, bias is not None, weight.shape[0], options)
+            applied_to = "fused" if fused else plan.applied_to
+            settings = options.damping, options.damping_mode, options.scale
+            return ops.emended_linear(x, weight, bias, plan.form, applied_to, *settings)
     with torch.no_grad(), full_precision(x.device.type):
-        form, inverse, emended, column = prepare(
+        prepared = prepare(
             x.detach().reshape(rows, x.shape[-1]),
             bias is not None,
             weight.shape[0],
@@ -95,7 +92,7 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
             fusible=not transformed,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
-    return function.apply(x, weight, bias, inverse, emended, column, form, backend)
+    return function.apply(x, weight, bias, backend, *prepared)
 
 
 def updated_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
@@ -138,8 +135,7 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
                 bias is not None and bias.requires_grad,
             )
     views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    form, *kept = prepared
-    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, *kept, form, step)
+    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, *prepared)
 
 
 def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import emended_linear_with, updated_linear_with
-from .options import OPTION_NAMES, DampingMode, Options, Scale
+from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver
 
 if TYPE_CHECKING:
     from .optim import LayerStep
@@ -23,6 +23,8 @@ class EmendedModule(nn.Module):
     scale: Scale
     backend: str
     process_group: Any
+    solver: Solver = Options.solver  # the class's values serve modules pickled before there were these
+    iterations: int = Options.iterations
     layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
 
     def set_options(self, options: Options) -> None:
@@ -32,7 +34,7 @@ class EmendedModule(nn.Module):
 
     def options(self) -> Options:
         """The options as they are now, checked."""
-        return Options(self.damping, self.damping_mode, self.scale, self.backend, self.process_group)
+        return Options(**{name: getattr(self, name) for name in OPTION_NAMES})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same
@@ -68,6 +70,8 @@ class Linear(EmendedModule, nn.Linear):
         backend: ``"auto"``, or one of `consequentialism.backends`.
         process_group: Ranks that together hold the batch; each then gets the emended gradient of the global
             batch under DDP's and FSDP2's mean.
+        solver: ``"auto"``, ``"cholesky"`` or ``"cg"``, as in `consequentialism.Options`.
+        iterations: Of ``solver="cg"``.
         device: As `torch.nn.Linear`.
         dtype: float16, bfloat16, float32 or float64.
 
@@ -90,10 +94,12 @@ class Linear(EmendedModule, nn.Linear):
         scale: Scale = "nlms",
         backend: str = "auto",
         process_group: Any = None,
+        solver: Solver = "auto",
+        iterations: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group)
+        options = Options(damping, damping_mode, scale, backend, process_group, solver=solver, iterations=iterations)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.set_options(options)
 

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 DampingMode = Literal["relative", "absolute"]
 Scale = Literal["nlms", "raw", "gradient"]
 Form = Literal["dual", "primal"]
+Solver = Literal["auto", "cholesky", "cg"]
 
 DAMPING_MODES: tuple[DampingMode, ...] = ("relative", "absolute")
 SCALES: tuple[Scale, ...] = ("nlms", "raw", "gradient")
+SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg")
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
@@ -32,6 +34,10 @@ class Options:
             plain backpropagation).
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         process_group: The group whose ranks together hold the batch, or None.
+        solver: ``"cholesky"`` (exact), ``"cg"`` (conjugate gradients, for Grams too large to factor at every step; the
+            error is that of ``docs/solvers.md``) or ``"auto"``: conjugate gradients where they cost less and
+            ``damping`` is so large that their error is below the rounding of the result, else Cholesky.
+        iterations: How many conjugate gradient iterations, an integer above 0.
     """
 
     damping: float = 1.0
@@ -39,12 +45,18 @@ class Options:
     scale: Scale = "nlms"
     backend: str = "auto"
     process_group: ProcessGroup | None = None
+    solver: Solver = "auto"
+    iterations: int = 16
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
         check_choice("scale", self.scale, SCALES)
         check_choice("backend", self.backend, BACKENDS)
+        check_choice("solver", self.solver, SOLVERS)
+        check_iterations(self.iterations)
+        if self.solver == "cg" and self.process_group is not None:
+            raise ValueError("solver must be 'auto' or 'cholesky' with a process_group, got 'cg'")
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
@@ -56,6 +68,14 @@ def check_damping(damping: Any) -> None:
         raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
     if not 0 < float(damping) < math.inf:
         raise ValueError(f"damping must be finite and above 0, got {damping!r}")
+
+
+def check_iterations(iterations: Any) -> None:
+    """Raise unless ``iterations`` is an integer above 0."""
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"iterations must be an integer above 0, got {iterations!r} ({type(iterations).__name__})")
+    if iterations < 1:
+        raise ValueError(f"iterations must be above 0, got {iterations!r}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -27,6 +27,12 @@ BAD_OPTIONS = [
     ({"scale": None}, TypeError, ("scale", "None", "'nlms'")),
     ({"backend": "gpu"}, ValueError, ("backend", "'gpu'", "'auto'", "'cpu'", "'cuda'", "'triton'", "'reference'")),
     ({"backend": torch}, TypeError, ("backend", "module")),
+    ({"solver": "lu"}, ValueError, ("solver", "'lu'", "'auto'", "'cholesky'", "'cg'")),
+    ({"solver": None}, TypeError, ("solver", "None", "'cg'")),
+    ({"iterations": 0}, ValueError, ("iterations", "0", "above 0")),
+    ({"iterations": 2.0}, TypeError, ("iterations", "2.0", "float", "integer")),
+    ({"iterations": True}, TypeError, ("iterations", "True", "bool")),
+    ({"solver": "cg", "process_group": object()}, ValueError, ("solver", "'cg'", "'cholesky'", "process_group")),
     ({"dampening": 1.0}, TypeError, ("dampening",)),
 ]
 TAKERS: dict[str, Callable[..., Any]] = {

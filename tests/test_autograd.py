@@ -33,10 +33,8 @@ def python_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Optio
     """`cw.emended_linear` by the Python Function."""
     need_bias = bias is not None and bias.requires_grad
     rows = x.detach().reshape(-1, x.shape[-1])
-    form, inverse, emended, column = prepare(
-        rows, bias is not None, weight.shape[0], options, ops, weight.requires_grad, need_bias
-    )
-    return EmendedLinear.apply(x, weight, bias, inverse, emended, column, form, ops)
+    prepared = prepare(rows, bias is not None, weight.shape[0], options, ops, weight.requires_grad, need_bias)
+    return EmendedLinear.apply(x, weight, bias, ops, *prepared)
 
 
 @pytest.mark.parametrize("shape", PLANS.values(), ids=[f"{p.form}-{p.applied_to}" for p in PLANS])

@@ -269,7 +269,7 @@ MEMORY_CASES = {
 def test_no_tensor_of_the_weights_size_is_allocated(case: str) -> None:
     (rows, inputs, outputs), dtype, autocast, share = MEMORY_CASES[case]
     plan = cost.choose(rows, inputs + 1, outputs, BF16 if autocast else dtype, cw.Options())
-    assert case.startswith(" ".join(plan))
+    assert case.startswith(" ".join(plan[:2]))
     x = randn(rows, inputs, dtype=dtype)
     dy = randn(rows, outputs, seed=1, dtype=BF16 if autocast else dtype)
     layer = cw.Linear(inputs, outputs, dtype=dtype)
