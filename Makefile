@@ -93,6 +93,6 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py)
 	rm -rf build/cuda/dist
 	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
-	  bdist_wheel --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
+	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl
 	touch $@
