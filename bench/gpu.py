@@ -366,9 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
             works[f"ops {shape.name} {dtype_name}"] = functools.partial(bench_ops, shape, dtype_name, rounds)
     for shape in FUSED_SHAPES[1:5] if chosen.quick else FUSED_SHAPES:
         for dtype_name in DTYPES:
-            works[f"whole grad {shape.name} {dtype_name}"] = functools.partial(
-                bench_whole, shape, dtype_name, rounds
-            )
+            works[f"whole grad {shape.name} {dtype_name}"] = functools.partial(bench_whole, shape, dtype_name, rounds)
     works["mlp"] = functools.partial(bench_mlp, rounds)
     for n in ORDERS[:4] if chosen.quick else ORDERS:
         works[f"factor {n}"] = functools.partial(bench_factor, n, rounds)
