@@ -19,6 +19,7 @@ from .autograd import (
     prepare,
     weight_grad,
 )
+from .factor_batch import DeferredLinear, FactorBatch
 from .options import Options
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
     return emended_linear_with(x, weight, bias, Options(**options))
 
 
-def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
-    """`emended_linear` with its options as one object."""
+def emended_linear_with(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, batch: FactorBatch | None = None
+) -> Tensor:
+    """`emended_linear` with its options as one object, and where ``batch`` is one, factored with its other layers."""
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear(x, weight, bias)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
@@ -70,15 +73,15 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         return F.linear(x, weight, bias)
     with torch.no_grad(), full_precision(x.device.type):
         backend = dispatch.select(options.backend, x)
-        form, inverse, emended, column = prepare(
-            x.detach().reshape(rows, x.shape[-1]),
-            bias is not None,
-            weight.shape[0],
-            options,
-            backend,
-            need_weight,
-            need_bias,
-        )
+        flat_x = x.detach().reshape(rows, x.shape[-1])
+        arguments = (flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias)
+        if not (transformed or batch is None) and batch.takes(options):
+            deferred = batch.defer(*arguments)
+        else:
+            deferred = None
+            form, inverse, emended, column = prepare(*arguments)
+    if deferred is not None:
+        return DeferredLinear.apply(x, weight, bias, deferred)
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, inverse, emended, column, form, backend)
 

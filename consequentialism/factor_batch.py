@@ -1,0 +1,213 @@
+"""`FactorBatch`: the factors of many layers at once; see ``batch_factors`` of `convert`.
+
+Nothing needs a layer's inverse before backward. In forward a layer of a `FactorBatch` therefore only keeps its input,
+as `torch.nn.Linear` does. The first layer that a backward reaches prepares, in one call of a compiled op, itself and
+every other layer that this backward will reach, so that small matrices are factored beside one another: by one kernel
+launch on a GPU, on several cores of a CPU. The gradients are bit for bit those of layers on their own.
+
+What is put off belongs to the node of the autograd graph that waits for it and dies with it; a `FactorBatch` holds weak
+references only, and nothing between steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import autograd, cost, ops
+from .autograd import Prepared, full_precision
+from .options import Options
+
+
+class Deferred:
+    """`autograd.prepare` of one layer in one forward, put off until backward.
+
+    Attributes:
+        x: ``[N, I]``, detached; None once nothing needs it any more.
+        stream: The device and the stream of x, on which backward will run too.
+        node: The node of the autograd graph that waits.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        bias: bool,
+        outputs: int,
+        options: Options,
+        backend: Any,
+        need_weight: bool,
+        need_bias: bool,
+        batch: FactorBatch,
+    ) -> None:
+        self.x: Tensor | None = x
+        self.bias = bias
+        self.outputs = outputs
+        self.options = options
+        self.backend = backend
+        self.need_weight = need_weight
+        self.need_bias = need_bias
+        self.batch = batch
+        self.version = None if x.is_inference() else x._version
+        self.stream = (x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None)
+        self.node: weakref.ref[Any] | None = None
+        self.prepared: Prepared | None = None
+
+    def reached(self) -> bool:
+        """Whether the backward that is running will come to this layer."""
+        node = None if self.node is None else self.node()
+        return node is not None and torch._C._will_engine_execute_node(node)
+
+    def input(self) -> Tensor:
+        """``x [N, I]`` as forward saw it."""
+        x = self.x
+        assert x is not None
+        if self.version is not None and x._version != self.version:
+            raise RuntimeError(
+                f"the input {list(x.shape)} of a layer with batch_factors=True has been modified by an inplace "
+                f"operation: it is at version {x._version}, forward saw version {self.version}"
+            )
+        return x
+
+    def weight_grad(self, dy: Tensor, keep: bool) -> tuple[Tensor | None, Tensor | None]:
+        """``dw [O, I]`` and ``db [O]``, each None where it is not needed; ``keep`` for another backward.
+
+        Args:
+            dy: ``[N, O]``.
+        """
+        prepared = self.batch.prepared(self)
+        x = None if self.x is None else self.input()
+        dw, db = autograd.weight_grad(prepared, x, dy, self.backend, self.need_bias)
+        if not keep:
+            self.x = self.prepared = None
+        return dw, db
+
+
+class FactorBatch:
+    """What the layers of a model share, so that their matrices are factored together.
+
+    Threads may use it at once. A copy, and what is unpickled, is a new one, which the copies of the layers share.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: weakref.WeakValueDictionary[int, Deferred] = weakref.WeakValueDictionary()  # in forward's order
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[FactorBatch], tuple[()]]:
+        return FactorBatch, ()
+
+    def __len__(self) -> int:
+        """How many layers of living graphs wait."""
+        return len(self._waiting)
+
+    @staticmethod
+    def takes(options: Options) -> bool:
+        """Whether a layer may wait: not where forward is traced, where ranks meet in forward, or under hooks on saved
+        tensors, such as checkpointing's, which want to have the input themselves."""
+        return not (
+            torch.compiler.is_compiling()
+            or options.process_group is not None
+            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        )
+
+    def defer(
+        self, x: Tensor, bias: bool, outputs: int, options: Options, backend: Any, need_weight: bool, need_bias: bool
+    ) -> Deferred:
+        """Put off `autograd.prepare` with these arguments."""
+        deferred = Deferred(x, bias, outputs, options, backend, need_weight, need_bias, self)
+        with self._lock:
+            self._waiting[next(self._numbers)] = deferred
+        return deferred
+
+    def prepared(self, deferred: Deferred) -> Prepared:
+        """What `autograd.prepare` would have returned. Called in backward, by the node that waits."""
+        with self._lock:
+            if deferred.prepared is None:
+                waiting = list(self._waiting.items())
+                due = {number: one for number, one in waiting if one is deferred or self._together(one, deferred)}
+                prepare_together(list(due.values()))
+                for number in due:
+                    self._waiting.pop(number, None)
+            assert deferred.prepared is not None
+            return deferred.prepared
+
+    @staticmethod
+    def _together(one: Deferred, deferred: Deferred) -> bool:
+        return one.stream == deferred.stream and one.reached()
+
+
+def prepare_together(layers: Sequence[Deferred]) -> None:
+    """`autograd.prepare` for all layers, of those with equal options in one call of a compiled op."""
+    groups: dict[Options, list[Deferred]] = {}
+    for layer in layers:
+        if layer.backend is ops:
+            groups.setdefault(layer.options, []).append(layer)
+        else:
+            _prepare_alone(layer)
+    for options, group in groups.items():
+        if len(group) == 1:
+            _prepare_alone(group[0])
+        else:
+            _prepare_group(options, group)
+    for layer in layers:
+        if layer.prepared is not None and layer.prepared.inverse is None:
+            layer.x = None
+
+
+def _prepare_alone(layer: Deferred) -> None:
+    layer.prepared = autograd.prepare(
+        layer.input(), layer.bias, layer.outputs, layer.options, layer.backend, layer.need_weight, layer.need_bias
+    )
+
+
+def _prepare_group(options: Options, group: list[Deferred]) -> None:
+    xs = [layer.input() for layer in group]
+    plans = [
+        cost.choose(x.shape[0], x.shape[1] + layer.bias, layer.outputs, x.dtype, options)
+        for x, layer in zip(xs, group, strict=True)
+    ]
+    kept, columns = ops.emended_inputs(
+        xs,
+        [layer.bias for layer in group],
+        [plan.form for plan in plans],
+        [plan.applied_to == "input" for plan in plans],
+        options.damping,
+        options.damping_mode,
+        options.scale,
+    )
+    for layer, x, plan, tensor, column in zip(group, xs, plans, kept, columns, strict=True):
+        needs = (layer.need_weight, layer.need_bias)
+        if plan.applied_to == "input":
+            layer.prepared = autograd.keep_emended(plan.form, tensor, column, *needs)
+        else:
+            layer.prepared = autograd.keep_inverse(plan.form, tensor, x, layer.need_weight)
+
+
+class DeferredLinear(torch.autograd.Function):
+    """`autograd.EmendedLinear` of a layer whose preparation is put off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deferred: Deferred) -> Tensor:
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
+        ctx.deferred = deferred
+        deferred.node = weakref.ref(ctx)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors  # raises where the graph has been freed
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        flat_dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
+        with full_precision(dy.device.type):
+            dw, db = ctx.deferred.weight_grad(flat_dy, torch._C._autograd._get_current_graph_task_keep_graph())
+        return dx, dw, db, None

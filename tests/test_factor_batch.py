@@ -1,0 +1,598 @@
+"""``batch_factors``: the same gradients as layers on their own, in one call, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    SHAPES,
+    TOLERANCE,
+    TRANSFORM,
+    assert_close,
+    assert_identical,
+    needs_kernels,
+    oracle,
+    randn,
+)
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.utils.checkpoint import checkpoint
+
+import consequentialism as cw
+from consequentialism import factor_batch, ops, reference
+
+WIDTHS = (12, 20, 7, 5)
+
+
+def network(dtype: torch.dtype = F64, widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.Linear(inputs, outputs, bias=i != 1, dtype=dtype), nn.Tanh()]
+    return nn.Sequential(*layers)
+
+
+def pair(dtype: torch.dtype = F64, widths: tuple[int, ...] = WIDTHS, **options: Any) -> tuple[Any, Any]:
+    """The same network with layers on their own, and batched."""
+    alone = cw.convert(network(dtype, widths), **options)
+    return alone, cw.convert(copy.deepcopy(alone), batch_factors=True, **options)
+
+
+def batch_of(model: nn.Module) -> factor_batch.FactorBatch:
+    (batch,) = {m.factor_batch for m in model.modules() if isinstance(m, cw.Linear)}
+    assert batch is not None
+    return batch
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(alone: nn.Module, batched: nn.Module, train: Callable[[Any], Any]) -> None:
+    """``train`` gives both the same gradients and results, bit for bit, and leaves nothing waiting."""
+    results = [train(model) for model in (alone, batched)]
+    for name, expected in gradients(alone).items():
+        assert expected is None or expected.abs().sum() > 0, f"{name}: nothing to compare"
+        assert_identical(name, gradients(batched)[name], expected)
+    if isinstance(results[0], Tensor):
+        assert_identical("result", results[1], results[0])
+    del results
+    assert len(batch_of(batched)) == 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each preparation in backward had, those on their own as 1."""
+    seen: list[int] = []
+    together = ops.emended_inputs
+
+    def group(xs: Any, *rest: Any) -> Any:
+        seen.append(len(xs))
+        return together(xs, *rest)
+
+    def alone(layer: Any) -> None:
+        seen.append(1)
+        prepare_alone(layer)
+
+    prepare_alone = factor_batch._prepare_alone
+    monkeypatch.setattr(ops, "emended_inputs", group)
+    monkeypatch.setattr(factor_batch, "_prepare_alone", alone)
+    return seen
+
+
+# The op.
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "options", [(1.0, "relative", "nlms"), (1e-5, "relative", "raw"), (0.5, "absolute", "gradient")], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_op_is_the_single_ops(dtype: torch.dtype, options: tuple[Any, ...]) -> None:
+    xs = [randn(rows, inputs, seed=i, dtype=dtype) for i, (rows, inputs, _) in enumerate([*SHAPES, (330, 400, 1)])]
+    xs.append(xs[3].expand(4, *xs[3].shape)[2].t())  # another layout
+    count = len(xs)
+    biases = [i % 2 == 0 for i in range(count)]
+    forms = ["dual" if i % 3 else "primal" for i in range(count)]
+    applied = [i % 4 < 2 for i in range(count)]
+    kept, columns = ops.emended_inputs(xs, biases, forms, applied, *options)
+    truth = reference.emended_inputs(xs, biases, forms, applied, *options)
+    for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
+        if applied[i]:
+            expected = ops.emended_input(x, bias, form, *options)
+            assert_identical(f"column {i}", columns[i], expected[1])
+        else:
+            expected = (ops.input_inverse(x, bias, form, *options),)
+            assert columns[i].shape == (0,)
+        assert_identical(f"kept {i}", kept[i], expected[0])
+        assert [kept[i].dtype, columns[i].dtype] == [truth[0][i].dtype, truth[1][i].dtype]
+        assert [kept[i].shape, columns[i].shape] == [truth[0][i].shape, truth[1][i].shape]
+        if options[0] == 1.0:
+            assert_close(f"reference {i}", kept[i], truth[0][i], TOLERANCE[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    op = torch.ops.consequentialism.emended_inputs.default
+    xs = [randn(5, 7, dtype=dtype), randn(7, 5, seed=1, dtype=dtype).t(), randn(3, 2, seed=2, dtype=dtype)]
+    arguments = (xs, [True, False, True], ["dual", "primal", "dual"], [True, False, False], 0.5, "relative", "nlms")
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@needs_kernels
+def test_bad_arguments_of_the_op() -> None:
+    op, x = torch.ops.consequentialism.emended_inputs, randn(4, 3)
+    for arguments, words in (
+        (([x, x], [True], ["dual"] * 2, [True] * 2, 1.0, "relative", "nlms"), "equally long, got 2, 1, 2 and 2"),
+        (([x], [True], ["both"], [True], 1.0, "relative", "nlms"), "form must be 'dual' or 'primal', got 'both'"),
+        (([x], [True], ["dual"], [True], 0.0, "relative", "nlms"), "damping must be finite and above 0, got 0"),
+        (([x, x[0]], [True] * 2, ["dual"] * 2, [True] * 2, 1.0, "relative", "nlms"), r"x must have the shape \[N, I\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            op(*arguments)
+
+
+@needs_kernels
+def test_one_bad_matrix_does_not_touch_the_others() -> None:
+    xs = [randn(40, 50, seed=i, dtype=F32) for i in range(5)]
+    xs[1] = torch.zeros(40, 50)
+    xs[2][3, 3] = float("nan")
+    xs[3] = xs[3] * 1e-22  # squares underflow in float32
+    kept, _ = ops.emended_inputs(xs, [True] * 5, ["dual"] * 5, [True] * 5, 1.0, "relative", "raw")
+    for x, own in zip(xs, kept, strict=True):
+        expected = ops.emended_input(x, True, "dual", 1.0, "relative", "raw")[0]
+        assert torch.equal(own, expected) or (own.isnan().all() and expected.isnan().all())
+    assert kept[2].isnan().all()
+    assert kept[0].isfinite().all()
+
+
+# Training.
+
+
+@pytest.mark.parametrize("options", [{}, {"damping": 1e-5}, {"scale": "gradient", "damping_mode": "absolute"}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 40, 330])
+def test_bitwise_the_layers_on_their_own(rows: int, dtype: torch.dtype, options: dict) -> None:
+    alone, batched = pair(dtype, (12, 20, 340, 5), **options)
+    x, dy = randn(rows, 12, dtype=dtype), randn(rows, 5, seed=1, dtype=dtype)
+    assert_same(alone, batched, lambda model: model(x).backward(dy))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_against_float64(backend: str) -> None:
+    model = cw.convert(network(), batch_factors=True, backend=backend, damping=0.3)
+    x, dy = randn(8, 12), randn(8, 5, seed=1)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(layer: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        out.register_hook(lambda dy: seen.append((args[0].detach(), dy)))
+
+    for layer in model[::2]:
+        layer.register_forward_hook(watch)
+    model(x).backward(dy)
+    for layer, (own_x, own_dy) in zip(model[::2], reversed(seen), strict=True):
+        dw, db = oracle(own_x, own_dy, layer.bias is not None, damping=0.3)
+        assert_close("dw", layer.weight.grad, dw, TOLERANCE[F64])
+        assert_close("db", None if layer.bias is None else layer.bias.grad, db, TOLERANCE[F64])
+
+
+@needs_kernels
+def test_one_call_a_backward(calls: list[int]) -> None:
+    _, model = pair()
+    for step in range(1, 3):
+        out = model(randn(8, 12))
+        assert len(calls) == step - 1, "prepared in forward"
+        assert len(batch_of(model)) == 3
+        out.sum().backward()
+        assert calls == [3] * step
+        assert len(batch_of(model)) == 0
+
+
+@needs_kernels
+def test_layers_with_other_options_are_apart(calls: list[int]) -> None:
+    alone, batched = pair(widths=(12, 20, 7, 5, 6))
+    for model in (alone, batched):
+        model[2].damping = model[4].damping = 0.1
+    x = randn(8, 12)
+    assert_same(alone, batched, lambda model: model(x).sum().backward())
+    assert sorted(calls) == [2, 2]
+
+
+def test_options_are_those_of_forward() -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> None:
+        out = model(randn(8, 12))
+        model[0].damping = 30.0
+        out.sum().backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_several_forwards_before_a_backward(calls: list[int]) -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> Tensor:
+        first, second = model(randn(8, 12)), model(randn(9, 12, seed=2))
+        third = model(randn(4, 12, seed=3))
+        (first.sum() + second.square().sum()).backward()
+        return third.detach()
+
+    assert_same(alone, batched, train)
+    assert sum(calls) == 6, "the third forward has no backward"
+
+
+def test_each_forward_has_its_own_backward(calls: list[int]) -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> None:
+        losses = [model(randn(8, 12, seed=s)).square().sum() for s in range(3)]
+        losses[1].backward()
+        losses[2].backward()
+        losses[0].backward()
+
+    assert_same(alone, batched, train)
+    assert sum(calls) == 9
+
+
+def test_gradient_accumulation() -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> None:
+        for s in range(3):
+            model(randn(8, 12, seed=s)).square().sum().backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_a_dropped_graph_is_neither_kept_nor_factored(calls: list[int]) -> None:
+    _, model = pair()
+    gc.disable()  # by counting references alone
+    try:
+        for s in range(5):
+            model(randn(8, 12, seed=s))
+            assert len(batch_of(model)) == 0
+    finally:
+        gc.enable()
+    out = model(randn(8, 12))
+    model(randn(8, 12)).sum().backward()
+    assert sum(calls) == 3
+    assert len(batch_of(model)) == 3
+    del out
+    assert len(batch_of(model)) == 0
+
+
+def test_inputs_are_freed_with_backward() -> None:
+    _, model = pair()
+    x = randn(8, 12)
+    out = model(x)
+    node = out.grad_fn
+    out.sum().backward()
+    assert node is not None
+    waiting = [node]
+    deferred = []
+    while waiting:
+        one = waiting.pop()
+        deferred += [one.deferred] if hasattr(one, "deferred") else []
+        waiting += [following for following, _ in one.next_functions if following is not None]
+    assert len(deferred) == 3
+    assert all(d.x is None and d.prepared is None for d in deferred)
+
+
+def test_a_layer_used_twice() -> None:
+    alone, batched = pair(widths=(6, 6, 6))
+
+    def train(model: nn.Module) -> None:
+        model(model(randn(8, 6))).square().sum().backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_leading_dimensions_and_an_empty_batch() -> None:
+    alone, batched = pair()
+    assert_same(alone, batched, lambda model: model(randn(2, 3, 4, 12).transpose(0, 1)).square().sum().backward())
+    assert_same(alone, batched, lambda model: model(randn(12)).square().sum().backward())
+    batched.zero_grad()
+    batched(randn(0, 12)).sum().backward()
+    assert all(g is not None and not g.any() for g in gradients(batched).values())
+
+
+@pytest.mark.parametrize("frozen", ["0", "0.weight", "2.weight", "4.bias", "4.weight"])
+def test_frozen(frozen: str) -> None:
+    alone, batched = pair()
+    for model in (alone, batched):
+        target = model.get_parameter(frozen) if "." in frozen else model.get_submodule(frozen)
+        target.requires_grad_(False)
+    x = randn(8, 12, seed=5).requires_grad_()
+
+    def train(model: nn.Module) -> Tensor:
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, retain_graph=False)
+        model(x.detach()).square().sum().backward()
+        return dx
+
+    assert_same(alone, batched, train)
+
+
+def test_evaluation_in_between() -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> Tensor:
+        out = model(randn(8, 12))
+        with torch.no_grad():
+            seen = model.eval()(randn(30, 12, seed=4))
+        with torch.inference_mode():
+            model(randn(30, 12, seed=4))
+        model.train()
+        out.square().sum().backward()
+        return seen
+
+    assert_same(alone, batched, train)
+
+
+def test_retain_graph_and_a_freed_graph() -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> None:
+        loss = model(randn(8, 12)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_backward_through_a_part_prepares_that_part(calls: list[int]) -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> None:
+        hidden = model[:2](randn(8, 12))
+        loss = model[2:](hidden).square().sum()
+        (dh,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+        hidden.backward(2 * dh, retain_graph=True)
+        loss.backward()
+
+    assert_same(alone, batched, train)
+    assert sum(calls) == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool) -> None:
+    alone, batched = pair(widths=(12, 20, 7, 5, 6))
+
+    def train(model: nn.Module) -> None:
+        x = randn(8, 12).requires_grad_()
+        hidden = checkpoint(model[:4], x, use_reentrant=reentrant)
+        model[4:](hidden).square().sum().backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_hooks_on_saved_tensors() -> None:
+    alone, batched = pair()
+
+    def train(model: nn.Module) -> None:
+        with torch.autograd.graph.save_on_cpu():
+            out = model[:2](randn(8, 12))
+        model[2:](out).square().sum().backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_a_backward_inside_a_backward() -> None:
+    alone, batched = pair()
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, model: nn.Module) -> Tensor:
+            ctx.model = model
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+            with torch.enable_grad():
+                ctx.model(randn(6, 12, seed=9)).square().sum().backward()
+            return dy, None
+
+    def train(model: nn.Module) -> None:
+        hidden = Inner.apply(model[:2](randn(8, 12)), model)
+        model[2:](hidden).square().sum().backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_an_input_modified_in_place_is_refused() -> None:
+    _, model = pair()
+    hidden = model[0](randn(8, 12))
+    x = hidden.detach().clone()
+    out = model[2](x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match=r"input \[8, 20\].*modified by an inplace operation.*version 1.*version 0"):
+        out.sum().backward()
+    del hidden, out
+    model(randn(8, 12)).sum().backward()
+    assert len(batch_of(model)) == 0
+
+
+def test_no_second_derivative() -> None:
+    _, model = pair()
+    out = model(randn(8, 12)).square().sum()
+    (dw,) = torch.autograd.grad(out, model[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dw.sum().backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_gives_nan(value: float) -> None:
+    _, model = pair(F32)
+    x = randn(8, 12, dtype=F32)
+    x[1, 1] = value
+    model[::2](x).sum().backward()  # without tanh, which makes infinity finite
+    assert all(g is not None and g.isnan().all() for g in gradients(model).values())
+
+
+def test_autocast() -> None:
+    alone, batched = pair(F32)
+
+    def train(model: nn.Module) -> None:
+        with torch.autocast("cpu", dtype=BF16):
+            out = model(randn(8, 12, dtype=F32))
+            loss = out.float().square().sum()
+            loss.backward()
+
+    assert_same(alone, batched, train)
+
+
+def test_threads_share_a_model() -> None:
+    alone, batched = pair(widths=(12, 20, 20, 20, 5))
+    expected, found = {}, {}
+
+    def run(model: nn.Module, results: dict[int, Any], s: int) -> None:
+        for i in range(10):
+            loss = model(randn(8, 12, seed=100 * s + i)).square().sum()
+            results[s, i] = torch.autograd.grad(loss, list(model.parameters()))
+
+    for s in range(4):
+        run(alone, expected, s)
+    threads = [threading.Thread(target=run, args=(batched, found, s)) for s in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for key, own in expected.items():
+        for a, b in zip(found[key], own, strict=True):
+            assert_identical("dw", a, b)
+    assert len(batch_of(batched)) == 0
+
+
+# With the rest of torch and of the package.
+
+
+def test_compile_in_a_full_graph(calls: list[int]) -> None:
+    torch._dynamo.reset()
+    alone, batched = pair()
+    compiled = torch.compile(batched, fullgraph=True, backend="aot_eager")
+    x = randn(8, 12)
+    alone(x).square().sum().backward()
+    compiled(x).square().sum().backward()
+    for name, expected in gradients(alone).items():
+        assert_close(name, gradients(batched)[name], expected, TRANSFORM[F64])
+    assert calls == []
+    torch._dynamo.reset()
+
+
+def test_a_compiled_half() -> None:
+    torch._dynamo.reset()
+    alone, batched = pair(widths=(12, 20, 7, 5, 6))
+    half = torch.compile(batched[:4], fullgraph=True, backend="aot_eager")
+    x = randn(8, 12)
+    alone(x).square().sum().backward()
+    batched[4:](half(x)).square().sum().backward()
+    for name, expected in gradients(alone).items():
+        assert_close(name, gradients(batched)[name], expected, TRANSFORM[F64])
+    torch._dynamo.reset()
+
+
+def test_functional_transform() -> None:
+    alone, batched = pair()
+    x = randn(8, 12)
+
+    def loss(parameters: dict[str, Tensor], model: nn.Module) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    parameters = {name: p.detach() for name, p in alone.named_parameters()}
+    own, expected = (grad(loss)(parameters, model) for model in (batched, alone))
+    for name, gradient in expected.items():
+        assert_close(name, own[name], gradient, TRANSFORM[F64])
+    assert len(batch_of(batched)) == 0
+
+
+def test_fused_sgd() -> None:
+    alone, batched = pair()
+    for model in (alone, batched):
+        optimizer = cw.optim.FusedSGD(model, 0.1)
+        for s in range(2):
+            model(randn(8, 12, seed=s)).square().sum().backward()
+            optimizer.step()
+        optimizer.release()
+    for (name, own), expected in zip(batched.named_parameters(), alone.parameters(), strict=True):
+        assert_identical(name, own, expected)
+    assert_same(alone, batched, lambda model: model(randn(8, 12)).square().sum().backward())
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Any]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch without gloo")
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def test_process_group_and_ddp(group: Any, calls: list[int]) -> None:
+    alone, batched = pair(process_group=group)
+    assert_same(alone, batched, lambda model: model(randn(8, 12)).square().sum().backward())
+    assert calls == [], "ranks meet in forward"
+    alone, batched = pair()
+    ddp = nn.parallel.DistributedDataParallel(batched)
+    for s in range(2):
+        alone(randn(8, 12, seed=s)).square().sum().backward()
+        ddp(randn(8, 12, seed=s)).square().sum().backward()
+    for name, expected in gradients(alone).items():
+        assert_identical(name, gradients(batched)[name], expected)
+    assert sum(calls) == 6
+
+
+def test_convert_links_and_revert_unlinks() -> None:
+    model = nn.Sequential(nn.Embedding(9, 12), network())
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    state = model.state_dict()
+    assert cw.convert(model, batch_factors=True) is model
+    batch = batch_of(model)
+    assert "factor_batch" not in model[0].__dict__
+    assert list(model.state_dict()) == list(state)
+    model.load_state_dict(state)
+    assert "batch_factors=True" in repr(model)
+    cw.convert(model, filter_fn=lambda module, name: name == "1.0")
+    assert model[1][0].factor_batch is None
+    assert model[1][2].factor_batch is batch
+    assert "batch_factors" not in repr(model[1][0])
+    cw.revert(model)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_bad_value_converts_nothing(value: Any) -> None:
+    model = network()
+    with pytest.raises(TypeError, match="batch_factors must be True or False"):
+        cw.convert(model, batch_factors=value)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_share_a_new_one(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    _, model = pair()
+    out = model(randn(8, 12))  # while layers wait
+    copied = duplicate(model)
+    assert batch_of(copied) is not batch_of(model)
+    assert len(batch_of(copied)) == 0
+    assert_same(model, copied, lambda m: (out if m is model else m(randn(8, 12))).square().sum().backward())
