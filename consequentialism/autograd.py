@@ -66,7 +66,8 @@ def prepare(
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":
-        return keep_emended(plan.form, *backend.emended_input(*arguments), need_weight, need_bias)
+        emended, column = backend.emended_input(*arguments)
+        return keep_emended(plan.form, emended, column, need_weight, need_bias)
     return keep_inverse(plan.form, backend.input_inverse(*arguments), x, need_weight)
 
 
