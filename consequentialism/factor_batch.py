@@ -34,6 +34,7 @@ class Deferred:
     Attributes:
         x: ``[N, I]``, detached; None once nothing needs it any more.
         stream: The device and the stream of x, on which backward will run too.
+        number: The place in forward's order.
         node: The node of the autograd graph that waits.
     """
 
@@ -58,13 +59,16 @@ class Deferred:
         self.batch = batch
         self.version = None if x.is_inference() else x._version
         self.stream = (x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None)
+        self.number = -1
         self.node: weakref.ref[Any] | None = None
         self.prepared: Prepared | None = None
 
-    def reached(self) -> bool:
-        """Whether the backward that is running will come to this layer."""
+    def due_with(self, other: Deferred) -> bool:
+        """Whether this waits, and the backward that is running at ``other`` will come to it on the same stream."""
         node = None if self.node is None else self.node()
-        return node is not None and torch._C._will_engine_execute_node(node)
+        if self.prepared is not None or node is None or self.stream != other.stream:
+            return False
+        return torch._C._will_engine_execute_node(node)
 
     def input(self) -> Tensor:
         """``x [N, I]`` as forward saw it."""
@@ -98,7 +102,7 @@ class FactorBatch:
     """
 
     def __init__(self) -> None:
-        self._waiting: weakref.WeakValueDictionary[int, Deferred] = weakref.WeakValueDictionary()  # in forward's order
+        self._waiting: weakref.WeakValueDictionary[int, Deferred] = weakref.WeakValueDictionary()  # by number
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
@@ -125,24 +129,20 @@ class FactorBatch:
         """Put off `autograd.prepare` with these arguments."""
         deferred = Deferred(x, bias, outputs, options, backend, need_weight, need_bias, self)
         with self._lock:
-            self._waiting[next(self._numbers)] = deferred
+            deferred.number = next(self._numbers)
+            self._waiting[deferred.number] = deferred
         return deferred
 
     def prepared(self, deferred: Deferred) -> Prepared:
         """What `autograd.prepare` would have returned. Called in backward, by the node that waits."""
         with self._lock:
             if deferred.prepared is None:
-                waiting = list(self._waiting.items())
-                due = {number: one for number, one in waiting if one is deferred or self._together(one, deferred)}
-                prepare_together(list(due.values()))
-                for number in due:
-                    self._waiting.pop(number, None)
+                due = [one for one in list(self._waiting.values()) if one is not deferred and one.due_with(deferred)]
+                prepare_together([*due, deferred])
+                for one in (*due, deferred):
+                    self._waiting.pop(one.number, None)
             assert deferred.prepared is not None
             return deferred.prepared
-
-    @staticmethod
-    def _together(one: Deferred, deferred: Deferred) -> bool:
-        return one.stream == deferred.stream and one.reached()
 
 
 def prepare_together(layers: Sequence[Deferred]) -> None:

@@ -431,6 +431,17 @@ def test_an_input_modified_in_place_is_refused() -> None:
     assert len(batch_of(model)) == 0
 
 
+def test_a_backward_that_failed_may_be_tried_again() -> None:
+    _, model = pair(widths=(12, 20, 7, 5, 6))
+    model[2].damping = model[4].damping = 0.1  # prepared after the first and the last
+    x, between = randn(8, 12), randn(8, 7, seed=1)
+    out = model[:4](x).sum() + model[4:](between).sum()
+    between.add_(1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward(retain_graph=True)
+
+
 def test_no_second_derivative() -> None:
     _, model = pair()
     out = model(randn(8, 12)).square().sum()
