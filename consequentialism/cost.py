@@ -47,6 +47,11 @@ def floor(rows: int, inputs: int, outputs: int) -> int:
 _PLANS = (Plan("dual", "input"), Plan("primal", "input"), Plan("dual", "gradient"), Plan("primal", "gradient"))
 
 
+def has_factor(plan: Plan) -> bool:
+    """Whether the plan needs a factor and nothing else that depends on ``x`` alone."""
+    return plan in _PLANS
+
+
 def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
     """The cheapest plan that keeps the digits.
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from . import autograd, cost, ops
 from .autograd import Prepared, full_precision
+from .cost import Plan
 from .options import Options
 
 
@@ -69,6 +70,11 @@ class Deferred:
         if self.prepared is not None or node is None or self.stream != other.stream:
             return False
         return torch._C._will_engine_execute_node(node)
+
+    def plan(self) -> Plan:
+        """The cost model's, of the matrix with the bias in it."""
+        x = self.input()
+        return cost.choose(x.shape[0], x.shape[1] + self.bias, self.outputs, x.dtype, self.options)
 
     def input(self) -> Tensor:
         """``x [N, I]`` as forward saw it."""
@@ -147,19 +153,24 @@ class FactorBatch:
 
 def prepare_together(layers: Sequence[Deferred]) -> None:
     """`autograd.prepare` for all layers, of those with equal options in one call of a compiled op."""
-    groups: dict[Options, list[Deferred]] = {}
+    groups: dict[Options, list[tuple[Deferred, Plan]]] = {}
+    alone: list[Deferred] = []
     for layer in layers:
-        if layer.backend is ops:
-            groups.setdefault(layer.options, []).append(layer)
+        plan = layer.plan()
+        if layer.backend is ops and cost.has_factor(plan):
+            groups.setdefault(layer.options, []).append((layer, plan))
         else:
-            _prepare_alone(layer)
+            alone.append(layer)
     for options, group in groups.items():
         if len(group) == 1:
-            _prepare_alone(group[0])
+            alone.append(group[0][0])
         else:
-            _prepare_group(options, group)
+            _prepare_group(options, *zip(*group, strict=True))
+    for layer in alone:
+        _prepare_alone(layer)
     for layer in layers:
-        if layer.prepared is not None and layer.prepared.inverse is None:
+        prepared = layer.prepared
+        if prepared is not None and not (prepared.emended is None and prepared.column is None):
             layer.x = None
 
 
@@ -169,25 +180,20 @@ def _prepare_alone(layer: Deferred) -> None:
     )
 
 
-def _prepare_group(options: Options, group: list[Deferred]) -> None:
-    xs = [layer.input() for layer in group]
-    plans = [
-        cost.choose(x.shape[0], x.shape[1] + layer.bias, layer.outputs, x.dtype, options)
-        for x, layer in zip(xs, group, strict=True)
-    ]
+def _prepare_group(options: Options, layers: Sequence[Deferred], plans: Sequence[Plan]) -> None:
+    xs = [layer.input() for layer in layers]
     kept, columns = ops.emended_inputs(
         xs,
-        [layer.bias for layer in group],
+        [layer.bias for layer in layers],
         [plan.form for plan in plans],
         [plan.applied_to == "input" for plan in plans],
         options.damping,
         options.damping_mode,
         options.scale,
     )
-    for layer, x, plan, tensor, column in zip(group, xs, plans, kept, columns, strict=True):
-        needs = (layer.need_weight, layer.need_bias)
+    for layer, x, plan, tensor, column in zip(layers, xs, plans, kept, columns, strict=True):
         if plan.applied_to == "input":
-            layer.prepared = autograd.keep_emended(plan.form, tensor, column, *needs)
+            layer.prepared = autograd.keep_emended(plan.form, tensor, column, layer.need_weight, layer.need_bias)
         else:
             layer.prepared = autograd.keep_inverse(plan.form, tensor, x, layer.need_weight)
 

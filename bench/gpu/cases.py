@@ -27,6 +27,16 @@ LAYERS = (
     Shape(1024, 4096, 4096, 1.6),
     Shape(8192, 1024, 4096, 1.6),
 )
+# Around the thresholds between one launch and the separate kernels.
+WHOLE = (
+    Shape(32, 784, 1600),
+    Shape(60, 1600, 10),
+    Shape(64, 784, 1600),
+    Shape(128, 256, 256),
+    Shape(128, 1024, 1024),
+    Shape(128, 4096, 1024),
+    Shape(128, 1024, 4096),
+)
 STEP = Shape(256, 4096, 4096, 0.8)
 ORDERS = (32, 64, 128, 256, 512, 1024)
 MATRICES = 8  # of a batch
@@ -370,6 +380,45 @@ def parts_case(shape: Shape, dtype_name: str, device: Device) -> Case:
     )
 
 
+def whole_case(shape: Shape, dtype_name: str, device: Device) -> Case:
+    """A weight gradient from x and dy: by the separate kernels, and by one launch, by each variant and as planned."""
+    rows, inputs, outputs, _ = shape
+    make: dict[str, Any] = {"device": device.type, "dtype": DTYPES[dtype_name]}
+    options = (1.0, "relative", "nlms")
+
+    def build(provider: str) -> Work:
+        torch.manual_seed(0)
+        x, dy = torch.randn(rows, inputs, **make), torch.randn(rows, outputs, **make)
+        kernels = dispatch.select("auto", x)
+        if provider == "separate":
+
+            def run() -> Any:
+                return kernels.weight_grad(dy, *kernels.emended_input(x, True, "dual", *options))
+
+        else:
+            fused = getattr(torch.ops.consequentialism, "fused_weight_grad", None)
+            if fused is None:
+                raise ImportError("this version has no fused_weight_grad")
+            if device.type != "cuda" and provider != "planned":
+                raise ImportError("a variant of the CUDA kernel")
+            variant = () if provider == "planned" else (provider,)
+
+            def run() -> Any:
+                return (fused.by if variant else fused.default)(x, dy, True, *options, *variant)
+
+        return Work(run, lambda: relative_error(run(), emended(x, dy)))
+
+    return Case(
+        "whole",
+        shape.name,
+        dtype_name,
+        {name: functools.partial(build, name) for name in ("separate", "planned", "recompute", "cooperative")},
+        "separate",
+        BOUNDS[dtype_name],
+        modes=("graph",),
+    )
+
+
 def cases(device: Device, quick: bool) -> list[Callable[[], Case]]:
     """All cases, the targets' first; what is left out where it must be quick stands last in each list.
 
@@ -384,6 +433,8 @@ def cases(device: Device, quick: bool) -> list[Callable[[], Case]]:
     made += [functools.partial(step_case, STEP, dtype_name, device) for dtype_name in DTYPES]
     made.append(functools.partial(network_case, "mlp", MLP, MLP_ROWS, "float32", device))
     made += [functools.partial(network_case, "deep", DEEP, DEEP_ROWS, dtype_name, device) for dtype_name in DTYPES]
+    whole = WHOLE[1:5] if quick else WHOLE
+    made += [functools.partial(whole_case, shape, d, device) for shape, d in itertools.product(whole, DTYPES)]
     made += [functools.partial(factor_case, n, device) for n in orders]
     made += [functools.partial(factors_case, n, device) for n in orders]
     made += [functools.partial(parts_case, shape, d, device) for shape, d in itertools.product(layers, DTYPES)]
@@ -397,6 +448,7 @@ def rehearsal(device: Device) -> list[Callable[[], Case]]:
         made.append(functools.partial(layer_case, shape, dtype_name, device))
         made.append(functools.partial(step_case, shape, dtype_name, device))
         made.append(functools.partial(parts_case, shape, dtype_name, device))
+        made.append(functools.partial(whole_case, shape, dtype_name, device))
     made.append(functools.partial(network_case, "mlp", (20, 30, 30, 10), 12, "float32", device))
     made += [functools.partial(network_case, "deep", (16,) * 9, 8, dtype_name, device) for dtype_name in DTYPES]
     made += [functools.partial(make, n, device) for make in (factor_case, factors_case) for n in (5, 33)]
