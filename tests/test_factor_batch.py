@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import itertools
-import pickle
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from cases import (
     BF16,
     DTYPES,
@@ -22,80 +16,19 @@ from cases import (
     F64,
     SHAPES,
     TOLERANCE,
-    TRANSFORM,
     assert_close,
     assert_identical,
     needs_kernels,
     oracle,
     randn,
 )
+from factor_batch_helpers import assert_same, batch_of, calls, gradients, network, pair
 from torch import Tensor, nn
-from torch.func import functional_call, grad
-from torch.utils.checkpoint import checkpoint
 
 import consequentialism as cw
-from consequentialism import factor_batch, ops, reference
+from consequentialism import ops, reference
 
-WIDTHS = (12, 20, 7, 5)
-
-
-def network(dtype: torch.dtype = F64, widths: tuple[int, ...] = WIDTHS) -> nn.Sequential:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Linear(inputs, outputs, bias=i != 1, dtype=dtype), nn.Tanh()]
-    return nn.Sequential(*layers)
-
-
-def pair(dtype: torch.dtype = F64, widths: tuple[int, ...] = WIDTHS, **options: Any) -> tuple[Any, Any]:
-    """The same network with layers on their own, and batched."""
-    alone = cw.convert(network(dtype, widths), **options)
-    return alone, cw.convert(copy.deepcopy(alone), batch_factors=True, **options)
-
-
-def batch_of(model: nn.Module) -> factor_batch.FactorBatch:
-    (batch,) = {m.factor_batch for m in model.modules() if isinstance(m, cw.Linear)}
-    assert batch is not None
-    return batch
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same(alone: nn.Module, batched: nn.Module, train: Callable[[Any], Any]) -> None:
-    """``train`` gives both the same gradients and results, bit for bit, and leaves nothing waiting."""
-    results = [train(model) for model in (alone, batched)]
-    for name, expected in gradients(alone).items():
-        assert expected is None or expected.abs().sum() > 0, f"{name}: nothing to compare"
-        assert_identical(name, gradients(batched)[name], expected)
-    if isinstance(results[0], Tensor):
-        assert_identical("result", results[1], results[0])
-    del results
-    assert len(batch_of(batched)) == 0
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each preparation in backward had, those on their own as 1."""
-    seen: list[int] = []
-    together = ops.emended_inputs
-
-    def group(xs: Any, *rest: Any) -> Any:
-        seen.append(len(xs))
-        return together(xs, *rest)
-
-    def alone(layer: Any) -> None:
-        seen.append(1)
-        prepare_alone(layer)
-
-    prepare_alone = factor_batch._prepare_alone
-    monkeypatch.setattr(ops, "emended_inputs", group)
-    monkeypatch.setattr(factor_batch, "_prepare_alone", alone)
-    return seen
-
-
-# The op.
+__all__ = ["calls"]
 
 
 @needs_kernels
@@ -373,29 +306,6 @@ def test_backward_through_a_part_prepares_that_part(calls: list[int]) -> None:
     assert sum(calls) == 3
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant: bool) -> None:
-    alone, batched = pair(widths=(12, 20, 7, 5, 6))
-
-    def train(model: nn.Module) -> None:
-        x = randn(8, 12).requires_grad_()
-        hidden = checkpoint(model[:4], x, use_reentrant=reentrant)
-        model[4:](hidden).square().sum().backward()
-
-    assert_same(alone, batched, train)
-
-
-def test_hooks_on_saved_tensors() -> None:
-    alone, batched = pair()
-
-    def train(model: nn.Module) -> None:
-        with torch.autograd.graph.save_on_cpu():
-            out = model[:2](randn(8, 12))
-        model[2:](out).square().sum().backward()
-
-    assert_same(alone, batched, train)
-
-
 def test_a_backward_inside_a_backward() -> None:
     alone, batched = pair()
 
@@ -491,119 +401,3 @@ def test_threads_share_a_model() -> None:
         for a, b in zip(found[key], own, strict=True):
             assert_identical("dw", a, b)
     assert len(batch_of(batched)) == 0
-
-
-# With the rest of torch and of the package.
-
-
-def test_compile_in_a_full_graph(calls: list[int]) -> None:
-    torch._dynamo.reset()
-    alone, batched = pair()
-    compiled = torch.compile(batched, fullgraph=True, backend="aot_eager")
-    x = randn(8, 12)
-    alone(x).square().sum().backward()
-    compiled(x).square().sum().backward()
-    for name, expected in gradients(alone).items():
-        assert_close(name, gradients(batched)[name], expected, TRANSFORM[F64])
-    assert calls == []
-    torch._dynamo.reset()
-
-
-def test_a_compiled_half() -> None:
-    torch._dynamo.reset()
-    alone, batched = pair(widths=(12, 20, 7, 5, 6))
-    half = torch.compile(batched[:4], fullgraph=True, backend="aot_eager")
-    x = randn(8, 12)
-    alone(x).square().sum().backward()
-    batched[4:](half(x)).square().sum().backward()
-    for name, expected in gradients(alone).items():
-        assert_close(name, gradients(batched)[name], expected, TRANSFORM[F64])
-    torch._dynamo.reset()
-
-
-def test_functional_transform() -> None:
-    alone, batched = pair()
-    x = randn(8, 12)
-
-    def loss(parameters: dict[str, Tensor], model: nn.Module) -> Tensor:
-        return functional_call(model, parameters, (x,)).square().sum()
-
-    parameters = {name: p.detach() for name, p in alone.named_parameters()}
-    own, expected = (grad(loss)(parameters, model) for model in (batched, alone))
-    for name, gradient in expected.items():
-        assert_close(name, own[name], gradient, TRANSFORM[F64])
-    assert len(batch_of(batched)) == 0
-
-
-def test_fused_sgd() -> None:
-    alone, batched = pair()
-    for model in (alone, batched):
-        optimizer = cw.optim.FusedSGD(model, 0.1)
-        for s in range(2):
-            model(randn(8, 12, seed=s)).square().sum().backward()
-            optimizer.step()
-        optimizer.release()
-    for (name, own), expected in zip(batched.named_parameters(), alone.parameters(), strict=True):
-        assert_identical(name, own, expected)
-    assert_same(alone, batched, lambda model: model(randn(8, 12)).square().sum().backward())
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[Any]:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("torch without gloo")
-    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
-
-
-def test_process_group_and_ddp(group: Any, calls: list[int]) -> None:
-    alone, batched = pair(process_group=group)
-    assert_same(alone, batched, lambda model: model(randn(8, 12)).square().sum().backward())
-    assert calls == [], "ranks meet in forward"
-    alone, batched = pair()
-    ddp = nn.parallel.DistributedDataParallel(batched)
-    for s in range(2):
-        alone(randn(8, 12, seed=s)).square().sum().backward()
-        ddp(randn(8, 12, seed=s)).square().sum().backward()
-    for name, expected in gradients(alone).items():
-        assert_identical(name, gradients(batched)[name], expected)
-    assert sum(calls) == 6
-
-
-def test_convert_links_and_revert_unlinks() -> None:
-    model = nn.Sequential(nn.Embedding(9, 12), network())
-    before = {name: set(module.__dict__) for name, module in model.named_modules()}
-    state = model.state_dict()
-    assert cw.convert(model, batch_factors=True) is model
-    batch = batch_of(model)
-    assert "factor_batch" not in model[0].__dict__
-    assert list(model.state_dict()) == list(state)
-    model.load_state_dict(state)
-    assert "batch_factors=True" in repr(model)
-    cw.convert(model, filter_fn=lambda module, name: name == "1.0")
-    assert model[1][0].factor_batch is None
-    assert model[1][2].factor_batch is batch
-    assert "batch_factors" not in repr(model[1][0])
-    cw.revert(model)
-    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize("value", [1, "yes", None])
-def test_bad_value_converts_nothing(value: Any) -> None:
-    model = network()
-    with pytest.raises(TypeError, match="batch_factors must be True or False"):
-        cw.convert(model, batch_factors=value)
-    assert type(model[0]) is nn.Linear
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_share_a_new_one(duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    _, model = pair()
-    out = model(randn(8, 12))  # while layers wait
-    copied = duplicate(model)
-    assert batch_of(copied) is not batch_of(model)
-    assert len(batch_of(copied)) == 0
-    assert_same(model, copied, lambda m: (out if m is model else m(randn(8, 12))).square().sum().backward())
