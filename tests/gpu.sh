@@ -53,9 +53,9 @@ part build 200 $python setup.py build_ext --inplace || finish
 part info 30 $python -m consequentialism info
 part check 40 $python -m consequentialism check
 
-# By file: those that the host shim runs need no device. By name: the backends' cases are called cuda and triton.
+# By file: those that the host shim runs, and the benchmark's own, need no device. By name: the backends' cases are called cuda and triton.
 mapfile -t of_the_shim < <(grep -lE '^(import|from) cuda_shim' tests/test_*.py)
-selection=(-q --maxfail 20 -k "cuda or triton or gpu" "${of_the_shim[@]/#/--ignore=}")
+selection=(-q --maxfail 20 -k "cuda or triton or gpu" "${of_the_shim[@]/#/--ignore=}" --ignore=tests/test_bench_gpu.py)
 [ "$quick" = 1 ] && selection+=(tests/test_gpu_contracts.py tests/test_ops.py tests/test_cuda_build.py)
 $python -c "import xdist" 2> /dev/null && selection+=(-n 6)
 part tests "$([ "$quick" = 1 ] && echo 60 || echo 180)" $python -m pytest "${selection[@]}"
@@ -69,8 +69,8 @@ sanitize memcheck 60
 [ "$quick" = 1 ] || sanitize racecheck 90
 
 name=$($python -c "import torch; print('-'.join(torch.cuda.get_device_name().lower().split()))")
-# A case that is begun in time ends in time: starting, the last case and writing are given 30 s.
-part bench $bench_seconds $python -m bench.gpu --out "$out/$name/gpu.csv" --seconds $((bench_seconds - 30)) \
+# A case that is begun in time is given 8 s more; then what there is is written.
+part bench $bench_seconds $python -m bench.gpu --out "$out/$name/gpu.csv" --seconds $((bench_seconds - 20)) \
   $([ "$quick" = 1 ] && echo --quick)
 [ ! -s "$out/$name/gpu.csv" ] || report+=("      commit $out/$name/gpu.csv and gpu.json in bench/results/$name")
 finish

@@ -19,7 +19,7 @@ import torch
 
 from bench.gpu import cases, report
 from bench.gpu.__main__ import main
-from bench.gpu.device import Host, quantiles, roofline
+from bench.gpu.device import Cuda, Host, quantiles, roofline
 from bench.gpu.run import OK, TIMING, WARM_ROUNDS, Case, DeviceDead, Journal, Row, Work, run_case, work_through
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +81,83 @@ def test_medians_and_ratios_by_a_false_clock(journal: Journal) -> None:
         assert row.tflop_s == pytest.approx(1e8 / 15e-6 / 1e12)
         assert by["plain", mode].ratio == pytest.approx(1)
     assert journal.ended == {"linear 64x784x1600 float32"}
+
+
+@pytest.mark.parametrize(("queued", "waits"), [(True, []), (False, ["synchronize"])])
+def test_a_call_is_timed_by_events_on_a_cold_cache(
+    monkeypatch: pytest.MonkeyPatch, queued: bool, waits: list[str]
+) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 0.25  # ms
+
+    class Buffer:
+        def sum(self) -> None:
+            done.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    device = object.__new__(Cuda)
+    device._buffer = Buffer()  # type: ignore[assignment]
+    assert device.microseconds(lambda: done.append("run"), queued) == 250
+    assert done == ["flush", *waits, "record", "run", "record", "event"]
+
+
+def test_a_capture_that_breaks_off_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["default"]
+
+    class Stream:
+        name = "side"
+
+        def wait_stream(self, other: Any) -> None:
+            return None
+
+    class Current(Stream):
+        def __init__(self) -> None:
+            self.name = current[-1]
+
+    class Using:
+        def __init__(self, stream: Stream) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before = current[-1]
+            current.append(self.stream.name)
+
+        def __exit__(self, *_: object) -> None:
+            current.append(self.before)
+
+    class Graph:
+        def __init__(self, graph: object) -> None:
+            return None
+
+        def __enter__(self) -> None:
+            current.append("capture")
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("capture_end")  # as torch's does, before it leaves its stream
+
+    def run() -> None:
+        if current[-1] == "capture":
+            raise ValueError("not capturable")
+
+    names = {"Stream": Stream, "stream": Using, "current_stream": Current, "CUDAGraph": object, "graph": Graph}
+    for name, fake in names.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="capture_end"):
+        object.__new__(Cuda).capture(run)
+    assert current[-1] == "default"
 
 
 def test_quantiles() -> None:
