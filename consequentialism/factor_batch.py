@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import autograd, cost, ops
+from . import autograd, cost, dispatch, ops
 from .autograd import Prepared, full_precision
 from .cost import Plan
 from .options import Options
@@ -217,3 +217,19 @@ class DeferredLinear(torch.autograd.Function):
         with full_precision(dy.device.type):
             dw, db = ctx.deferred.weight_grad(flat_dy, torch._C._autograd._get_current_graph_task_keep_graph())
         return dx, dw, db, None
+
+
+def deferred_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    batch: FactorBatch,
+    need_weight: bool,
+    need_bias: bool,
+) -> Tensor:
+    """``x W^T + b`` of checked arguments; `FactorBatch.takes` has been asked."""
+    flat_x = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    backend = dispatch.select(options.backend, x)
+    deferred = batch.defer(flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias)
+    return DeferredLinear.apply(x, weight, bias, deferred)

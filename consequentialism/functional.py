@@ -19,7 +19,7 @@ from .autograd import (
     prepare,
     weight_grad,
 )
-from .factor_batch import DeferredLinear, FactorBatch
+from .factor_batch import FactorBatch, deferred_linear
 from .options import Options
 
 if TYPE_CHECKING:
@@ -71,17 +71,19 @@ def emended_linear_with(
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
+    if batch is not None and not transformed and batch.takes(options):
+        return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias)
     with torch.no_grad(), full_precision(x.device.type):
         backend = dispatch.select(options.backend, x)
-        flat_x = x.detach().reshape(rows, x.shape[-1])
-        arguments = (flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias)
-        if not (transformed or batch is None) and batch.takes(options):
-            deferred = batch.defer(*arguments)
-        else:
-            deferred = None
-            form, inverse, emended, column = prepare(*arguments)
-    if deferred is not None:
-        return DeferredLinear.apply(x, weight, bias, deferred)
+        form, inverse, emended, column = prepare(
+            x.detach().reshape(rows, x.shape[-1]),
+            bias is not None,
+            weight.shape[0],
+            options,
+            backend,
+            need_weight,
+            need_bias,
+        )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, inverse, emended, column, form, backend)
 

@@ -89,6 +89,13 @@ def isaac_linear(inputs: int, outputs: int, **make: Any) -> nn.Module:
     return isaac.Linear(inputs, outputs, la=1.0).to(**make)
 
 
+def triton_linear(inputs: int, outputs: int, **make: Any) -> nn.Module:
+    state = cw.backends()["triton"]
+    if state != dispatch.AVAILABLE:
+        raise ImportError(f"backend triton: {state}")
+    return cw.Linear(inputs, outputs, backend="triton", **make)
+
+
 def sgd(model: nn.Module, device: Device) -> torch.optim.Optimizer:
     """torch's fused SGD. The one for the CPU is wrong in bfloat16 (torch 2.13)."""
     return torch.optim.SGD(model.parameters(), lr=RATE, fused=device.type == "cuda")
@@ -99,6 +106,7 @@ def layer_kinds(backend: str) -> dict[str, Callable[..., nn.Module]]:
     return {
         "plain": nn.Linear,
         "cuda": functools.partial(cw.Linear, backend=backend),
+        "triton": triton_linear,
         "stock": StockLinear,
         "reference": functools.partial(cw.Linear, backend="reference"),
         "isaac": isaac_linear,
