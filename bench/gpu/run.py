@@ -27,6 +27,7 @@ WARM_ROUNDS = 3
 LEAST_ROUNDS = 10
 CASE_SECONDS = 6.0  # of timing, unless the least rounds take longer
 GRACE = 8.0  # seconds
+START_PATIENCE = 120.0  # until a worker's first line
 
 
 class Work(NamedTuple):
@@ -248,7 +249,7 @@ def supervise(worker: list[str], path: Path, end: float, patience: float) -> Non
     Args:
         worker: The command of a worker, which reads and writes the journal at ``path``.
         end: By `time.time`; a worker is given `GRACE` seconds more to stop by itself.
-        patience: Seconds without a line in the journal after which a worker counts as hung.
+        patience: Seconds without a line in the journal after which a worker that has begun counts as hung.
     """
     while True:
         process = subprocess.Popen(worker)
@@ -276,14 +277,18 @@ def supervise(worker: list[str], path: Path, end: float, patience: float) -> Non
 
 def _wait(process: subprocess.Popen[bytes], path: Path, end: float, patience: float) -> str | None:
     """Why the worker came to no good end, or None."""
-    size, since = -1, time.time()
+    size, since, allowed = _size(path), time.time(), max(patience, START_PATIENCE)
     while process.poll() is None:
         time.sleep(0.05)
-        now, present = time.time(), path.stat().st_size if path.exists() else 0
+        now, present = time.time(), _size(path)
         if present != size:
-            size, since = present, now
-        if now - since > patience or now > end:
+            size, since, allowed = present, now, patience
+        if now - since > allowed or now > end:
             process.kill()
             process.wait()
-            return f"hung for {patience:g} s" if now - since > patience else "no time left"
+            return f"hung for {allowed:g} s" if now - since > allowed else "no time left"
     return None if process.returncode == 0 else f"exit code {process.returncode}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
