@@ -90,7 +90,7 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 	touch $@
 
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
-$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py)
+$(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist
 	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist

@@ -96,11 +96,20 @@ def prepare(
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
-        return Prepared(plan.form, None, emended if need_weight else None, column if need_bias else None)
-    inverse = backend.input_inverse(*arguments)
+        return keep_emended(plan.form, emended, column, need_weight, need_bias)
+    return keep_inverse(plan.form, backend.input_inverse(*arguments), x, need_weight)
+
+
+def keep_emended(form: Form, emended: Tensor, column: Tensor, need_weight: bool, need_bias: bool) -> Prepared:
+    """What of an emended input, ``[N, I]`` and its column ``[N]``, is needed."""
+    return Prepared(form, None, emended if need_weight else None, column if need_bias else None)
+
+
+def keep_inverse(form: Form, inverse: Tensor, x: Tensor, need_weight: bool) -> Prepared:
+    """What of an inverse ``[n, n]`` is needed: itself, or its part for the bias alone."""
     if need_weight:
-        return Prepared(plan.form, inverse)
-    return Prepared(plan.form, None, None, emended_ones(inverse, x, plan.form))
+        return Prepared(form, inverse)
+    return Prepared(form, None, None, emended_ones(inverse, x, form))
 
 
 def emended_ones(inverse: Tensor, x: Tensor, form: Form) -> Tensor:

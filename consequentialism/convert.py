@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .embedding import Embedding
+from .factor_batch import FactorBatch
 from .linear import EmendedModule, Linear
 from .options import OPTION_NAMES, Options
 
@@ -21,7 +22,13 @@ EMENDED: dict[type[nn.Module], type[EmendedModule]] = {nn.Linear: Linear, nn.Emb
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
 
 
-def convert(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None = None, **options: Any) -> Model:
+def convert(
+    model: Model,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    batch_factors: bool = False,
+    **options: Any,
+) -> Model:
     """Make every layer of ``model`` that can be emended an emended one, in place.
 
     Modules stay the same objects with the same parameters, hooks and names; only their class changes, so an
@@ -31,8 +38,12 @@ def convert(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None 
     Args:
         model: Any module, also a single layer.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to convert; None, all.
+        batch_factors: Factor the matrices of all linear layers that a backward reaches together, when it begins,
+            instead of each layer's in forward; the gradients are the same. For many small layers. Inputs are then
+            kept until backward. Under torch.compile, torch.func, checkpointing, `optim.FusedSGD` and
+            ``process_group=``, layers go on alone.
         **options: The fields of `consequentialism.Options`, for every layer. Layers that are emended already
-            take them too.
+            take them, and ``batch_factors``, too.
 
     Returns:
         ``model``.
@@ -43,7 +54,10 @@ def convert(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None 
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
+    if not isinstance(batch_factors, bool):
+        raise TypeError(f"batch_factors must be True or False, got {batch_factors!r} ({type(batch_factors).__name__})")
     settings = Options(**options)
+    batch = FactorBatch() if batch_factors else None
     tied = _tied_parameters(model)
     attention = _inside_attention(model)
     chosen: list[nn.Module] = []
@@ -64,6 +78,9 @@ def convert(model: Model, *, filter_fn: Callable[[nn.Module, str], bool] | None 
     for module in chosen:
         emended = module if isinstance(module, EmendedModule) else _swap(module, EMENDED[type(module)])
         emended.set_options(settings)  # type: ignore[operator]
+        module.__dict__.pop("factor_batch", None)
+        if batch is not None and isinstance(module, Linear):
+            module.factor_batch = batch
     if left_alone:
         warnings.warn("consequentialism.convert left alone " + "; ".join(left_alone), UserWarning, stacklevel=2)
     return model
@@ -83,7 +100,7 @@ def revert(model: Model) -> Model:
         plain = PLAIN.get(type(module))
         if plain is None:
             continue
-        for name in OPTION_NAMES:
+        for name in (*OPTION_NAMES, "factor_batch"):
             module.__dict__.pop(name, None)
         _swap(module, plain)
     return model

@@ -21,6 +21,7 @@ from .autograd import (
     prepare,
     weight_grad,
 )
+from .factor_batch import FactorBatch, deferred_linear
 from .options import Options
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
     return emended_linear_with(x, weight, bias, Options(**options))
 
 
-def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
-    """`emended_linear` with its options as one object."""
+def emended_linear_with(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, batch: FactorBatch | None = None
+) -> Tensor:
+    """`emended_linear` with its options as one object, and where ``batch`` is one, factored with its other layers."""
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear(x, weight, bias)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
@@ -72,6 +75,8 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
+    if batch is not None and not transformed and batch.takes(options):
+        return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias)
     backend = dispatch.select(options.backend, x)
     if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
         plan = _plan(rows, x.shape[-1] + (bias is not None), weight.shape[0], x.dtype, options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .factor_batch import FactorBatch
 from .functional import emended_linear_with, updated_linear_with
 from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver
 
@@ -26,6 +27,7 @@ class EmendedModule(nn.Module):
     solver: Solver = Options.solver  # the class's values serve modules pickled before there were these
     iterations: int = Options.iterations
     layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
+    factor_batch: FactorBatch | None = None  # set by convert(batch_factors=True), on this instance only
 
     def set_options(self, options: Options) -> None:
         """Take over checked options."""
@@ -47,6 +49,8 @@ class EmendedModule(nn.Module):
         default = Options()
         shown = (name for name in OPTION_NAMES if name != "process_group")
         changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
+        if self.factor_batch is not None:
+            changed.append("batch_factors=True")
         return ", ".join([super().extra_repr(), *changed])
 
 
@@ -106,4 +110,4 @@ class Linear(EmendedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.layer_step is not None:
             return updated_linear_with(input, self.weight, self.bias, self.options(), self.layer_step)
-        return emended_linear_with(input, self.weight, self.bias, self.options())
+        return emended_linear_with(input, self.weight, self.bias, self.options(), self.factor_batch)

@@ -6,6 +6,7 @@ The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequ
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .options import DampingMode, Form, Scale
 
-NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad", "fused_weight_grad")
+NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -75,6 +76,18 @@ def emended_input(
     return torch.ops.consequentialism.emended_input(x, bias, form, damping, damping_mode, scale)
 
 
+def emended_inputs(
+    xs: Sequence[Tensor],
+    biases: Sequence[bool],
+    forms: Sequence[Form],
+    applied: Sequence[bool],
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return torch.ops.consequentialism.emended_inputs(xs, biases, forms, applied, damping, damping_mode, scale)
+
+
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.consequentialism.weight_grad(dy, rows, column)
 
@@ -113,6 +126,12 @@ def _square(x: Tensor, bias: bool, form: str) -> Tensor:
     return x.new_empty((n, n), dtype=_compute_dtype(x.dtype))
 
 
+def _emended(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    kept = torch.float32 if x.dtype == torch.float16 else x.dtype
+    emended = x.new_empty(x.shape, dtype=kept)
+    return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))
+
+
 if module is not None:
 
     @torch.library.register_fake("consequentialism::input_gram")
@@ -129,9 +148,23 @@ if module is not None:
 
     @torch.library.register_fake("consequentialism::emended_input")
     def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
-        kept = torch.float32 if x.dtype == torch.float16 else x.dtype
-        emended = x.new_empty(x.shape, dtype=kept)
-        return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))
+        return _emended(x, bias)
+
+    @torch.library.register_fake("consequentialism::emended_inputs")
+    def _(
+        xs: list[Tensor],
+        biases: list[bool],
+        forms: list[str],
+        applied: list[bool],
+        damping: float,
+        damping_mode: str,
+        scale: str,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = []
+        for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
+            square = _square(x, bias, form)
+            pairs.append(_emended(x, bias) if is_applied else (square, square.new_empty(0)))
+        return [kept for kept, _ in pairs], [column for _, column in pairs]
 
     @torch.library.register_fake("consequentialism::weight_grad")
     def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

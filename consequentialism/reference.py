@@ -9,6 +9,8 @@ Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; the derivation is in the R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -124,6 +126,26 @@ def emended_input(
     inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
     emended, column = apply_inverse(inverse, x.to(inverse.dtype), bias, form)
     return emended.to(emended_dtype(x.dtype)), column.to(compute_dtype(x.dtype))
+
+
+def emended_inputs(
+    xs: Sequence[Tensor],
+    biases: Sequence[bool],
+    forms: Sequence[Form],
+    applied: Sequence[bool],
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each ``x [N, I]``, where ``applied`` its `emended_input`, else its `input_inverse` and nothing."""
+    pairs = []
+    for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
+        if is_applied:
+            pairs.append(emended_input(x, bias, form, damping, damping_mode, scale))
+        else:
+            inverse = input_inverse(x, bias, form, damping, damping_mode, scale)
+            pairs.append((inverse, inverse.new_zeros(0)))
+    return [kept for kept, _ in pairs], [column for _, column in pairs]
 
 
 def emended_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,10 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def(
       "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
       "-> (Tensor, Tensor)");
+  // For each x, where applied the emended input and its column, else the inverse and nothing.
+  m.def(
+      "emended_inputs(Tensor[] xs, bool[] biases, str[] forms, bool[] applied, float damping, str damping_mode, "
+      "str scale) -> (Tensor[], Tensor[])");
   m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
   m.def(
       "emended_linear(Tensor x, Tensor weight, Tensor? bias, str form, str applied_to, float damping, "
@@ -37,6 +41,7 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("factor", torch::autograd::autogradNotImplementedFallback());
   m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
+  m.impl("emended_inputs", torch::autograd::autogradNotImplementedFallback());
   m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("fused_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }

@@ -28,5 +28,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                     by = torch.ops.consequentialism.fused_weight_grad.by
                     for one in by(x, dy, bias, 1.0, "relative", "nlms", variant):
                         assert one.isfinite().all()
+    xs = [torch.randn(rows, inputs, device="cuda", dtype=dtype) for rows, inputs, _ in SHAPES for _ in range(20)]
+    biases, applied = [i % 2 == 0 for i in range(len(xs))], [i % 4 < 2 for i in range(len(xs))]
+    for form in ("dual", "primal"):
+        kept, columns = ops.emended_inputs(xs, biases, [form] * len(xs), applied, 1.0, "relative", "nlms")
+        assert all(one.isfinite().all() for one in (*kept, *columns))
 torch.cuda.synchronize()
 print("gpu_small: every op ran")

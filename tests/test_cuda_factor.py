@@ -136,6 +136,28 @@ def test_batch_of_different_matrices(shim: cuda_shim.Library) -> None:
     assert torch.equal(alone[0], own[3])
 
 
+@pytest.mark.parametrize("count", [3, 32])
+def test_batch_of_clusters_keeps_the_matrices_apart(shim: cuda_shim.Library, count: int) -> None:
+    grams = torch.stack([gram_of("random", 34, F32, seed) * (10.0 ** (seed % 5)) for seed in range(count)])
+    grams[1, 0, 0] = math.nan
+    shim.reset_counts()
+    own, _ = invert(shim, grams, shared=TOO_LITTLE, seeds=(0,))
+    assert shim.launches == 1
+    for i, (gram, inverse) in enumerate(zip(grams, own, strict=True)):
+        if i == 1:
+            assert inverse.isnan().all()
+            continue
+        assert_close("inverse", inverse, cw.reference.factor(gram.double(), 1.0, "relative", "raw", 34, 34), 2e-6)
+
+
+def test_a_launch_takes_32_matrices(shim: cuda_shim.Library) -> None:
+    grams = torch.eye(3).expand(32, 3, 3).contiguous()
+    own, _ = invert(shim, grams, seeds=(0,))
+    assert_close("inverse", own, torch.eye(3).expand(32, 3, 3) / 2, 1e-6)
+    with pytest.raises(cuda_shim.ShimError):
+        invert(shim, torch.eye(3).expand(33, 3, 3).contiguous(), seeds=(0,))
+
+
 @pytest.mark.parametrize(("n", "shared"), [(5, SHARED), (70, SHARED), (70, TOO_LITTLE)])
 def test_options(shim: cuda_shim.Library, n: int, shared: int) -> None:
     gram = gram_of("random", n, F32)

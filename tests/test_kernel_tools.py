@@ -1,18 +1,14 @@
-"""The tools around the kernels, as far as they need neither nvcc nor a GPU: the resource table, the GPU benchmark."""
+"""The tools around the kernels, as far as they need neither nvcc nor a GPU: the resource table, the GPU script."""
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 from pathlib import Path
 
 import cuda_resources
 import pytest
-import torch
 from cuda_resources import Resources
-
-from bench import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = """\
@@ -26,10 +22,6 @@ ptxas info    : Function properties for _ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 30 registers, used 1 barriers
 """
-
-
-def row(provider: str, median: float, ratio: float, target: float | None = None, error: float | None = None) -> gpu.Row:
-    return gpu.Row("linear", provider, "64x784x1600", "float32", median, median, median, ratio, target, error)
 
 
 def test_report_of_ptxas_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,42 +59,6 @@ def test_the_committed_table_has_both_architectures_of_every_kernel() -> None:
     table = cuda_resources.read_table(cuda_resources.TABLE.read_text())
     kernels = {kernel for kernel, _ in table}
     assert set(table) == {(kernel, arch) for kernel in kernels for arch in cuda_resources.ARCHITECTURES}
-
-
-@pytest.mark.parametrize("size", [0.0, 1e5, 2.6e6, 37.7e6, 106e6, 1e9])
-def test_input_sets_are_more_than_the_cache_or_many(size: float) -> None:
-    sets = gpu.input_sets(size)
-    assert 2 <= sets <= 8
-    assert sets == 8 or sets * size > gpu.CACHE_BYTES
-
-
-def test_short_calls_are_repeated_and_long_ones_are_not() -> None:
-    assert gpu.repeats_for(8, 6 * 64 * 784 * 1600) >= 4
-    assert gpu.repeats_for(2, 6 * 512 * 4096 * 11008) == 1
-
-
-def test_verdicts() -> None:
-    rows = [
-        row("plain", 10, 1),
-        row("cuda", 14, 1.4, 1.5, 1e-6),
-        row("reference, eager", 69, 6.9),
-        row("reference", 50, 5, None, float("nan")),
-    ]
-    lines = gpu.verdicts(rows)
-    assert [line.split()[0] for line in lines] == ["met", "missed", "WRONG"]
-    assert "1.40 of plain, target 1.50" in lines[0]
-    assert "4.9 times faster" in lines[1]
-    assert gpu.table(rows).count("\n") == len(rows)
-
-
-def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    path = tmp_path / "new" / "gpu.csv"
-    gpu.write([row("cuda", 14, 1.4, 1.5, 1e-6)], path)
-    with path.open() as file:
-        (line,) = csv.DictReader(file)
-    assert line["device"] == "a GPU"
-    assert float(line["ratio"]) == 1.4
 
 
 STAND_IN = """#!/bin/bash

@@ -1,10 +1,13 @@
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 #include "../guards.h"
@@ -15,27 +18,83 @@ namespace consequentialism::cpu {
 
 namespace {
 
-struct Inverse {
-  at::Tensor inverse;  // [n, n], float32 or float64
-  at::Tensor x;        // [N, I], in the same type and in a layout that BLAS reads
+struct Inversion {
+  FactorArguments arguments;
+  bool bias;
+  bool primal;
+  at::Tensor x;        // [N, I], float32 or float64, in a layout that BLAS reads
+  at::Tensor inverse;  // [n, n], in the same type; before, the Gram's lower triangle
+  bool done = false;
 };
 
-// Gram and factor in one go; in float64 where float32 is not enough.
-Inverse invert_input(
-    const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
+Inversion inversion_of(
+    const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  const FactorArguments arguments = factor_arguments_of(input, bias, damping, damping_mode, scale);
-  const bool primal = parse_form(form) == Form::kPrimal;
-  const at::Tensor x = computable(input);
-  if (x.scalar_type() == at::kFloat) {
-    // An absolute damping shows its condition with the Gram.
-    if (!arguments.relative || arguments.float32_is_enough()) {
-      at::Tensor gram = lower_input_gram(x, bias, primal);
-      if (try_factor_float32_(gram, arguments)) return {gram, x};
+  const FactorArguments arguments = factor_arguments_of(x, bias, damping, damping_mode, scale);
+  return {arguments, bias, parse_form(form) == Form::kPrimal, computable(x), {}};
+}
+
+// work(item) for each item whose Gram is there: small orders, which take one thread each, beside one another.
+template <typename Work>
+void for_each_gram(c10::ArrayRef<Inversion*> items, const Work& work) {
+  std::vector<Inversion*> small;
+  for (Inversion* item : items) {
+    if (item->inverse.size(0) <= kWholeInTiles) {
+      small.push_back(item);
+    } else {
+      work(*item);
     }
   }
-  const at::Tensor wide = x.to(at::kDouble);
-  return {factor_lower(lower_input_gram(wide, bias, primal), arguments), wide};
+  at::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t first, int64_t last) {
+    const PlainKernelGuard guard;
+    for (int64_t i = first; i < last; ++i) work(*small[static_cast<size_t>(i)]);
+  });
+}
+
+// Grams and factors; in float64 where float32 is not enough.
+void invert_(c10::ArrayRef<Inversion*> items) {
+  std::vector<Inversion*> narrow, wide;
+  for (Inversion* item : items) {
+    // An absolute damping shows its condition with the Gram.
+    const bool may_do = !item->arguments.relative || item->arguments.float32_is_enough();
+    if (item->x.scalar_type() != at::kFloat || !may_do) continue;
+    item->inverse = lower_input_gram(item->x, item->bias, item->primal);
+    narrow.push_back(item);
+  }
+  for_each_gram(narrow, [](Inversion& item) { item.done = try_factor_float32_(item.inverse, item.arguments); });
+  for (Inversion* item : items) {
+    if (item->done) continue;
+    item->x = item->x.to(at::kDouble);
+    item->inverse = lower_input_gram(item->x, item->bias, item->primal);
+    wide.push_back(item);
+  }
+  for_each_gram(wide, [](Inversion& item) { item.inverse = factor_lower(item.inverse, item.arguments); });
+}
+
+at::ScalarType wide_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The emended input and its column, for an x of this type.
+std::tuple<at::Tensor, at::Tensor> apply(const Inversion& item, at::ScalarType dtype) {
+  const at::Tensor& inverse = item.inverse;
+  const at::Tensor& rows = item.x;
+  const int64_t inputs = rows.size(1);
+  at::Tensor emended;
+  at::Tensor column = at::empty({0}, inverse.options());
+  if (!item.primal) {
+    emended = at::mm(inverse, rows);
+    if (item.bias) column = inverse.sum(1);
+  } else {
+    const at::Tensor square = inverse.narrow(0, 0, inputs).narrow(1, 0, inputs);
+    emended = at::mm(rows, square);
+    if (item.bias) {
+      const at::Tensor border = inverse.select(0, inputs);
+      emended.add_(border.narrow(0, 0, inputs));
+      column = at::mv(rows, border.narrow(0, 0, inputs)).add_(border.select(0, inputs));
+    }
+  }
+  return {emended.to(dtype == at::kHalf ? at::kFloat : dtype), column.to(wide_type(dtype))};
 }
 
 }  // namespace
@@ -44,33 +103,45 @@ at::Tensor input_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
   const PlainKernelGuard guard;
-  const at::Tensor inverse = invert_input(x, bias, form, damping, damping_mode, scale).inverse;
-  return inverse.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale);
+  invert_({&item});
+  return item.inverse.to(wide_type(x.scalar_type()));
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
   const PlainKernelGuard guard;
-  const auto [inverse, rows] = invert_input(x, bias, form, damping, damping_mode, scale);
-  const int64_t inputs = x.size(1);
-  at::Tensor emended;
-  at::Tensor column = at::empty({0}, inverse.options());
-  if (parse_form(form) == Form::kDual) {
-    emended = at::mm(inverse, rows);
-    if (bias) column = inverse.sum(1);
-  } else {
-    const at::Tensor square = inverse.narrow(0, 0, inputs).narrow(1, 0, inputs);
-    emended = at::mm(rows, square);
-    if (bias) {
-      const at::Tensor border = inverse.select(0, inputs);
-      emended.add_(border.narrow(0, 0, inputs));
-      column = at::mv(rows, border.narrow(0, 0, inputs)).add_(border.select(0, inputs));
+  Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale);
+  invert_({&item});
+  return apply(item, x.scalar_type());
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
+    at::TensorList xs, const c10::List<bool>& biases, const c10::List<std::string>& forms,
+    const c10::List<bool>& applied, double damping, std::string_view damping_mode, std::string_view scale) {
+  check_lists(xs.size(), biases.size(), forms.size(), applied.size());
+  const PlainKernelGuard guard;
+  std::vector<Inversion> items;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    items.push_back(inversion_of(xs[i], biases.get(i), forms.get(i), damping, damping_mode, scale));
+  }
+  std::vector<Inversion*> pointers;
+  for (Inversion& item : items) pointers.push_back(&item);
+  invert_(pointers);
+  std::vector<at::Tensor> kept, columns;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const at::ScalarType dtype = xs[i].scalar_type();
+    if (applied.get(i)) {
+      auto [emended, column] = apply(items[i], dtype);
+      kept.push_back(emended);
+      columns.push_back(column);
+    } else {
+      kept.push_back(items[i].inverse.to(wide_type(dtype)));
+      columns.push_back(at::empty({0}, kept.back().options()));
     }
   }
-  const auto dtype = x.scalar_type();
-  const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  return {emended.to(dtype == at::kHalf ? at::kFloat : dtype), column.to(wide)};
+  return {kept, columns};
 }
 
 }  // namespace consequentialism::cpu
@@ -78,4 +149,5 @@ std::tuple<at::Tensor, at::Tensor> emended_input(
 TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
   m.impl("input_inverse", consequentialism::cpu::input_inverse);
   m.impl("emended_input", consequentialism::cpu::emended_input);
+  m.impl("emended_inputs", consequentialism::cpu::emended_inputs);
 }

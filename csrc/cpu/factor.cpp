@@ -22,8 +22,7 @@ namespace consequentialism::cpu {
 
 namespace {
 
-constexpr int64_t kWholeInTiles = 320;  // order up to which one thread in the cache is faster than BLAS on all
-constexpr int64_t kLeaf = 128;          // order at which the recursion ends, a multiple of kLeafStep
+constexpr int64_t kLeaf = 128;  // order at which the recursion ends, a multiple of kLeafStep
 constexpr int64_t kLeafStep = 64;
 constexpr int64_t kInversePanel = 128;  // rows of a panel of S S^T
 constexpr int kRetries = 3;

@@ -8,6 +8,8 @@
 
 namespace consequentialism::cpu {
 
+constexpr int64_t kWholeInTiles = 320;  // order up to which one thread in the cache is faster than BLAS on all
+
 // The symmetric inverse [n, n] from gram's lower triangle, which is kept. Zero where the trace is zero, NaN
 // where it is not finite; a factor that breaks down is retried with 10, 100 and 1000 times the ridge, then
 // the diagonal stands in.

@@ -2,6 +2,7 @@
 // graph.
 #include "bindings.h"
 
+#include <ATen/core/List.h>
 #include <ATen/ops/cholesky_solve.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
@@ -20,8 +21,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "../checks.h"
 #include "../factor_arguments.h"
@@ -34,12 +38,20 @@ namespace consequentialism::cuda {
 
 namespace {
 
+// Matrices of one order, as many in a launch as it takes.
 template <class T>
-void run_factor(const FactorItem<T>& item, int64_t n, const FactorPlan& plan, const at::TensorOptions& options) {
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, options.dtype(at::kByte));
-  C10_CUDA_CHECK(
-      launch_factor<T>(
-          &item, 1, n, plan, workspace.mutable_data_ptr(), breakdown_counter(), c10::cuda::getCurrentCUDAStream()));
+void run_factor(
+    c10::ArrayRef<FactorItem<T>> items, int64_t n, const FactorPlan& plan, const at::TensorOptions& options) {
+  const auto bytes = static_cast<int64_t>(plan.workspace_bytes);
+  for (size_t first = 0; first < items.size(); first += kMaxFactorItems) {
+    const auto some = items.slice(first, std::min<size_t>(kMaxFactorItems, items.size() - first));
+    const auto count = static_cast<int>(some.size());
+    const at::Tensor workspace = at::empty({count * bytes}, options.dtype(at::kByte));
+    C10_CUDA_CHECK(
+        launch_factor<T>(
+            some.data(), count, n, plan, workspace.mutable_data_ptr(), breakdown_counter(),
+            c10::cuda::getCurrentCUDAStream()));
+  }
 }
 
 // By cuSOLVER, for orders above the kernel's. A broken-down factor is done again by the kernel, which else returns at
@@ -69,29 +81,46 @@ at::Tensor stock_factor(
   return at::where(trace.isfinite(), inverse, at::full_like(inverse, std::numeric_limits<double>::quiet_NaN()));
 }
 
-// scale * (gram + c I)^-1.
-at::Tensor inverse_of(const at::Tensor& gram, const FactorArguments& arguments) {
-  const int64_t n = gram.size(0);
-  at::Tensor inverse = at::empty({n, n}, gram.options());
-  if (n == 0) return inverse;
+template <class T>
+FactorItem<T> factor_item(const at::Tensor& gram, const at::Tensor& inverse, const FactorArguments& arguments) {
+  FactorItem<T> item{};
+  item.gram = gram.const_data_ptr<T>();
+  item.inverse = inverse.mutable_data_ptr<T>();
+  item.damping = arguments.damping;
+  item.rank = static_cast<double>(arguments.rank);
+  item.factor = arguments.scale == Scale::kNlms ? static_cast<double>(arguments.rows) : 1;
+  item.relative = arguments.relative;
+  item.scaled_by_c = arguments.scale == Scale::kGradient;
+  return item;
+}
+
+// scale * (gram + c I)^-1 of Grams of one type, those of one order by one launch; the other Grams are left alone.
+template <class T>
+void invert_grams(
+    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<FactorArguments> arguments, std::vector<at::Tensor>& inverses) {
   const Limits limits = limits_of_current_device();
-  AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "factor", [&] {
-    FactorItem<scalar_t> item{};
-    item.gram = gram.const_data_ptr<scalar_t>();
-    item.inverse = inverse.mutable_data_ptr<scalar_t>();
-    item.damping = arguments.damping;
-    item.rank = static_cast<double>(arguments.rank);
-    item.factor = arguments.scale == Scale::kNlms ? static_cast<double>(arguments.rows) : 1;
-    item.relative = arguments.relative;
-    item.scaled_by_c = arguments.scale == Scale::kGradient;
-    const FactorPlan plan = plan_factor(n, sizeof(scalar_t), limits);
-    if (plan.team == FactorTeam::kNone) {
-      inverse = stock_factor<scalar_t>(gram, arguments, item, limits);
+  std::map<int64_t, std::vector<FactorItem<T>>> by_order;
+  for (size_t i = 0; i < grams.size(); ++i) {
+    const int64_t n = grams[i].size(0);
+    if (grams[i].scalar_type() != c10::CppTypeToScalarType<T>::value || n == 0) continue;
+    const FactorItem<T> item = factor_item<T>(grams[i], inverses[i], arguments[i]);
+    if (plan_factor(n, sizeof(T), limits).team == FactorTeam::kNone) {
+      inverses[i] = stock_factor<T>(grams[i], arguments[i], item, limits);
     } else {
-      run_factor<scalar_t>(item, n, plan, gram.options());
+      by_order[n].push_back(item);
     }
-  });
-  return inverse;
+  }
+  for (const auto& [n, items] : by_order) {
+    run_factor<T>(items, n, plan_factor(n, sizeof(T), limits), grams[0].options());
+  }
+}
+
+std::vector<at::Tensor> inverses_of(c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<FactorArguments> arguments) {
+  std::vector<at::Tensor> inverses;
+  for (const at::Tensor& gram : grams) inverses.push_back(at::empty(gram.sizes(), gram.options()));
+  invert_grams<float>(grams, arguments, inverses);
+  invert_grams<double>(grams, arguments, inverses);
+  return inverses;
 }
 
 // The Gram in dtype, float32 or float64; x has contiguous rows.
@@ -123,9 +152,13 @@ at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dty
 }
 
 // In float64 where float32 is not enough, known from the arguments alone: looking at the Gram would wait for it.
-at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const FactorArguments& arguments) {
+at::Tensor gram_to_factor(const at::Tensor& x, bool bias, Form form, const FactorArguments& arguments) {
   const bool narrow = arguments.float32_is_enough() && x.scalar_type() != at::kDouble;
-  return inverse_of(gram_of(x, bias, form, narrow ? at::kFloat : at::kDouble), arguments);
+  return gram_of(x, bias, form, narrow ? at::kFloat : at::kDouble);
+}
+
+at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const FactorArguments& arguments) {
+  return inverses_of(gram_to_factor(x, bias, form, arguments), arguments)[0];
 }
 
 }  // namespace
@@ -158,7 +191,7 @@ at::Tensor factor(
   const FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(gram.device());
-  return inverse_of(gram.contiguous(), arguments);
+  return inverses_of(gram.contiguous(), arguments)[0];
 }
 
 at::Tensor input_inverse(
@@ -171,16 +204,11 @@ at::Tensor input_inverse(
   return invert_input(with_contiguous_rows(x), bias, parsed, arguments).to(wide_type(x.scalar_type()));
 }
 
-std::tuple<at::Tensor, at::Tensor> emended_input(
-    const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
-    std::string_view scale) {
-  const FactorArguments arguments = factor_arguments_of(input, bias, damping, damping_mode, scale);
-  const Form parsed = parse_form(form);
-  const bool primal = parsed == Form::kPrimal;
-  const PlainKernelGuard plain;
-  const c10::cuda::CUDAGuard device(input.device());
-  const at::Tensor x = with_contiguous_rows(input);
-  const at::Tensor inverse = invert_input(x, bias, parsed, arguments);
+namespace {
+
+// The emended input and its column; x has contiguous rows.
+std::tuple<at::Tensor, at::Tensor> apply_inverse(const at::Tensor& inverse, const at::Tensor& x, bool bias, Form form) {
+  const bool primal = form == Form::kPrimal;
   const auto dtype = x.scalar_type();
   const bool wide = inverse.scalar_type() == at::kDouble;
   const at::Tensor emended = at::empty(x.sizes(), x.options().dtype(dtype == at::kHalf ? at::kFloat : dtype));
@@ -211,6 +239,53 @@ std::tuple<at::Tensor, at::Tensor> emended_input(
     }
   });
   return {emended, column};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> emended_input(
+    const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
+    std::string_view scale) {
+  const FactorArguments arguments = factor_arguments_of(input, bias, damping, damping_mode, scale);
+  const Form parsed = parse_form(form);
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(input.device());
+  const at::Tensor x = with_contiguous_rows(input);
+  return apply_inverse(invert_input(x, bias, parsed, arguments), x, bias, parsed);
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
+    at::TensorList inputs, const c10::List<bool>& biases, const c10::List<std::string>& forms,
+    const c10::List<bool>& applied, double damping, std::string_view damping_mode, std::string_view scale) {
+  check_lists(inputs.size(), biases.size(), forms.size(), applied.size());
+  std::vector<FactorArguments> arguments;
+  std::vector<Form> parsed;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    arguments.push_back(factor_arguments_of(inputs[i], biases.get(i), damping, damping_mode, scale));
+    parsed.push_back(parse_form(forms.get(i)));
+    TORCH_CHECK_VALUE(
+        inputs[i].device() == inputs[0].device(), "xs must be on one device, got ", inputs[0].device(), " and ",
+        inputs[i].device());
+  }
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(inputs[0].device());
+  std::vector<at::Tensor> xs, grams, kept, columns;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    xs.push_back(with_contiguous_rows(inputs[i]));
+    grams.push_back(gram_to_factor(xs[i], biases.get(i), parsed[i], arguments[i]));
+  }
+  const std::vector<at::Tensor> inverses = inverses_of(grams, arguments);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (applied.get(i)) {
+      auto [emended, column] = apply_inverse(inverses[i], xs[i], biases.get(i), parsed[i]);
+      kept.push_back(emended);
+      columns.push_back(column);
+    } else {
+      kept.push_back(inverses[i].to(wide_type(xs[i].scalar_type())));
+      columns.push_back(at::empty({0}, kept[i].options()));
+    }
+  }
+  return {kept, columns};
 }
 
 namespace {
@@ -257,5 +332,6 @@ TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
   m.impl("factor", consequentialism::cuda::factor);
   m.impl("input_inverse", consequentialism::cuda::input_inverse);
   m.impl("emended_input", consequentialism::cuda::emended_input);
+  m.impl("emended_inputs", consequentialism::cuda::emended_inputs);
   m.impl("weight_grad", consequentialism::cuda::weight_grad);
 }

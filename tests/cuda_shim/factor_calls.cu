@@ -1,4 +1,6 @@
 // What tests/test_cuda_factor.py calls.
+#include <vector>
+
 #include "launchers.h"
 
 using namespace consequentialism::cuda;
@@ -11,11 +13,11 @@ int factor(
     int64_t n, int64_t shared_limit, double damping, double rank, double factor, bool relative, bool scaled_by_c) {
   const Limits limits{static_cast<size_t>(shared_limit), 132, true};
   const FactorPlan plan = plan_factor(n, sizeof(T), limits);
-  FactorItem<T> items[kMaxFactorItems];
+  std::vector<FactorItem<T>> items;
   for (int64_t i = 0; i < count; ++i) {
-    items[i] = {gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, relative, scaled_by_c};
+    items.push_back({gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, relative, scaled_by_c});
   }
-  return launch_factor<T>(items, static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
+  return launch_factor<T>(items.data(), static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
 }
 
 }  // namespace

@@ -1,0 +1,32 @@
+"""Cases of which some end their process; see test_bench_gpu.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench.gpu.run import Case, Work
+
+
+def cases(device: Any, quick: bool) -> list[Callable[[], Case]]:
+    calls = iter(range(10**6))
+
+    def late() -> None:
+        if next(calls) > 5:
+            os._exit(6)
+
+    bad: dict[str, Callable[[], Work]] = {
+        "exits": lambda: Work(lambda: os._exit(5)),
+        "hangs": lambda: Work(lambda: time.sleep(1000)),
+        "timing": lambda: Work(late),
+    }
+
+    def make(op: str) -> Case:
+        providers = {"plain": lambda: Work(lambda: None)}
+        if op in bad:
+            providers = {"bad": bad[op], **providers}
+        return Case(op, "1", "float32", providers, "plain", 1.0)
+
+    return [lambda op=op: make(op) for op in (*bad, "last")]  # type: ignore[misc]
