@@ -11,13 +11,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .linear import EmendedModule, Linear
 from .options import OPTION_NAMES, Options
 
 Model = TypeVar("Model", bound=nn.Module)
 
-EMENDED: dict[type[nn.Module], type[EmendedModule]] = {nn.Linear: Linear, nn.Embedding: Embedding}
+EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
+    nn.Linear: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
 
 

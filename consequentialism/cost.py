@@ -17,11 +17,13 @@ Applied to the input, backward is plain backward with ``y`` in the place of ``x`
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 
-from .options import Form, Options
+from .options import ConvMethod, Form, Options
 from .reference import float32_is_enough
 
 
@@ -61,3 +63,16 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
         if flops(plan, rows, inputs, outputs) < flops(best, rows, inputs, outputs):
             best = plan
     return best
+
+
+def conv_form(rows: int, inputs: int) -> Form:
+    """The form of a convolution's Gram; the inverse is always applied to the gradient, in the type that allows it."""
+    return "dual" if rows < inputs else "primal"
+
+
+def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> ConvMethod:
+    """How the CPU sums up a convolution's Gram; ``channels`` of one group."""
+    taps = math.prod(kernel)
+    if taps == 1 or any(s != 1 for s in stride) or channels < 16:
+        return "direct"
+    return "displaced"

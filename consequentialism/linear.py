@@ -23,6 +23,7 @@ class EmendedModule(nn.Module):
     scale: Scale
     backend: str
     process_group: Any
+    patch_bytes: int
     layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
 
     def set_options(self, options: Options) -> None:
@@ -32,7 +33,7 @@ class EmendedModule(nn.Module):
 
     def options(self) -> Options:
         """The options as they are now, checked."""
-        return Options(self.damping, self.damping_mode, self.scale, self.backend, self.process_group)
+        return Options(self.damping, self.damping_mode, self.scale, self.backend, self.process_group, self.patch_bytes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same

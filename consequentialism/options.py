@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 DampingMode = Literal["relative", "absolute"]
 Scale = Literal["nlms", "raw", "gradient"]
 Form = Literal["dual", "primal"]
+ConvMethod = Literal["direct", "displaced"]
 
 DAMPING_MODES: tuple[DampingMode, ...] = ("relative", "absolute")
 SCALES: tuple[Scale, ...] = ("nlms", "raw", "gradient")
@@ -32,6 +33,7 @@ class Options:
             plain backpropagation).
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         process_group: The group whose ranks together hold the batch, or None.
+        patch_bytes: Memory that a convolution may take for unfolded patches, in bytes; a whole number above 0.
     """
 
     damping: float = 1.0
@@ -39,12 +41,14 @@ class Options:
     scale: Scale = "nlms"
     backend: str = "auto"
     process_group: ProcessGroup | None = None
+    patch_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
         check_choice("scale", self.scale, SCALES)
         check_choice("backend", self.backend, BACKENDS)
+        check_patch_bytes(self.patch_bytes)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
@@ -56,6 +60,14 @@ def check_damping(damping: Any) -> None:
         raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
     if not 0 < float(damping) < math.inf:
         raise ValueError(f"damping must be finite and above 0, got {damping!r}")
+
+
+def check_patch_bytes(patch_bytes: Any) -> None:
+    """Raise unless ``patch_bytes`` is a whole number above 0."""
+    if isinstance(patch_bytes, bool) or not isinstance(patch_bytes, int):
+        raise TypeError(f"patch_bytes must be a whole number above 0, got {patch_bytes!r} ({type(patch_bytes).__name__})")
+    if patch_bytes < 1:
+        raise ValueError(f"patch_bytes must be above 0, got {patch_bytes!r}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
