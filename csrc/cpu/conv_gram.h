@@ -27,8 +27,4 @@ void conv_gram_direct_(
 void conv_gram_displaced_(
     const at::Tensor& gram, const at::Tensor& x, const ConvGeometry& geometry, bool bias, int64_t patch_bytes);
 
-// gram [n, n] += a a^T, lower triangle, of a [n, length] with few rows: BLAS is slow at these.
-void add_small_gram(float* gram, const float* a, int64_t n, int64_t length);
-void add_small_gram(double* gram, const double* a, int64_t n, int64_t length);
-
 }  // namespace consequentialism::cpu
