@@ -20,13 +20,13 @@ with the stored Gram, or ``4 O N I`` with ``x`` and ``x^T`` one after the other 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 
 from .conjugate import error_bound
-from .options import Form, Options
+from .options import ConvMethod, Form, Options
 from .reference import float32_is_enough
 
 Side = Literal["input", "gradient"]
@@ -107,3 +107,16 @@ def largest_ratio(iterations: int, allowed: float) -> float:
     while math.sqrt(1 + ratio) * error_bound(ratio, iterations) <= allowed:
         largest, ratio = ratio, 1.25 * ratio
     return largest
+
+
+def conv_form(rows: int, inputs: int) -> Form:
+    """The form of a convolution's Gram; the inverse is always applied to the gradient, in the type that allows it."""
+    return "dual" if rows < inputs else "primal"
+
+
+def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> ConvMethod:
+    """How the CPU sums up a convolution's Gram; ``channels`` of one group."""
+    taps = math.prod(kernel)
+    if taps == 1 or any(s != 1 for s in stride) or channels < 16:
+        return "direct"
+    return "displaced"

@@ -5,16 +5,19 @@ The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequ
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .options import DampingMode, Form, Scale
+from .options import ConvMethod, DampingMode, Form, Scale
 
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "weight_grad")
+CONV_NAMES = ("conv_gram",)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -40,16 +43,17 @@ if missing_reason is not None:
     )
 
 
-def _device_types() -> tuple[str, ...]:
-    """The types of device for which the extension has every kernel."""
+def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The types of device for which the extension has all of these kernels."""
     if module is None:
         return ()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = {"cpu": "CPU", "cuda": "CUDA"}
-    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in NAMES))
+    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in names))
 
 
-device_types = _device_types()
+device_types = _device_types(NAMES)
+conv_device_types = _device_types(CONV_NAMES)  # elsewhere a convolution's patches are streamed by stock operations
 
 
 def breakdowns() -> int:
@@ -73,6 +77,23 @@ def emended_input(
     x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
 ) -> tuple[Tensor, Tensor]:
     return torch.ops.consequentialism.emended_input(x, bias, form, damping, damping_mode, scale)
+
+
+def conv_gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+    method: ConvMethod,
+) -> Tensor:
+    """`reference.conv_gram`; ``method`` says how, see `cost.conv_method`."""
+    arguments = (x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype, method)
+    return torch.ops.consequentialism.conv_gram(*arguments)
 
 
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +128,22 @@ if module is not None:
         kept = torch.float32 if x.dtype == torch.float16 else x.dtype
         emended = x.new_empty(x.shape, dtype=kept)
         return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))
+
+    @torch.library.register_fake("consequentialism::conv_gram")
+    def _(
+        x: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        bias: bool,
+        patch_bytes: int,
+        dtype: torch.dtype,
+        method: str,
+    ) -> Tensor:
+        n = x.shape[1] // groups * math.prod(kernel) + int(bias)
+        return x.new_empty((groups, n, n), dtype=dtype)
 
     @torch.library.register_fake("consequentialism::weight_grad")
     def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
