@@ -11,8 +11,8 @@ After ``k`` iterations, with ``kappa`` the condition number of ``G + c I`` and `
 
 and `error_bound` sharpens it by what the trace says of the largest eigenvalues. In the norm of `torch.linalg.norm` the
 error falls with every iteration, and ``Z_k`` grows, to ``Z`` from below: stopping early is a smaller step, never one
-that overshoots. The dual system has no such bound (stopped early, ``dw`` was off by up to 80 times its length), so it is
-not used. Nor are: a start other than zero (it costs the product of one iteration and gains no more than that),
+that overshoots. The dual system has no such bound (stopped early, ``dw`` was off by up to 80 times its length), so it
+is not used. Nor are: a start other than zero (it costs the product of one iteration and gains no more than that),
 preconditioning by the diagonal (it helps badly scaled inputs and harms correlated ones), a coupling of the rows
 of ``B`` (fewer iterations, each with a QR factorisation). Measured: ``docs/solvers.md``.
 
