@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .conv_functional import Sizes, emended_conv_with
 from .linear import EmendedModule
-from .options import DampingMode, Options, Scale
+from .options import DampingMode, Options, Scale, Solver
 
 
 class EmendedConvNd(EmendedModule):
@@ -45,8 +45,10 @@ class EmendedConvNd(EmendedModule):
         backend: str = "auto",
         process_group: Any = None,
         patch_bytes: int = Options.patch_bytes,
+        solver: Solver = Options.solver,
+        iterations: int = Options.iterations,
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes)
+        options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes, solver, iterations)
         super().__init__(  # type: ignore[call-arg]
             in_channels,
             out_channels,

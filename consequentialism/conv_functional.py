@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import cost, dispatch, ops, reference
+from . import conjugate, cost, dispatch, ops, reference
 from .autograd import full_precision
 from .functional import _autocast, _check_floating, _check_match, _check_transforms
 from .options import Form, Options
@@ -110,9 +110,9 @@ def emended_conv_with(
         return convolution(x, weight, bias, stride, padding, dilation, groups)  # torch's own error, or nothing to emend
     rows, geometry = placed
     with torch.no_grad(), full_precision(x.device.type):
-        form, inverse = prepare(rows.detach(), geometry, bias is not None, options)
+        prepared = prepare(rows.detach(), geometry, bias is not None, weight.shape[0], options)
     function = TransformableEmendedConv if transformed else EmendedConv
-    y = function.apply(rows, weight, bias, inverse, form, geometry, options.patch_bytes)
+    y = function.apply(rows, weight, bias, geometry, options.patch_bytes, *prepared)
     return y if batched else y.squeeze(0)
 
 
@@ -178,24 +178,36 @@ def emended_conv_weight_grad(
     if x.shape[0] == 0 and settings.process_group is None:
         return torch.zeros_like(weight), x.new_zeros(dy.shape[1]) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
-        form, inverse = prepare(x, geometry, bias, settings)
-        _, dw, db = conv_gradients(form, inverse, x, weight, dy, bias, geometry, settings.patch_bytes, False)
+        prepared = prepare(x, geometry, bias, dy.shape[1], settings)
+        _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, False)
     return dw, db
 
 
-def prepare(x: Tensor, geometry: Geometry, bias: bool, options: Options) -> tuple[Form, Tensor]:
-    """Everything that does not depend on ``dy``: the form, and the inverse ``[groups, n, n]``.
+class Prepared(NamedTuple):
+    """What forward keeps for `conv_gradients`."""
+
+    form: Form
+    matrix: Tensor  # [groups, n, n], the inverse, or the primal Gram that conjugate gradients take
+    solved_with: tuple[Any, ...] | None  # the arguments of `conjugate.solve_gram` after its matrices
+
+
+def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Prepared:
+    """Everything that does not depend on ``dy``.
 
     Args:
         x: ``[B, C, *spatial]``, detached, with at least one position a sample.
         bias: Whether the layer has a bias, which then stands in the Gram.
+        outputs: ``O``, for the cost model.
 
-    The inverse is in the type that keeps its digits: float64 where float32 would not.
+    The matrix is in the type that keeps the inverse's digits: float64 where float32 would not.
     """
     backend = dispatch.select(options.backend, x)
     batch, inputs = x.shape[0], geometry.inputs(x) + bias
     rows = batch * math.prod(geometry.positions(x))
     form: Form = cost.conv_form(rows, inputs)
+    solver = cost.conv_solver(rows, inputs, outputs // geometry.groups, x.dtype, options)
+    if solver == "cg":
+        form = "primal"
     if options.process_group is not None:
         # Both forms are equal; the primal one needs no other rank's rows. Exchanging the counts waits for the device.
         form = "primal"
@@ -214,9 +226,11 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, options: Options) -> tupl
     if options.process_group is not None:
         dist.all_reduce(gram, group=options.process_group)
     arguments = (options.damping, options.damping_mode, options.scale, rank, batch)
+    if solver == "cg":
+        return Prepared(form, gram, (*arguments, options.iterations))
     if geometry.groups == 1:
-        return form, backend.factor(gram[0], *arguments)[None]
-    return form, (ops if _compiled(backend, x) else reference).factor(gram, *arguments)
+        return Prepared(form, backend.factor(gram[0], *arguments)[None], None)
+    return Prepared(form, (ops if _compiled(backend, x) else reference).factor(gram, *arguments), None)
 
 
 def _compiled(backend: Any, x: Tensor) -> bool:
@@ -234,8 +248,7 @@ def _primal_gram(
 
 
 def conv_gradients(
-    form: Form,
-    inverse: Tensor,
+    prepared: Prepared,
     x: Tensor,
     weight: Tensor,
     dy: Tensor,
@@ -246,32 +259,37 @@ def conv_gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """``dx``, ``dw`` and ``db``, the first and last None where they are not needed.
 
-    Both forms end in torch's own convolution backward, in the inverse's type, so that it is rounded once, after the
+    Both forms end in torch's own convolution backward, in the matrix's type, so that it is rounded once, after the
     inverse. One infinity or NaN makes every entry of ``dw`` and ``db`` NaN.
 
     Args:
-        inverse: As `prepare` gives it.
+        prepared: As `prepare` gives it.
         weight: Read for ``dx`` only; otherwise its shape and type count.
     """
+    form, matrix, solved_with = prepared
     groups = geometry.groups
     dx = plain = plain_bias = None
-    if form == "primal" and inverse.dtype == dy.dtype:
+    if form == "primal" and matrix.dtype == dy.dtype:
         dx, plain, plain_bias = _backward(dy, x, weight, geometry, (need_x, True, bias))
     elif need_x:
         dx, _, _ = _backward(dy, x, weight, geometry, (True, False, False))
     errors = dy
     if form == "dual":  # P is symmetric: dw = (P dy)^T x
         batch, outputs, *positions = dy.shape
-        emended = inverse @ conv_errors(dy.to(inverse.dtype), groups)  # [groups, N, O/groups]
+        emended = matrix @ conv_errors(dy.to(matrix.dtype), groups)  # [groups, N, O/groups]
         emended = emended.reshape(groups, batch, -1, outputs // groups).permute(1, 0, 3, 2)
         errors = emended.reshape(batch, outputs, *positions)
     if plain is None:
-        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, bias, patch_bytes, inverse.dtype)
+        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, bias, patch_bytes, matrix.dtype)
     flat = plain.reshape(groups, weight.shape[0] // groups, -1)  # [groups, O/groups, I]
     if plain_bias is not None:
         flat = torch.cat([flat, plain_bias.reshape(groups, -1, 1)], 2)
     spoilt = (0 * flat).sum()
-    flat = (flat if form == "dual" else flat @ inverse) + spoilt
+    if solved_with is not None:
+        flat = conjugate.solve_gram(matrix, flat, *solved_with)
+    elif form == "primal":
+        flat = flat @ matrix
+    flat = flat + spoilt
     db = None
     if plain_bias is not None:
         flat, db = flat[:, :, :-1], flat[:, :, -1].reshape(-1).to(weight.dtype)
@@ -313,18 +331,17 @@ class EmendedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save(ctx, inputs)
-        return _convolve(*inputs[:3], inputs[5])
+        return _convolve(*inputs[:4])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
+        x, weight, matrix = ctx.saved_tensors
+        prepared = Prepared(ctx.form, matrix, ctx.solved_with)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with full_precision(dy.device.type):
-            dx, dw, db = conv_gradients(
-                ctx.form, inverse, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs_x
-            )
-        return dx, dw if needs_weight else None, db if needs_bias else None, None, None, None, None
+            dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs_x)
+        return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 5
 
 
 class TransformableEmendedConv(EmendedConv):
@@ -334,7 +351,7 @@ class TransformableEmendedConv(EmendedConv):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
-        return _convolve(*inputs[:3], inputs[5])
+        return _convolve(*inputs[:4])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -342,9 +359,9 @@ class TransformableEmendedConv(EmendedConv):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, bias, inverse, ctx.form, ctx.geometry, ctx.patch_bytes = inputs
+    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, matrix, ctx.solved_with = inputs
     ctx.bias = bias is not None
-    ctx.save_for_backward(x, weight, inverse)
+    ctx.save_for_backward(x, weight, matrix)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -401,7 +418,9 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_floating("weight", weight)
     _check_match("x", x, "weight", weight)
     if weight.ndim - 2 not in CONVOLUTIONS:
-        raise ValueError(f"weight must have the shape [O, C/groups, *kernel], 3 to 5 dimensions, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have the shape [O, C/groups, *kernel], 3 to 5 dimensions, got {list(weight.shape)}"
+        )
     if bias is not None:
         _check_floating("bias", bias)
         _check_match("x", x, "bias", bias)

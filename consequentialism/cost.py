@@ -79,15 +79,20 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     enough = float32_is_enough(min(rows, inputs), options.damping, options.damping_mode)
     well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
     direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
-    if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
-        return direct
-    if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
-        return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
+    return cg if _pays(cg, direct, sizes, dtype, options) else direct
+
+
+def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], dtype: torch.dtype, options: Options) -> bool:
+    """Whether ``solver="auto"`` takes conjugate gradients: cheaper, and sure to be off by less than rounding."""
+    rows, inputs, _ = sizes
+    if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
+        return False
+    if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
+        return False
     if flops(cg, *sizes, options.iterations) >= flops(direct, *sizes, factor=FACTOR_TIME):
-        return direct
-    ratio = largest_ratio(options.iterations, torch.finfo(dtype).eps / 2)
-    return cg if min(rows, inputs) <= ratio * options.damping else direct
+        return False
+    return inputs <= largest_ratio(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
 
 
 def _cheapest(plans: Iterable[Plan], sizes: tuple[int, int, int], iterations: int) -> Plan:
@@ -112,6 +117,16 @@ def largest_ratio(iterations: int, allowed: float) -> float:
 def conv_form(rows: int, inputs: int) -> Form:
     """The form of a convolution's Gram; the inverse is always applied to the gradient, in the type that allows it."""
     return "dual" if rows < inputs else "primal"
+
+
+def conv_solver(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options
+) -> Literal["cholesky", "cg"]:
+    """The solver of a convolution's correction; ``outputs`` of one group. Its Gram is always stored."""
+    direct = Plan(conv_form(rows, inputs), "gradient")
+    if options.solver == "cg" or _pays(_CG_PLANS[0], direct, (rows, inputs, outputs), dtype, options):
+        return "cg"
+    return "cholesky"
 
 
 def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> ConvMethod:
