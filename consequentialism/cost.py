@@ -85,10 +85,12 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
 
 def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], dtype: torch.dtype, options: Options) -> bool:
     """Whether ``solver="auto"`` takes conjugate gradients: cheaper, and sure to be off by less than rounding."""
-    rows, inputs, _ = sizes
+    rows, inputs, outputs = sizes
     if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
         return False
     if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
+        return False
+    if rows + inputs <= options.iterations * max(outputs, FEWEST_OUTPUTS):  # a factor is then always cheaper
         return False
     if flops(cg, *sizes, options.iterations) >= flops(direct, *sizes, factor=FACTOR_TIME):
         return False

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import (
     BACKENDS,
+    BF16,
     DTYPES,
     EXACT,
     F16,
@@ -400,15 +401,36 @@ def test_auto() -> None:
     assert chosen(sizes=(8192, 64, 10)) == "cholesky"
 
 
+@given(
+    rows=st.integers(1, 20_000),
+    inputs=st.integers(1, 6_000),
+    outputs=st.integers(1, 200),
+    iterations=st.integers(1, 12),
+    dtype=st.sampled_from((BF16, F32)),
+)
+def test_auto_takes_the_cheaper_of_both(
+    rows: int, inputs: int, outputs: int, iterations: int, dtype: torch.dtype
+) -> None:
+    # At a damping for which any bound above 0 holds: what is ruled out without counting is never the cheaper.
+    if rows < inputs or cost.largest_ratio(iterations, torch.finfo(dtype).eps / 2) == 0:
+        return
+    sizes, damped = (rows, inputs, outputs), {"damping": 1e30, "iterations": iterations}
+    direct = cost.choose(*sizes, dtype, cw.Options(solver="cholesky", **damped))
+    cg = cost.choose(*sizes, dtype, cw.Options(solver="cg", **damped))
+    cheaper = cost.flops(cg, *sizes, iterations) < cost.flops(direct, *sizes, factor=cost.FACTOR_TIME)
+    assert cost.choose(*sizes, dtype, cw.Options(**damped)).solver == ("cg" if cheaper else "cholesky")
+
+
 @pytest.mark.parametrize("dtype", [F32, *HALF_TYPES], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_auto_takes_it_the_error_is_that_of_plain_pytorch(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cost, "FACTOR_TIME", 10**9)  # always, where the bound allows it
+    monkeypatch.setattr(cost, "FEWEST_OUTPUTS", 0)
     for iterations in (8, 16, 32):
         ratio = cost.largest_ratio(iterations, torch.finfo(dtype).eps / 2)
-        for rows, inputs, outputs in ((40, 24, 10), (200, 130, 150), (130, 130, 5)) if ratio else ():
+        for rows, inputs, outputs in ((40, 36, 1), (200, 130, 4), (130, 130, 4)) if ratio else ():
             damping = 1.001 * inputs / ratio
             options: dict[str, Any] = {"damping": damping, "iterations": iterations}
             assert cost.choose(rows, inputs, outputs, dtype, cw.Options(**options)).solver == "cg"
