@@ -230,7 +230,9 @@ def _primal_gram(
     arguments = (x, *geometry, bias, patch_bytes, dtype)
     if not _compiled(backend, x):
         return reference.conv_gram(*arguments)
-    return ops.conv_gram(*arguments, cost.conv_method(x.shape[1] // geometry.groups, geometry.kernel, geometry.stride))
+    kernel, stride, *_ = geometry
+    method = cost.conv_method(x.shape[1] // geometry.groups, kernel, stride, geometry.positions(x))
+    return ops.conv_gram(*arguments, method)
 
 
 def conv_gradients(
@@ -313,7 +315,8 @@ class EmendedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save(ctx, inputs)
-        return _convolve(*inputs[:3], inputs[5])
+        x, weight, bias, _, _, geometry, _ = inputs
+        return _convolve(x, weight, bias, geometry)
 
     @staticmethod
     @once_differentiable
@@ -334,7 +337,8 @@ class TransformableEmendedConv(EmendedConv):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
-        return _convolve(*inputs[:3], inputs[5])
+        x, weight, bias, _, _, geometry, _ = inputs
+        return _convolve(x, weight, bias, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -401,7 +405,9 @@ def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_floating("weight", weight)
     _check_match("x", x, "weight", weight)
     if weight.ndim - 2 not in CONVOLUTIONS:
-        raise ValueError(f"weight must have the shape [O, C/groups, *kernel], 3 to 5 dimensions, got {list(weight.shape)}")
+        raise ValueError(
+            f"weight must have the shape [O, C/groups, *kernel], 3 to 5 dimensions, got {list(weight.shape)}"
+        )
     if bias is not None:
         _check_floating("bias", bias)
         _check_match("x", x, "bias", bias)

@@ -65,7 +65,9 @@ def check_damping(damping: Any) -> None:
 def check_patch_bytes(patch_bytes: Any) -> None:
     """Raise unless ``patch_bytes`` is a whole number above 0."""
     if isinstance(patch_bytes, bool) or not isinstance(patch_bytes, int):
-        raise TypeError(f"patch_bytes must be a whole number above 0, got {patch_bytes!r} ({type(patch_bytes).__name__})")
+        raise TypeError(
+            f"patch_bytes must be a whole number above 0, got {patch_bytes!r} ({type(patch_bytes).__name__})"
+        )
     if patch_bytes < 1:
         raise ValueError(f"patch_bytes must be above 0, got {patch_bytes!r}")
 

@@ -52,7 +52,7 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
 
 
 def ridge(gram: Tensor, damping: float, damping_mode: DampingMode, rank: int) -> Tensor:
-    """The absolute ridge ``c`` of each Gram ``[..., n, n]``: ``damping * trace(G) / rank``, or ``damping``; ``[...]``."""
+    """The absolute ridge ``c`` of each Gram: ``damping * trace(G) / rank``, or ``damping``; ``[...]``."""
     if damping_mode == "absolute":
         return gram.new_full(gram.shape[:-2], damping)
     return damping * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
@@ -261,7 +261,7 @@ def conv_blocks(
     """
     size, batch = x.shape[2:], x.shape[0]
     rows = conv_output_size(size, kernel, stride, padding, dilation)
-    padded = math.prod(s + 2 * p for s, p in zip(size, padding, strict=True))
+    padded = math.prod([s + 2 * p for s, p in zip(size, padding, strict=True)])
     sample_bytes = (math.prod(rows) * math.prod(kernel) + padded) * x.shape[1] * dtype.itemsize
     samples = max(1, patch_bytes // max(sample_bytes, 1))
     step = max(1, rows[0] * patch_bytes // sample_bytes) if sample_bytes > patch_bytes else rows[0]

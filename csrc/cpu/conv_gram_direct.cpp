@@ -13,8 +13,8 @@ namespace consequentialism::cpu {
 
 namespace {
 
-constexpr int64_t kSmall = 32;             // order up to which the own kernel is faster than BLAS
-constexpr int64_t kBlockBytes = 1 << 20;   // of unfolded patches: what stays in a core's cache
+constexpr int64_t kSmall = 32;            // order up to which the own kernel is faster than BLAS
+constexpr int64_t kBlockBytes = 1 << 20;  // of unfolded patches: what stays in a core's cache
 constexpr int64_t kSmallBlockBytes = 1 << 15;
 
 // Some lines of positions of some samples; x has these samples only.

@@ -169,11 +169,11 @@ void conv_gram_displaced_(
   const int64_t inputs = g.inputs();
   Offset padded;
   for (int i = 0; i < 3; ++i) padded[i] = g.size[i] + 2 * g.padding[i];
-  const int64_t sample_bytes =
-      channels * padded[0] * padded[1] * padded[2] * static_cast<int64_t>(gram.element_size());
+  const int64_t sample_bytes = channels * padded[0] * padded[1] * padded[2] * static_cast<int64_t>(gram.element_size());
   const int64_t copies = 2 + g.kernel[1] * g.kernel[2];  // x padded, and masked for every first tap; strips
   const int64_t step = std::max<int64_t>(1, std::min(kBlockBytes, patch_bytes / copies) / sample_bytes);
-  const std::array<int64_t, 6> pad = {g.padding[2], g.padding[2], g.padding[1], g.padding[1], g.padding[0], g.padding[0]};
+  const std::array<int64_t, 6> pad = {g.padding[2], g.padding[2], g.padding[1],
+                                      g.padding[1], g.padding[0], g.padding[0]};
   for (int64_t group = 0; group < g.groups; ++group) {
     const at::Tensor blocks = at::zeros({g.taps(), g.taps(), channels, channels}, gram.options());
     at::Tensor sums = at::zeros({channels, padded[0], padded[1], padded[2]}, gram.options());
@@ -211,7 +211,6 @@ void conv_gram_displaced_(
       const Offset tap = {k / (g.kernel[1] * g.kernel[2]), k / g.kernel[2] % g.kernel[1], k % g.kernel[2]};
       border.select(1, k).copy_(window(one, g, tap, -1, 0, 0).sum(1));
     }
-    gram.select(0, group).select(0, inputs).select(0, inputs).fill_(g.lines() * g.positions[2]);
   }
 }
 
