@@ -228,9 +228,9 @@ def conv_patches(
     patches = F.pad(x, _both_sides(padding)) if any(padding) else x
     for i in range(spatial):
         patches = patches.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
-    batch, channels, *positions = patches.shape[: 2 + spatial]  # [B, C, *out, *kernel]
-    patches = patches.reshape(batch, groups, channels // groups, math.prod(positions), math.prod(kernel))
-    return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)
+    patches = patches.unflatten(1, (groups, -1)).movedim(0, 1)  # [groups, B, C/groups, *out, *kernel]
+    patches = patches.movedim(2, 2 + spatial)  # the channel before the kernel: one copy is enough
+    return patches.reshape(groups, -1, x.shape[1] // groups * math.prod(kernel))
 
 
 def _both_sides(padding: Sequence[int]) -> list[int]:

@@ -374,6 +374,15 @@ def test_channels_last_stays() -> None:
     assert own(x).stride() == plain(x).stride()
 
 
+def test_meta_tensors_have_shapes() -> None:
+    for groups in (1, 2):
+        layer = cw.Conv2d(4, 6, 3, groups=groups, device="meta")
+        y = layer(torch.empty(2, 4, 7, 7, device="meta"))
+        assert y.shape == (2, 6, 5, 5)
+        y.sum().backward()
+        assert layer.weight.grad.shape == layer.weight.shape
+
+
 def test_retained_graph_and_accumulation() -> None:
     layer, x = cw.Conv2d(3, 4, 3, dtype=F64), randn(2, 3, 6, 6)
     y = layer(x)
