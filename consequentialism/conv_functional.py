@@ -207,7 +207,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, options: Options) -> tupl
     if not float32_is_enough(rank, options.damping, options.damping_mode) and x.device.type != "mps":
         dtype = torch.float64
     if form == "dual":
-        patches = reference.conv_patches(x.to(dtype), *geometry)  # [groups, N, I], smaller than the primal Gram
+        patches = reference.conv_patches(x, *geometry).to(dtype)  # [groups, N, I], smaller than the primal Gram
         gram = patches @ patches.mT + int(bias)
     else:
         gram = _primal_gram(backend, x, geometry, bias, options.patch_bytes, dtype)

@@ -12,18 +12,27 @@ import torch
 from cases import (
     BACKENDS,
     BF16,
+    DAMPINGS,
     DTYPES,
     F32,
     F64,
+    FACTOR,
+    FLOOR,
     HALF_TYPES,
     ILL_CONDITIONED,
+    KINDS,
     TOLERANCE,
     assert_close,
     assert_grads_close,
     assert_identical,
     device_of,
     error_of,
+    join,
+    make_input,
+    oracle,
     randn,
+    relative_ridge,
+    solved,
 )
 from conv_cases import CASES, EMENDED, PLAIN, conv_gradients, conv_oracle, layers
 from hypothesis import given
@@ -170,6 +179,32 @@ def test_ill_conditioned(backend: str, case: str, damping: float) -> None:
     dy = randn(*y.shape, seed=2, dtype=F32, device=device_of(backend))
     y.backward(dy)
     assert_grads_close(conv_gradients(layer), conv_oracle(layer, x, dy, damping=damping), ILL_CONDITIONED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_that_of_plain_pytorch(backend: str, dtype: torch.dtype, kind: str) -> None:
+    for batch in (3, 1):
+        x = make_input(kind, 4 * batch, 36).reshape(batch, 4, 6, 6).to(dtype)
+        dy = randn(batch, 5, 5, 5, seed=1, dtype=dtype)
+        rows = reference.conv_patches(x, (4, 4), (1, 1), (1, 1), (1, 1), 1)[0]
+        errors = reference.conv_errors(dy, 1)[0]
+        for damping in DAMPINGS:
+            expected = join(*oracle(rows, errors, True, damping=damping, scale="raw"))
+            plain = join(*solved(rows, errors, True, relative_ridge(rows, True, damping)))
+            dw, db = cw.emended_conv_weight_grad(
+                x.to(device_of(backend)),
+                dy.to(device_of(backend)),
+                4,
+                padding=1,
+                damping=damping,
+                scale="raw",
+                backend=backend,
+            )
+            own = join(dw.flatten(1), db)
+            bound = FACTOR * error_of(plain, expected) + FLOOR[dtype]
+            assert_close(f"batch {batch}, damping {damping}", own, expected, bound)
 
 
 @pytest.mark.parametrize("case", SOME)
