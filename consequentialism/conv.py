@@ -22,7 +22,7 @@ class EmendedConvNd(EmendedModule):
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
 
     def __init__(

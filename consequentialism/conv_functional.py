@@ -219,7 +219,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
     if not float32_is_enough(rank, options.damping, options.damping_mode) and x.device.type != "mps":
         dtype = torch.float64
     if form == "dual":
-        patches = reference.conv_patches(x.to(dtype), *geometry)  # [groups, N, I], smaller than the primal Gram
+        patches = reference.conv_patches(x, *geometry).to(dtype)  # [groups, N, I], smaller than the primal Gram
         gram = patches @ patches.mT + int(bias)
     else:
         gram = _primal_gram(backend, x, geometry, bias, options.patch_bytes, dtype)
@@ -244,7 +244,9 @@ def _primal_gram(
     arguments = (x, *geometry, bias, patch_bytes, dtype)
     if not _compiled(backend, x):
         return reference.conv_gram(*arguments)
-    return ops.conv_gram(*arguments, cost.conv_method(x.shape[1] // geometry.groups, geometry.kernel, geometry.stride))
+    kernel, stride, *_ = geometry
+    method = cost.conv_method(x.shape[1] // geometry.groups, kernel, stride, geometry.positions(x))
+    return ops.conv_gram(*arguments, method)
 
 
 def conv_gradients(

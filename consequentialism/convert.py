@@ -159,7 +159,7 @@ def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
         return "its parameters are parametrised"
     if isinstance(module, EmendedModule):
         return None
-    if any(is_lazy(p) for p in module._parameters.values()):
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return f"{kind} has no shape yet; convert after its first forward"
     if type(module) not in EMENDED:
         plain = next((base.__name__ for base in EMENDED if isinstance(module, base)), None)

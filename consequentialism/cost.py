@@ -131,9 +131,32 @@ def conv_solver(
     return "cholesky"
 
 
-def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int]) -> ConvMethod:
-    """How the CPU sums up a convolution's Gram; ``channels`` of one group."""
-    taps = math.prod(kernel)
-    if taps == 1 or any(s != 1 for s in stride) or channels < 16:
+# Channels from which on BLAS multiplies blocks [C, C] as fast as whole Grams; below, in proportion (two cores).
+_FULL_SPEED_CHANNELS = 32
+
+
+def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]) -> ConvMethod:
+    """How the CPU sums up a convolution's Gram: from unfolded patches, or from ``x`` times itself displaced.
+
+    Args:
+        channels: ``C`` of one group.
+        positions: Output positions along each dimension.
+    """
+    if any(s != 1 for s in stride) or math.prod(kernel) == 1:
         return "direct"
-    return "displaced"
+    displaced = displaced_flops(channels, kernel, positions) * max(1.0, _FULL_SPEED_CHANNELS / channels)
+    return "displaced" if displaced < direct_flops(channels, kernel, positions) else "direct"
+
+
+def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
+    """Operations of one sample and group for ``x^T x`` of its patches; a symmetric product counts half."""
+    return math.prod(positions) * float(channels * math.prod(kernel)) ** 2
+
+
+def displaced_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
+    """The same where taps with the same displacement share a product, but for two strips at the border each."""
+    taps = math.prod(kernel)
+    unique = (math.prod([2 * k - 1 for k in kernel]) + 1) // 2
+    padded = math.prod([p + k - 1 for p, k in zip(positions, kernel, strict=True)])
+    strips = (taps * (taps + 1) // 2 - unique) * 2 * math.prod(positions) / min(positions)
+    return 2.0 * channels**2 * (unique * padded + strips)

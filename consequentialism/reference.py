@@ -52,7 +52,7 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
 
 
 def ridge(gram: Tensor, damping: float, damping_mode: DampingMode, rank: int) -> Tensor:
-    """The absolute ridge ``c`` of each Gram ``[..., n, n]``: ``damping * trace(G) / rank``, or ``damping``; ``[...]``."""
+    """The absolute ridge ``c`` of each Gram: ``damping * trace(G) / rank``, or ``damping``; ``[...]``."""
     if damping_mode == "absolute":
         return gram.new_full(gram.shape[:-2], damping)
     return damping * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
@@ -228,9 +228,9 @@ def conv_patches(
     patches = F.pad(x, _both_sides(padding)) if any(padding) else x
     for i in range(spatial):
         patches = patches.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
-    batch, channels, *positions = patches.shape[: 2 + spatial]  # [B, C, *out, *kernel]
-    patches = patches.reshape(batch, groups, channels // groups, math.prod(positions), math.prod(kernel))
-    return patches.permute(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)
+    patches = patches.unflatten(1, (groups, -1)).movedim(0, 1)  # [groups, B, C/groups, *out, *kernel]
+    patches = patches.movedim(2, 2 + spatial)  # the channel before the kernel: one copy is enough
+    return patches.reshape(groups, -1, x.shape[1] // groups * math.prod(kernel))
 
 
 def _both_sides(padding: Sequence[int]) -> list[int]:
@@ -261,7 +261,7 @@ def conv_blocks(
     """
     size, batch = x.shape[2:], x.shape[0]
     rows = conv_output_size(size, kernel, stride, padding, dilation)
-    padded = math.prod(s + 2 * p for s, p in zip(size, padding, strict=True))
+    padded = math.prod([s + 2 * p for s, p in zip(size, padding, strict=True)])
     sample_bytes = (math.prod(rows) * math.prod(kernel) + padded) * x.shape[1] * dtype.itemsize
     samples = max(1, patch_bytes // max(sample_bytes, 1))
     step = max(1, rows[0] * patch_bytes // sample_bytes) if sample_bytes > patch_bytes else rows[0]

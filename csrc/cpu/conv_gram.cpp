@@ -66,9 +66,10 @@ at::Tensor conv_gram(
   const int64_t n = geometry.inputs() + bias;
   const at::Tensor gram = at::zeros({groups, n, n}, x.options().dtype(dtype).memory_format(c10::nullopt));
   if (gram.numel() == 0 || geometry.batch == 0) return gram;
-  const auto [size, whole] = std::tuple(geometry.size, x.sizes());
-  const at::Tensor five = x.reshape({whole[0], whole[1], size[0], size[1], size[2]});
+  const auto [depth, height, width] = geometry.size;
+  const at::Tensor five = x.reshape({geometry.batch, geometry.channels, depth, height, width});
   (displaced ? conv_gram_displaced_ : conv_gram_direct_)(gram, five, geometry, bias, patch_bytes);
+  if (bias) gram.select(1, n - 1).select(1, n - 1).fill_(geometry.lines() * geometry.positions[2]);
   for (int64_t g = 0; g < groups; ++g) mirror_lower_(gram.select(0, g));
   return gram;
 }

@@ -14,7 +14,7 @@ struct ConvGeometry {
 
   int64_t group_channels() const { return channels / groups; }
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
-  int64_t inputs() const { return group_channels() * taps(); }            // I without the bias's
+  int64_t inputs() const { return group_channels() * taps(); }           // I without the bias's
   int64_t lines() const { return batch * positions[0] * positions[1]; }  // each of positions[2] rows of x
 };
 

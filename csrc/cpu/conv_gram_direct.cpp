@@ -13,8 +13,8 @@ namespace consequentialism::cpu {
 
 namespace {
 
-constexpr int64_t kSmall = 32;             // order up to which the own kernel is faster than BLAS
-constexpr int64_t kBlockBytes = 1 << 20;   // of unfolded patches: what stays in a core's cache
+constexpr int64_t kSmall = 32;            // order up to which the own kernel is faster than BLAS
+constexpr int64_t kBlockBytes = 1 << 20;  // of unfolded patches: what stays in a core's cache
 constexpr int64_t kSmallBlockBytes = 1 << 15;
 
 // Some lines of positions of some samples; x has these samples only.
@@ -96,7 +96,8 @@ void add_unfolded(
     const at::Tensor& gram, const at::Tensor& x, const ConvGeometry& g, Lines range, bool bias, int64_t block_bytes) {
   const int64_t sample_lines = g.positions[0] * g.positions[1];
   const int64_t line_size = (g.inputs() + bias) * g.positions[2];
-  const int64_t line_bytes = line_size * static_cast<int64_t>(sizeof(scalar_t));
+  const int64_t read = g.group_channels() * g.size[0] * g.size[1] * g.size[2] / sample_lines;  // of x, may be copied
+  const int64_t line_bytes = std::max(line_size, read) * static_cast<int64_t>(sizeof(scalar_t));
   const int64_t step = std::clamp<int64_t>(block_bytes / line_bytes, 1, range.end - range.begin);
   const at::Tensor space = at::zeros({step * line_size + kSmallGramSlack}, gram.options());
   for (int64_t begin = range.begin; begin < range.end; begin += step) {
@@ -162,17 +163,17 @@ void conv_gram_direct_(
     const at::Tensor& gram, const at::Tensor& x, const ConvGeometry& g, bool bias, int64_t patch_bytes) {
   const int64_t n = g.inputs() + bias;
   const int64_t threads = at::get_num_threads();
-  // Every thread sums up a share of the lines, or whole groups, on its own, unless that takes too many Grams.
-  const int64_t partial_bytes = threads * n * n * static_cast<int64_t>(gram.element_size());
-  const bool alone = g.groups < threads && partial_bytes <= patch_bytes / 2;
-  const int64_t shares = g.groups >= threads ? 1 : alone ? std::min(threads, g.lines()) : 1;
+  // Every thread sums up whole groups, or a share of the lines, on its own, unless that takes too many Grams.
+  const int64_t wanted_shares = std::min((threads + g.groups - 1) / g.groups, g.lines());
+  const int64_t partial_bytes = g.groups * wanted_shares * n * n * static_cast<int64_t>(gram.element_size());
+  const int64_t shares = partial_bytes <= patch_bytes / 2 ? wanted_shares : 1;
   const int64_t tasks = g.groups * shares;
-  const int64_t budget = std::max<int64_t>(1, patch_bytes / 2 / (tasks == 1 ? 1 : threads));
+  const int64_t budget = std::max<int64_t>(1, patch_bytes / 2 / std::min(tasks, threads));
   const int64_t wanted = n <= kSmall ? kSmallBlockBytes : kBlockBytes * (tasks == 1 ? threads : 1);
   const bool padded = reads_padded(g, bias, static_cast<int64_t>(gram.element_size()), budget);
   const at::Tensor partial = shares == 1 ? gram : at::zeros({tasks, n, n}, gram.options());
   AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "conv_gram", [&] {
-    at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    auto run = [&](int64_t first, int64_t last) {
       const PlainKernelGuard guard;
       for (int64_t task = first; task < last; ++task) {
         const int64_t share = task % shares;
@@ -181,7 +182,12 @@ void conv_gram_direct_(
         const auto add = padded ? add_padded<scalar_t> : add_unfolded<scalar_t>;
         add(partial.select(0, task), own, g, range, bias, std::min(budget, wanted));
       }
-    });
+    };
+    if (tasks == 1) {
+      run(0, 1);  // the threads share its blocks
+    } else {
+      at::parallel_for(0, tasks, 1, run);
+    }
   });
   if (shares == 1) return;
   for (int64_t group = 0; group < g.groups; ++group) {

@@ -5,11 +5,11 @@
 // So every displacement d costs one product over all positions, and every other pair of taps with it two strips.
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -46,8 +46,9 @@ int64_t tap_index(const ConvGeometry& g, const Offset& tap) {
   return (tap[0] * g.kernel[1] + tap[1]) * g.kernel[2] + tap[2];
 }
 
-std::vector<Displacement> displacements(const ConvGeometry& g) {
-  std::vector<Displacement> all;
+// All displacements, by the first tap of their pairs.
+std::map<Offset, std::vector<Displacement>> displacements(const ConvGeometry& g) {
+  std::map<Offset, std::vector<Displacement>> all;
   const auto [kd, kh, kw] = g.kernel;
   for (int64_t a = 0; a < kd; ++a) {
     for (int64_t b = a == 0 ? 0 : 1 - kh; b < kh; ++b) {
@@ -77,7 +78,7 @@ std::vector<Displacement> displacements(const ConvGeometry& g) {
             }
           }
         }
-        all.push_back(std::move(own));
+        all[low].push_back(std::move(own));
       }
     }
   }
@@ -116,82 +117,72 @@ void add_strip(
 
 // blocks [taps, taps, C, C] <- blocks + those of some samples of one group, padded: x [C, b, D, H, W].
 void add_samples(
-    const at::Tensor& blocks, const at::Tensor& x, const ConvGeometry& g, const std::vector<Displacement>& all) {
-  const int64_t channels = x.size(0);
-  const at::Tensor flat = x.reshape({channels, -1});
-  const Offset strides = {x.stride(2), x.stride(3), x.stride(4)};
-  // x at the positions, displaced by the first tap of a displacement's pairs, and zero elsewhere.
-  std::vector<std::pair<Offset, at::Tensor>> masked;
-  std::vector<int64_t> own_masked;
-  for (const Displacement& one : all) {
-    Offset low;
-    for (int i = 0; i < 3; ++i) low[i] = std::max<int64_t>(0, -one.d[i]);
-    const auto known =
-        std::find_if(masked.begin(), masked.end(), [&](const auto& entry) { return entry.first == low; });
-    own_masked.push_back(known - masked.begin());
-    if (known != masked.end()) continue;
-    at::Tensor copy = at::zeros_like(x);
-    at::Tensor to = copy, from = x;
+    const at::Tensor& blocks, const at::Tensor& x, const ConvGeometry& g,
+    const std::map<Offset, std::vector<Displacement>>& all) {
+  const at::Tensor flat = x.reshape({x.size(0), -1});
+  const at::Tensor masked = at::zeros_like(x);  // x at the positions, displaced by a first tap, and zero elsewhere
+  const at::Tensor left = masked.reshape({x.size(0), -1});
+  for (const auto& [low, own] : all) {
+    at::Tensor to = masked, from = x;
     for (int i = 0; i < 3; ++i) {
       to = to.narrow(2 + i, 0, g.positions[i]);
       from = from.narrow(2 + i, low[i] * g.dilation[i], g.positions[i]);
     }
     to.copy_(from);
-    masked.emplace_back(low, copy.reshape({channels, -1}));
-  }
-  at::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t begin, int64_t end) {
-    const PlainKernelGuard guard;
-    for (int64_t k = begin; k < end; ++k) {
-      const Displacement& own = all[k];
-      int64_t shift = 0;
-      for (int i = 0; i < 3; ++i) shift += std::max<int64_t>(0, own.d[i]) * g.dilation[i] * strides[i];
-      const int64_t length = flat.size(1) - shift;
-      const at::Tensor left = masked[own_masked[k]].second.narrow(1, 0, length);
-      for (const Step& step : own.steps) {
-        at::Tensor block = blocks.select(0, step.pair.s).select(0, step.pair.t);
-        if (step.from < 0) {
-          at::addmm_out(block, block, left, flat.narrow(1, shift, length).t());
-        } else {
-          add_strip(block, x, g, own, step, g.positions[step.along], 1);
-          add_strip(block, x, g, own, step, 0, -1);
+    const std::vector<Displacement>& some = own;
+    at::parallel_for(0, static_cast<int64_t>(some.size()), 1, [&](int64_t begin, int64_t end) {
+      const PlainKernelGuard guard;
+      for (int64_t k = begin; k < end; ++k) {
+        int64_t shift = 0;
+        for (int i = 0; i < 3; ++i) shift += std::max<int64_t>(0, some[k].d[i]) * g.dilation[i] * x.stride(2 + i);
+        const int64_t length = flat.size(1) - shift;
+        for (const Step& step : some[k].steps) {
+          at::Tensor block = blocks.select(0, step.pair.s).select(0, step.pair.t);
+          if (step.from < 0) {
+            at::addmm_out(block, block, left.narrow(1, 0, length), flat.narrow(1, shift, length).t());
+          } else {
+            add_strip(block, x, g, some[k], step, g.positions[step.along], 1);
+            add_strip(block, x, g, some[k], step, 0, -1);
+          }
         }
       }
-    }
-  });
+    });
+  }
 }
 
 }  // namespace
 
 void conv_gram_displaced_(
     const at::Tensor& gram, const at::Tensor& x, const ConvGeometry& g, bool bias, int64_t patch_bytes) {
-  const std::vector<Displacement> all = displacements(g);
   const int64_t channels = g.group_channels();
   const int64_t inputs = g.inputs();
   Offset padded;
   for (int i = 0; i < 3; ++i) padded[i] = g.size[i] + 2 * g.padding[i];
-  const int64_t sample_bytes =
-      channels * padded[0] * padded[1] * padded[2] * static_cast<int64_t>(gram.element_size());
-  const int64_t copies = 2 + g.kernel[1] * g.kernel[2];  // x padded, and masked for every first tap; strips
-  const int64_t step = std::max<int64_t>(1, std::min(kBlockBytes, patch_bytes / copies) / sample_bytes);
-  const std::array<int64_t, 6> pad = {g.padding[2], g.padding[2], g.padding[1], g.padding[1], g.padding[0], g.padding[0]};
+  const int64_t sample_bytes = channels * padded[0] * padded[1] * padded[2] * static_cast<int64_t>(gram.element_size());
+  constexpr int64_t kCopies = 3;  // x padded, x masked, strips
+  if (kCopies * sample_bytes > patch_bytes) return conv_gram_direct_(gram, x, g, bias, patch_bytes);
+  const auto all = displacements(g);
+  const int64_t step = std::max<int64_t>(1, std::min(kBlockBytes, patch_bytes / kCopies) / sample_bytes);
   for (int64_t group = 0; group < g.groups; ++group) {
     const at::Tensor blocks = at::zeros({g.taps(), g.taps(), channels, channels}, gram.options());
     at::Tensor sums = at::zeros({channels, padded[0], padded[1], padded[2]}, gram.options());
     for (int64_t first = 0; first < g.batch; first += step) {
-      const at::Tensor some = x.narrow(0, first, std::min(step, g.batch - first))
-                                  .narrow(1, group * channels, channels)
-                                  .to(gram.scalar_type())
-                                  .transpose(0, 1);
-      const at::Tensor samples = at::constant_pad_nd(some, pad).contiguous();
+      const at::Tensor some = x.narrow(0, first, std::min(step, g.batch - first)).narrow(1, group * channels, channels);
+      const at::Tensor samples = at::zeros({channels, some.size(0), padded[0], padded[1], padded[2]}, gram.options());
+      at::Tensor inner = samples;
+      for (int i = 0; i < 3; ++i) inner = inner.narrow(2 + i, g.padding[i], g.size[i]);
+      inner.copy_(some.transpose(0, 1));
       add_samples(blocks, samples, g, all);
       if (bias) sums.add_(samples.sum(1));
     }
     // Each pair of taps follows from an earlier one.
-    for (const Displacement& own : all) {
-      for (const Step& step : own.steps) {
-        if (step.from < 0) continue;
-        const Pair earlier = own.steps[step.from].pair;
-        blocks.select(0, step.pair.s).select(0, step.pair.t).add_(blocks.select(0, earlier.s).select(0, earlier.t));
+    for (const auto& [low, some] : all) {
+      for (const Displacement& own : some) {
+        for (const Step& step : own.steps) {
+          if (step.from < 0) continue;
+          const Pair earlier = own.steps[step.from].pair;
+          blocks.select(0, step.pair.s).select(0, step.pair.t).add_(blocks.select(0, earlier.s).select(0, earlier.t));
+        }
       }
     }
     // [s, t, c, c'] to [c, s, c', t]; the lower triangle takes the transposed blocks.
@@ -211,7 +202,6 @@ void conv_gram_displaced_(
       const Offset tap = {k / (g.kernel[1] * g.kernel[2]), k / g.kernel[2] % g.kernel[1], k % g.kernel[2]};
       border.select(1, k).copy_(window(one, g, tap, -1, 0, 0).sum(1));
     }
-    gram.select(0, group).select(0, inputs).select(0, inputs).fill_(g.lines() * g.positions[2]);
   }
 }
 

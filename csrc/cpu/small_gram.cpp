@@ -95,7 +95,6 @@ CONSEQUENTIALISM_INLINE void small_gram_body(
   }
   if (!bias) return;
   for (int64_t i = 0; i < inputs; ++i) gram[inputs * n + i] += sum_of_lines<scalar_t>(rows[i], shape, mask);
-  gram[n * n - 1] += static_cast<scalar_t>(shape.lines * shape.columns);
 }
 
 CONSEQUENTIALISM_CLONES void small_gram(

@@ -12,7 +12,7 @@ struct RowLines {
 };
 
 // gram [n, n] += the lower triangle of a Gram of few rows, where BLAS is slow: of `inputs` rows, given by where they
-// begin, and with a bias of one more row of ones.
+// begin, and with a bias of one more row of ones, but for the number in its corner.
 void add_small_gram(float* gram, const float* const* rows, int64_t inputs, const RowLines& shape, bool bias);
 void add_small_gram(double* gram, const double* const* rows, int64_t inputs, const RowLines& shape, bool bias);
 
