@@ -34,6 +34,10 @@ CPU_SOURCES = [
     "csrc/cpu/emended_input.cpp",
     "csrc/cpu/weight_grad.cpp",
     "csrc/cpu/fused_weight_grad.cpp",
+    "csrc/cpu/conv_gram.cpp",
+    "csrc/cpu/conv_gram_direct.cpp",
+    "csrc/cpu/conv_gram_displaced.cpp",
+    "csrc/cpu/small_gram.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/bindings.cpp",

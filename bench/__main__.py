@@ -13,7 +13,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch loads: the pro
 import torch
 
 from .cases import CPU_SHAPES, PROVIDERS, Shape
+from .conv_cases import CONV_PROVIDERS, CONV_SHAPES, ConvShape
 from .runner import Result, run
+
+SHAPES: dict[str, tuple[Shape, ...] | tuple[ConvShape, ...]] = {"linear": CPU_SHAPES, "conv2d": CONV_SHAPES}
+NAMES = list(dict.fromkeys([*PROVIDERS, *CONV_PROVIDERS]))
 
 
 def parse_shape(text: str) -> Shape:
@@ -38,8 +42,9 @@ def positive(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 0 where it ran."""
     parser = argparse.ArgumentParser(prog="consequentialism bench", description=__doc__)
-    parser.add_argument("--shape", type=parse_shape, action="append", help="N,I,O; may be repeated")
-    parser.add_argument("--provider", choices=list(PROVIDERS), action="append", help="besides plain; may be repeated")
+    parser.add_argument("--shape", type=parse_shape, action="append", help="N,I,O of a linear layer; may be repeated")
+    parser.add_argument("--op", choices=list(SHAPES), action="append", help="instead of all; may be repeated")
+    parser.add_argument("--provider", choices=NAMES, action="append", help="besides plain; may be repeated")
     parser.add_argument("--seconds", type=positive, default=12.0, help="about, for each shape (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of the processor (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the CSV here")
@@ -47,8 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.threads < 1:
         parser.error(f"argument --threads: must be at least 1, got {chosen.threads}")
     torch.set_num_threads(chosen.threads)
-    providers = ["plain", *(p for p in chosen.provider or PROVIDERS if p != "plain")]
-    results, missing = run(chosen.shape or CPU_SHAPES, chosen.seconds, providers)
+    providers = ["plain", *(p for p in chosen.provider or NAMES if p != "plain")]
+    shapes: list[Shape | ConvShape] = [shape for op in chosen.op or SHAPES for shape in SHAPES[op]]
+    results, missing = run(chosen.shape or shapes, chosen.seconds, providers)
     print_table(results)
     for line in missing:
         print(f"not measured: {line}", file=sys.stderr)
@@ -64,9 +70,9 @@ def print_table(results: list[Result]) -> None:
     from rich.table import Table
 
     first = results[0]
-    title = f"whole step / torch.nn.Linear, {first.dtype}, {first.threads} threads, {first.device}"
+    title = f"whole step / torch's own layer, {first.dtype}, {first.threads} threads, {first.device}"
     table = Table(title=title)
-    for column in ("N x I x O", "provider"):
+    for column in ("shape", "provider"):
         table.add_column(column)
     for column in ("ms", "p20", "p80", "ratio", "flop floor", "target", "peak MB"):
         table.add_column(column, justify="right")
@@ -81,7 +87,7 @@ def print_table(results: list[Result]) -> None:
             f"{result.flop_floor:.2f}" if result.provider == "consequentialism" else "",
             f"{result.target:.2f}" if result.provider == "consequentialism" and result.target else "",
             f"{result.peak_bytes / 1e6:.1f}",
-            end_section=result.provider == results[-1].provider,
+            end_section=result is results[-1] or result.shape != results[results.index(result) + 1].shape,
         )
     Console().print(table)
 

@@ -21,8 +21,30 @@ class Shape(NamedTuple):
     target: float | None = None
 
     @property
+    def op(self) -> str:
+        return "linear"
+
+    @property
     def name(self) -> str:
         return f"{self.rows}x{self.inputs}x{self.outputs}"
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        return self.rows, self.inputs
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        return self.rows, self.outputs
+
+    @property
+    def flop_floor(self) -> float:
+        """The least whole-step ratio to the plain layer: operations only, every product at the same speed."""
+        plain = 6 * self.rows * self.inputs * self.outputs
+        return 1 + cost.floor(self.rows, self.inputs + 1, self.outputs) / plain
+
+    def layer(self, provider: str) -> nn.Module | None:
+        """The provider's layer, or None where it has none for this shape."""
+        return PROVIDERS[provider](self.inputs, self.outputs) if provider in PROVIDERS else None
 
 
 CPU_SHAPES = (
@@ -32,12 +54,6 @@ CPU_SHAPES = (
     Shape(256, 1024, 4096, 1.20),
     Shape(512, 2048, 2048, 1.25),
 )
-
-
-def flop_floor(shape: Shape) -> float:
-    """The least whole-step ratio to the plain layer: operations only, every product at the same speed."""
-    plain = 6 * shape.rows * shape.inputs * shape.outputs
-    return 1 + cost.floor(shape.rows, shape.inputs + 1, shape.outputs) / plain
 
 
 class NaiveFunction(torch.autograd.Function):

@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import consequentialism as cw
 
-from .cases import PROVIDERS, Shape, flop_floor
+from .cases import PROVIDERS, Shape
+from .conv_cases import ConvShape
 
 BLOCK = 5  # timed steps of a provider's turn, after one that warms its caches
 
@@ -52,7 +53,7 @@ class Result:
 
 
 def run(
-    shapes: Iterable[Shape], seconds: float, providers: Iterable[str] = PROVIDERS
+    shapes: Iterable[Shape | ConvShape], seconds: float, providers: Iterable[str] = PROVIDERS
 ) -> tuple[list[Result], list[str]]:
     """Measure every provider at every shape, about ``seconds`` for each shape.
 
@@ -66,9 +67,11 @@ def run(
         layers: dict[str, nn.Module] = {}
         for name in providers:
             try:
-                layers[name] = PROVIDERS[name](shape.inputs, shape.outputs)
+                layer = shape.layer(name)
             except ImportError as error:
                 missing[name] = f"{name}: {error}"
+            else:
+                layers |= {} if layer is None else {name: layer}
         results += _measure(shape, layers, seconds)
     return results, list(missing.values())
 
@@ -80,9 +83,9 @@ def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     layer(x).backward(dy)
 
 
-def _measure(shape: Shape, layers: dict[str, nn.Module], seconds: float) -> list[Result]:
-    x = torch.randn(shape.rows, shape.inputs, requires_grad=True)
-    dy = torch.randn(shape.rows, shape.outputs)
+def _measure(shape: Shape | ConvShape, layers: dict[str, nn.Module], seconds: float) -> list[Result]:
+    x = torch.randn(shape.input_size, requires_grad=True)
+    dy = torch.randn(shape.output_size)
     peaks = {}
     for name, layer in layers.items():
         _step(layer, x, dy)
@@ -108,7 +111,7 @@ def _measure(shape: Shape, layers: dict[str, nn.Module], seconds: float) -> list
         ]
         results.append(
             Result(
-                op="linear",
+                op=shape.op,
                 provider=name,
                 shape=shape.name,
                 dtype="float32",
@@ -117,7 +120,7 @@ def _measure(shape: Shape, layers: dict[str, nn.Module], seconds: float) -> list
                 p20_ms=every[len(every) // 5],
                 p80_ms=every[len(every) * 4 // 5],
                 ratio=statistics.median(ratios),
-                flop_floor=flop_floor(shape),
+                flop_floor=shape.flop_floor,
                 target=shape.target,
                 peak_bytes=peaks[name],
                 steps=len(every),

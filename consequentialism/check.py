@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .conv_functional import emended_conv_weight_grad
 from .dispatch import AVAILABLE, backends
 from .functional import emended_weight_grad
 from .options import DAMPING_MODES, SCALES
@@ -18,6 +19,8 @@ from .options import DAMPING_MODES, SCALES
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # N, I, O: one row, both forms, both sides that the inverse can be applied to, tiles and their neighbours.
 SHAPES = ((1, 7, 3), (31, 33, 65), (33, 31, 65), (129, 300, 10), (300, 129, 10), (300, 65, 400))
+# B, C, O, side, stride, groups of 3x3 convolutions: both forms, both ways to sum a Gram, depthwise.
+CONVOLUTIONS = ((3, 4, 6, 9, 1, 1), (3, 4, 6, 9, 2, 2), (2, 40, 5, 9, 1, 1), (1, 9, 4, 5, 1, 1), (3, 8, 8, 9, 1, 8))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,35 @@ def _check_backend(backend: str) -> Check:
                 cases += 1
                 if not error <= worst:
                     worst, where = error, case
-    return Check(backend, worst <= 1, cases, worst, where)
+    found, convolution, more = _check_convolutions(backend, device)
+    if not found <= worst:
+        worst, where = found, convolution
+    return Check(backend, worst <= 1, cases + more, worst, where)
+
+
+def _check_convolutions(backend: str, device: str) -> tuple[float, str, int]:
+    """The largest error as a share of its bound, where, and the number of cases."""
+    generator = torch.Generator().manual_seed(1)
+    worst, where, cases = 0.0, "", 0
+    for batch, channels, outputs, side, stride, groups in CONVOLUTIONS:
+        x = torch.randn(batch, channels, side, side, generator=generator, dtype=torch.float64)
+        positions = (side - 1) // stride + 1
+        dy = torch.randn(batch, outputs, positions, positions, generator=generator, dtype=torch.float64)
+        for dtype, bound in BOUNDS.items():
+            own = emended_conv_weight_grad(
+                x.to(device, dtype), dy.to(device, dtype), 3, stride=stride, padding=1, groups=groups, backend=backend
+            )
+            oracle = reference.emended_conv_weight_grad(
+                x.to(dtype).double(), dy.to(dtype).double(), (3, 3), (stride, stride), (1, 1), (1, 1), groups
+            )
+            error = max(_error(a, b) for a, b in zip(own, oracle, strict=True)) / bound
+            cases += 1
+            if not error <= worst:
+                worst = error
+                where = (
+                    f"{dtype} 3x3 convolution {channels} to {outputs}, {side}x{side} stride={stride} groups={groups}"
+                )
+    return worst, where, cases
 
 
 def _error(own: Tensor | None, oracle: Tensor | None) -> float:

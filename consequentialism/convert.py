@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .factor_batch import FactorBatch
 from .linear import EmendedModule, Linear
@@ -18,7 +20,13 @@ from .options import OPTION_NAMES, Options
 
 Model = TypeVar("Model", bound=nn.Module)
 
-EMENDED: dict[type[nn.Module], type[EmendedModule]] = {nn.Linear: Linear, nn.Embedding: Embedding}
+EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
+    nn.Linear: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
 
 
@@ -64,7 +72,7 @@ def convert(
     left_alone: list[str] = []
     for name, module in model.named_modules():
         weights = [p for p in module._parameters.values() if p is not None]
-        has_matrix = any(p.ndim >= 2 for p in weights) or parametrize.is_parametrized(module)
+        has_matrix = any(is_lazy(p) or p.ndim >= 2 for p in weights) or parametrize.is_parametrized(module)
         if not has_matrix or id(module) in attention:
             continue
         candidate = isinstance(module, (*EMENDED, EmendedModule))
@@ -168,6 +176,8 @@ def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
         return "its parameters are parametrised"
     if isinstance(module, EmendedModule):
         return None
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        return f"{kind} has no shape yet; convert after its first forward"
     if type(module) not in EMENDED:
         plain = next((base.__name__ for base in EMENDED if isinstance(module, base)), None)
         return (

@@ -23,14 +23,14 @@ everything in backward, by the one launch of ``fused_weight_grad``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .conjugate import error_bound
-from .options import Form, Options
+from .options import ConvMethod, Form, Options
 from .reference import float32_is_enough
 
 Side = Literal["input", "gradient"]
@@ -145,3 +145,49 @@ def largest_ratio(iterations: int, allowed: float) -> float:
     while math.sqrt(1 + ratio) * error_bound(ratio, iterations) <= allowed:
         largest, ratio = ratio, 1.25 * ratio
     return largest
+
+
+def conv_form(rows: int, inputs: int) -> Form:
+    """The form of a convolution's Gram; the inverse is always applied to the gradient, in the type that allows it."""
+    return "dual" if rows < inputs else "primal"
+
+
+def conv_solver(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options
+) -> Literal["cholesky", "cg"]:
+    """The solver of a convolution's correction; ``outputs`` of one group. Its Gram is always stored."""
+    direct = Plan(conv_form(rows, inputs), "gradient")
+    if options.solver == "cg" or _pays(_CG_PLANS[0], direct, (rows, inputs, outputs), dtype, options):
+        return "cg"
+    return "cholesky"
+
+
+# Channels from which on BLAS multiplies blocks [C, C] as fast as whole Grams; below, in proportion (two cores).
+_FULL_SPEED_CHANNELS = 32
+
+
+def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]) -> ConvMethod:
+    """How the CPU sums up a convolution's Gram: from unfolded patches, or from ``x`` times itself displaced.
+
+    Args:
+        channels: ``C`` of one group.
+        positions: Output positions along each dimension.
+    """
+    if any(s != 1 for s in stride) or math.prod(kernel) == 1:
+        return "direct"
+    displaced = displaced_flops(channels, kernel, positions) * max(1.0, _FULL_SPEED_CHANNELS / channels)
+    return "displaced" if displaced < direct_flops(channels, kernel, positions) else "direct"
+
+
+def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
+    """Operations of one sample and group for ``x^T x`` of its patches; a symmetric product counts half."""
+    return math.prod(positions) * float(channels * math.prod(kernel)) ** 2
+
+
+def displaced_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
+    """The same where taps with the same displacement share a product, but for two strips at the border each."""
+    taps = math.prod(kernel)
+    unique = (math.prod([2 * k - 1 for k in kernel]) + 1) // 2
+    padded = math.prod([p + k - 1 for p, k in zip(positions, kernel, strict=True)])
+    strips = (taps * (taps + 1) // 2 - unique) * 2 * math.prod(positions) / min(positions)
+    return 2.0 * channels**2 * (unique * padded + strips)

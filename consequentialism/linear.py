@@ -24,6 +24,7 @@ class EmendedModule(nn.Module):
     scale: Scale
     backend: str
     process_group: Any
+    patch_bytes: int
     solver: Solver = Options.solver  # the class's values serve modules pickled before there were these
     iterations: int = Options.iterations
     layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only

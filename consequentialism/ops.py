@@ -5,6 +5,7 @@ The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequ
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .options import DampingMode, Form, Scale
+from .options import ConvMethod, DampingMode, Form, Scale
 
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
+CONV_NAMES = ("conv_gram",)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -41,16 +43,17 @@ if missing_reason is not None:
     )
 
 
-def _device_types() -> tuple[str, ...]:
-    """The types of device for which the extension has every kernel."""
+def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The types of device for which the extension has all of these kernels."""
     if module is None:
         return ()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = {"cpu": "CPU", "cuda": "CUDA"}
-    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in NAMES))
+    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in names))
 
 
-device_types = _device_types()
+device_types = _device_types(NAMES)
+conv_device_types = _device_types(CONV_NAMES)  # elsewhere a convolution's patches are streamed by stock operations
 
 
 def breakdowns() -> int:
@@ -86,6 +89,23 @@ def emended_inputs(
     scale: Scale,
 ) -> tuple[list[Tensor], list[Tensor]]:
     return torch.ops.consequentialism.emended_inputs(xs, biases, forms, applied, damping, damping_mode, scale)
+
+
+def conv_gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+    method: ConvMethod,
+) -> Tensor:
+    """`reference.conv_gram`; ``method`` says how, see `cost.conv_method`."""
+    arguments = (x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype, method)
+    return torch.ops.consequentialism.conv_gram(*arguments)
 
 
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +185,22 @@ if module is not None:
             square = _square(x, bias, form)
             pairs.append(_emended(x, bias) if is_applied else (square, square.new_empty(0)))
         return [kept for kept, _ in pairs], [column for _, column in pairs]
+
+    @torch.library.register_fake("consequentialism::conv_gram")
+    def _(
+        x: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        bias: bool,
+        patch_bytes: int,
+        dtype: torch.dtype,
+        method: str,
+    ) -> Tensor:
+        n = x.shape[1] // groups * math.prod(kernel) + int(bias)
+        return x.new_empty((groups, n, n), dtype=dtype)
 
     @torch.library.register_fake("consequentialism::weight_grad")
     def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

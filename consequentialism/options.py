@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 DampingMode = Literal["relative", "absolute"]
 Scale = Literal["nlms", "raw", "gradient"]
 Form = Literal["dual", "primal"]
+ConvMethod = Literal["direct", "displaced"]
 Solver = Literal["auto", "cholesky", "cg"]
 
 DAMPING_MODES: tuple[DampingMode, ...] = ("relative", "absolute")
@@ -34,6 +35,7 @@ class Options:
             plain backpropagation).
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         process_group: The group whose ranks together hold the batch, or None.
+        patch_bytes: Memory that a convolution may take for unfolded patches, in bytes; a whole number above 0.
         solver: ``"cholesky"`` (exact), ``"cg"`` (conjugate gradients, for Grams too large to factor at every step; the
             error is that of ``docs/solvers.md``) or ``"auto"``: conjugate gradients where they cost less and
             ``damping`` is so large that their error is below the rounding of the result, else Cholesky.
@@ -45,6 +47,7 @@ class Options:
     scale: Scale = "nlms"
     backend: str = "auto"
     process_group: ProcessGroup | None = None
+    patch_bytes: int = 64 * 2**20
     solver: Solver = "auto"
     iterations: int = 16
 
@@ -53,6 +56,7 @@ class Options:
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
         check_choice("scale", self.scale, SCALES)
         check_choice("backend", self.backend, BACKENDS)
+        check_patch_bytes(self.patch_bytes)
         check_choice("solver", self.solver, SOLVERS)
         check_iterations(self.iterations)
         if self.solver == "cg" and self.process_group is not None:
@@ -76,6 +80,16 @@ def check_iterations(iterations: Any) -> None:
         raise TypeError(f"iterations must be an integer above 0, got {iterations!r} ({type(iterations).__name__})")
     if iterations < 1:
         raise ValueError(f"iterations must be above 0, got {iterations!r}")
+
+
+def check_patch_bytes(patch_bytes: Any) -> None:
+    """Raise unless ``patch_bytes`` is a whole number above 0."""
+    if isinstance(patch_bytes, bool) or not isinstance(patch_bytes, int):
+        raise TypeError(
+            f"patch_bytes must be a whole number above 0, got {patch_bytes!r} ({type(patch_bytes).__name__})"
+        )
+    if patch_bytes < 1:
+        raise ValueError(f"patch_bytes must be above 0, got {patch_bytes!r}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -9,10 +9,13 @@ Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; the derivation is in the R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .options import DampingMode, Form, Scale
 
@@ -49,37 +52,40 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
 
 
 def ridge(gram: Tensor, damping: float, damping_mode: DampingMode, rank: int) -> Tensor:
-    """The absolute ridge ``c``: ``damping * trace(G) / rank``, or ``damping``; 0-dimensional."""
+    """The absolute ridge ``c`` of each Gram: ``damping * trace(G) / rank``, or ``damping``; ``[...]``."""
     if damping_mode == "absolute":
-        return gram.new_full((), damping)
-    return damping * gram.diagonal().sum() / rank
+        return gram.new_full(gram.shape[:-2], damping)
+    return damping * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
 
 
 def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
-    """``scale * (G + c I)^-1 [n, n]``, through a Cholesky factor.
+    """``scale * (G + c I)^-1 [..., n, n]``, through a Cholesky factor.
 
     Args:
-        gram: Symmetric ``[n, n]``, of which every entry is read.
+        gram: Symmetric ``[..., n, n]``, of which every entry is read.
         rank: ``min(N, I)``, what a relative damping is relative to.
-        rows: ``N``, the multiplier of ``scale="nlms"``.
+        rows: ``N``, the multiplier of ``scale="nlms"``; a convolution's batch size.
 
     Zero where the trace is zero and NaN where it is not finite. Where the factor breaks down the ridge
     grows tenfold, at most three times; then the Gram's diagonal stands in for it.
     """
-    trace = gram.diagonal().sum()
-    c = ridge(gram, damping, damping_mode, rank)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    c = ridge(gram, damping, damping_mode, rank)[..., None, None]
     c = torch.where(trace == 0, torch.ones_like(c), c)
     growth = 10.0 ** torch.arange(RETRIES + 1, dtype=gram.dtype, device=gram.device)
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    attempts = gram + (c * growth)[:, None, None] * eye  # [4, n, n]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    attempts = gram[..., None, :, :] + c[..., None] * growth[:, None, None] * eye  # [..., 4, n, n]
     lower, info = torch.linalg.cholesky_ex(attempts)
-    works = (info == 0) & lower.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)  # [4]
-    first = works.to(torch.int64).argmax().reshape(1)
-    chosen = torch.where(works.any(), lower.index_select(0, first)[0], eye)  # [n, n]
-    diagonal = torch.diag_embed(1 / (gram.diagonal() + c))
+    works = (info == 0) & lower.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)  # [..., 4]
+    any_works = works.any(-1)[..., None, None]
+    first = works.to(torch.int64).argmax(-1)[..., None, None, None]
+    chosen = torch.take_along_dim(lower, first, -3).squeeze(-3)  # [..., n, n]
+    chosen = torch.where(any_works, chosen, eye)
+    diagonal = torch.diag_embed(1 / (gram.diagonal(dim1=-2, dim2=-1) + c[..., 0]))
     # On the CPU the more accurate of the two; on a GPU it waits for the device.
-    solved = torch.cholesky_inverse(chosen) if gram.device.type == "cpu" else torch.cholesky_solve(eye, chosen)
-    inverse = torch.where(works.any(), solved, diagonal)
+    on_cpu = gram.device.type == "cpu"
+    solved = torch.cholesky_inverse(chosen) if on_cpu else torch.cholesky_solve(eye.expand_as(chosen), chosen)
+    inverse = torch.where(any_works, solved, diagonal)
     if scale == "nlms":
         inverse = inverse * rows
     elif scale == "gradient":
@@ -218,6 +224,160 @@ def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
     """The consequence of an update: ``x dw^T + db [N, O]``, what ``W <- W - lr*dw`` changes times ``-1/lr``."""
     change = x @ dw.T
     return change if db is None else change + db
+
+
+def conv_output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """A convolution's output positions along each spatial dimension."""
+    return [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, k, t, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def conv_patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A convolution's rows ``[groups, N, I]``: its unfolded patches, ``N = B * positions``.
+
+    Args:
+        x: ``[B, C, *spatial]`` of any number of spatial dimensions; ``I = C/groups * prod(kernel)``.
+        kernel, stride, padding, dilation: One integer for each of them.
+    """
+    spatial = len(kernel)
+    patches = F.pad(x, _both_sides(padding)) if any(padding) else x
+    for i in range(spatial):
+        patches = patches.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
+    patches = patches.unflatten(1, (groups, -1)).movedim(0, 1)  # [groups, B, C/groups, *out, *kernel]
+    patches = patches.movedim(2, 2 + spatial)  # the channel before the kernel: one copy is enough
+    return patches.reshape(groups, -1, x.shape[1] // groups * math.prod(kernel))
+
+
+def _both_sides(padding: Sequence[int]) -> list[int]:
+    """What `torch.nn.functional.pad` wants: the last dimension first."""
+    return [p for p in reversed(padding) for _ in range(2)]
+
+
+class ConvBlock(NamedTuple):
+    """A padded piece of a convolution's input, and where its positions are in the output."""
+
+    x: Tensor  # [b, C, *spatial], to be read without further padding
+    samples: slice
+    rows: slice  # of the first spatial dimension
+
+
+def conv_blocks(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    patch_bytes: int,
+    dtype: torch.dtype,
+) -> Iterator[ConvBlock]:
+    """``x`` in pieces in ``dtype`` whose patches take at most ``patch_bytes``.
+
+    Pieces are samples, or rows of positions of one sample where its patches take more; one row is the least.
+    """
+    size, batch = x.shape[2:], x.shape[0]
+    rows = conv_output_size(size, kernel, stride, padding, dilation)
+    padded = math.prod([s + 2 * p for s, p in zip(size, padding, strict=True)])
+    sample_bytes = (math.prod(rows) * math.prod(kernel) + padded) * x.shape[1] * dtype.itemsize
+    samples = max(1, patch_bytes // max(sample_bytes, 1))
+    step = max(1, rows[0] * patch_bytes // sample_bytes) if sample_bytes > patch_bytes else rows[0]
+    for first in range(0, batch, samples):
+        piece = x[first : first + samples].to(dtype)
+        piece = F.pad(piece, _both_sides(padding)) if any(padding) else piece
+        for begin in range(0, rows[0], step):
+            end = min(begin + step, rows[0])
+            length = (end - begin - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1
+            block = piece.narrow(2, begin * stride[0], length)
+            yield ConvBlock(block, slice(first, first + samples), slice(begin, end))
+
+
+def conv_gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x^T x [groups, I, I]`` of a convolution's patches, streamed: never more than ``patch_bytes`` of them.
+
+    Args:
+        x: ``[B, C, *spatial]``.
+        dtype: In which it is computed and returned, float32 or float64.
+    """
+    inputs = x.shape[1] // groups * math.prod(kernel)
+    gram = x.new_zeros(groups, inputs, inputs, dtype=dtype)
+    sums = x.new_zeros(groups, inputs, 1, dtype=dtype)
+    nothing = [0] * len(kernel)
+    for block in conv_blocks(x, kernel, stride, padding, dilation, patch_bytes, dtype):
+        patches = conv_patches(block.x, kernel, stride, nothing, dilation, groups)
+        gram, sums = gram + patches.mT @ patches, sums + patches.sum(1)[:, :, None]
+    if not bias:
+        return gram
+    rows = x.shape[0] * math.prod(conv_output_size(x.shape[2:], kernel, stride, padding, dilation))
+    corner = sums.new_full((groups, 1, 1), rows)
+    return torch.cat([torch.cat([gram, sums.mT], 1), torch.cat([sums, corner], 1)], 2)
+
+
+def conv_errors(dy: Tensor, groups: int) -> Tensor:
+    """``dy [B, O, *positions]`` as rows ``[groups, N, O/groups]``."""
+    batch, outputs = dy.shape[:2]
+    return dy.reshape(batch, groups, outputs // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, outputs // groups)
+
+
+def emended_conv_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    bias: bool = True,
+    *,
+    form: Form | None = None,
+    damping: float = 1.0,
+    damping_mode: DampingMode = "relative",
+    scale: Scale = "nlms",
+) -> tuple[Tensor, Tensor | None]:
+    """The linear formula on a convolution's unfolded patches, each group with its own Gram.
+
+    ``scale="nlms"`` multiplies by the batch size: the number of samples that a mean-reduced loss divides by. This
+    is the definition, and unfolds everything at once; the layers stream.
+
+    Args:
+        x: ``[B, C, *spatial]``, padding included but for zeros.
+        dy: ``[B, O, *positions]``.
+
+    Returns:
+        ``dw [O, C/groups, *kernel]`` and ``db [O]`` or None.
+    """
+    multiplier = x.shape[0] if scale == "nlms" else 1
+    options: dict[str, Any] = {"form": form, "damping": damping, "damping_mode": damping_mode}
+    options["scale"] = "raw" if scale == "nlms" else scale
+    rows = conv_patches(x, kernel, stride, padding, dilation, groups)
+    errors = conv_errors(dy.to(compute_dtype(dy.dtype)), groups)
+    grads = [emended_weight_grad(own_x, own_dy, bias, **options) for own_x, own_dy in zip(rows, errors, strict=True)]
+    dw = multiplier * torch.cat([dw for dw, _ in grads]).reshape(dy.shape[1], -1, *kernel)
+    db = multiplier * torch.cat([db for _, db in grads if db is not None]) if bias else None
+    return dw.to(dy.dtype), None if db is None else db.to(dy.dtype)
 
 
 def embedding_counts(indices: Tensor, num_embeddings: int, padding_idx: int | None) -> tuple[Tensor, Tensor]:

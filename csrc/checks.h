@@ -33,6 +33,12 @@ inline bool parse_relative(std::string_view damping_mode) {
   return false;
 }
 
+inline bool parse_displaced(std::string_view method) {
+  if (method == "displaced") return true;
+  TORCH_CHECK_VALUE(method == "direct", "method must be 'direct' or 'displaced', got '", method, "'");
+  return false;
+}
+
 inline void check_damping(double damping) {
   TORCH_CHECK_VALUE(std::isfinite(damping) && damping > 0, "damping must be finite and above 0, got ", damping);
 }
@@ -45,11 +51,22 @@ inline void check_x(const at::Tensor& x) {
       "x must be float16, bfloat16, float32 or float64, got ", dtype);
 }
 
+inline void check_gram_type(const at::Tensor& gram) {
+  const auto dtype = gram.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
+}
+
 inline void check_gram(const at::Tensor& gram) {
   TORCH_CHECK_VALUE(
       gram.dim() == 2 && gram.size(0) == gram.size(1), "gram must have the shape [n, n], got ", gram.sizes());
-  const auto dtype = gram.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
+  check_gram_type(gram);
+}
+
+inline void check_gram_or_groups(const at::Tensor& gram) {
+  TORCH_CHECK_VALUE(
+      (gram.dim() == 2 || gram.dim() == 3) && gram.size(-2) == gram.size(-1),
+      "gram must have the shape [n, n] or [groups, n, n], got ", gram.sizes());
+  check_gram_type(gram);
 }
 
 inline void check_lists(size_t xs, size_t biases, size_t forms, size_t applied) {

@@ -1,7 +1,8 @@
 // Schemas and the Python module; no arithmetic.
 //
 // Shapes: x [N, I], gram and inverse [n, n] with n = N (form "dual") or I plus the bias's one (form
-// "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). All ops are pure.
+// "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). A convolution's x is
+// [B, C, *spatial], its Gram [groups, n, n] of unfolded patches. All ops are pure.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -22,6 +23,9 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def(
       "emended_inputs(Tensor[] xs, bool[] biases, str[] forms, bool[] applied, float damping, str damping_mode, "
       "str scale) -> (Tensor[], Tensor[])");
+  m.def(
+      "conv_gram(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool bias, "
+      "int patch_bytes, ScalarType dtype, str method) -> Tensor");
   m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
   m.def(
       "emended_linear(Tensor x, Tensor weight, Tensor? bias, str form, str applied_to, float damping, "
@@ -42,6 +46,7 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_inputs", torch::autograd::autogradNotImplementedFallback());
+  m.impl("conv_gram", torch::autograd::autogradNotImplementedFallback());
   m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("fused_weight_grad", torch::autograd::autogradNotImplementedFallback());
 }

@@ -129,6 +129,28 @@ def embedding(rank: int, indices: Tensor, dy: Tensor, counts: list[int]) -> dict
     return found
 
 
+def convolution(rank: int, x: Tensor, dy: Tensor, counts: list[int], wrap: str) -> dict[str, Any]:
+    """DDP or FSDP over a convolution with groups, every scale, many rows and few."""
+    found: dict[str, Any] = {}
+    for scale in ("nlms", "raw", "gradient"):
+        for damping_mode in ("relative", "absolute"):
+            options = {"scale": scale, "damping_mode": damping_mode, "damping": 0.3}
+            torch.manual_seed(0)
+            layer = cw.Conv2d(
+                x.shape[1], dy.shape[1], 3, groups=2, process_group=dist.group.WORLD, dtype=x.dtype, **options
+            )
+            if wrap == "fsdp":
+                from torch.distributed.device_mesh import init_device_mesh
+                from torch.distributed.fsdp import fully_shard
+
+                model = fully_shard(layer, mesh=init_device_mesh("cpu", (RANKS,)))
+            else:
+                model = DistributedDataParallel(layer)
+            model(own_rows(rank, x, counts)).backward(own_rows(rank, dy, counts))
+            found[f"{scale} {damping_mode}"] = (whole(layer.weight), whole(layer.bias))
+    return found
+
+
 def frozen_and_no_grad(rank: int, x: Tensor) -> dict[str, Any]:
     """Forwards that need no gradient must not wait for the other rank; a group is an option like any other."""
     layer = cw.Linear(x.shape[1], 3, process_group=dist.group.WORLD, dtype=x.dtype)
@@ -137,6 +159,7 @@ def frozen_and_no_grad(rank: int, x: Tensor) -> dict[str, Any]:
             layer(x)
         frozen = cw.Linear(x.shape[1], 3, process_group=dist.group.WORLD, dtype=x.dtype).requires_grad_(False)
         frozen(x)
+        cw.Conv1d(1, 3, 2, process_group=dist.group.WORLD, dtype=x.dtype).requires_grad_(False)(x[:, None])
     model = cw.convert(nn.Sequential(nn.Linear(x.shape[1], 3, dtype=x.dtype)), process_group=dist.group.WORLD)
     assert model[0].process_group is dist.group.WORLD
     assert not hasattr(cw.revert(model)[0], "process_group")

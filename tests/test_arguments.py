@@ -27,6 +27,8 @@ BAD_OPTIONS = [
     ({"scale": None}, TypeError, ("scale", "None", "'nlms'")),
     ({"backend": "gpu"}, ValueError, ("backend", "'gpu'", "'auto'", "'cpu'", "'cuda'", "'triton'", "'reference'")),
     ({"backend": torch}, TypeError, ("backend", "module")),
+    ({"patch_bytes": 0}, ValueError, ("patch_bytes", "0", "above 0")),
+    ({"patch_bytes": 1e6}, TypeError, ("patch_bytes", "1000000.0", "float", "whole number")),
     ({"solver": "lu"}, ValueError, ("solver", "'lu'", "'auto'", "'cholesky'", "'cg'")),
     ({"solver": None}, TypeError, ("solver", "None", "'cg'")),
     ({"iterations": 0}, ValueError, ("iterations", "0", "above 0")),
@@ -39,6 +41,10 @@ TAKERS: dict[str, Callable[..., Any]] = {
     "Options": cw.Options,
     "Linear": lambda **options: cw.Linear(5, 3, **options),
     "Embedding": lambda **options: cw.Embedding(5, 3, **options),
+    "Conv2d": lambda **options: cw.Conv2d(5, 3, 2, **options),
+    "emended_conv_weight_grad": lambda **options: cw.emended_conv_weight_grad(
+        randn(2, 5, 4), randn(2, 3, 3), 2, **options
+    ),
     "convert": lambda **options: cw.convert(nn.Linear(5, 3), **options),
     "emended_linear": lambda **options: cw.emended_linear(randn(4, 5), randn(3, 5), **options),
     "emended_weight_grad": lambda **options: cw.emended_weight_grad(randn(4, 5), randn(4, 3), **options),
@@ -56,6 +62,8 @@ def assert_raises(error: type[Exception], words: tuple[str, ...], call: Callable
 @pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS, ids=lambda value: str(value))
 @pytest.mark.parametrize("taker", TAKERS)
 def test_bad_options(taker: str, options: dict, error: type[Exception], words: tuple[str, ...]) -> None:
+    if "patch_bytes" in options and taker in ("Linear", "Embedding"):
+        error, words = TypeError, ("patch_bytes",)  # no keyword of these layers
     assert_raises(error, words, lambda: TAKERS[taker](**options))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import consequentialism as cw
+from consequentialism.linear import EmendedModule
 
 
 class Block(nn.Module):
@@ -43,7 +44,7 @@ class Renamed(nn.Linear):
 
 
 def emended_names(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, (cw.Linear, cw.Embedding))}
+    return {name for name, module in model.named_modules() if isinstance(module, EmendedModule)}
 
 
 def converted_quietly(model: nn.Module, **options: Any) -> nn.Module:
@@ -174,6 +175,13 @@ def test_transformer_encoder_layer(batch_first: bool) -> None:
         assert_close("y in eval", layer(x), expected, TOLERANCE[F64])
 
 
+class WeightStandardised(nn.Conv2d):
+    """What weight standardisation does: another weight than the parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
 def replaced(layer: nn.Module) -> nn.Module:
     original = layer.forward
     layer.forward = lambda x: original(x) + 1  # type: ignore[method-assign]
@@ -189,7 +197,11 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass without code": (lambda: Renamed(5, 5), "Renamed"),
     "instance's forward": (lambda: replaced(nn.Linear(5, 5)), "forward"),
     "Bilinear": (lambda: nn.Bilinear(5, 5, 5), "Bilinear"),
-    "Conv2d": (lambda: nn.Conv2d(5, 5, 1), "Conv2d"),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(5, 5, 1), "ConvTranspose2d has no emended form"),
+    "LazyConv2d": (lambda: nn.LazyConv2d(5, 1), "LazyConv2d has no shape yet"),
+    "LazyLinear": (lambda: nn.LazyLinear(5), "LazyLinear has no shape yet"),
+    "LazyConvTranspose1d": (lambda: nn.LazyConvTranspose1d(5, 1), "LazyConvTranspose1d has no shape yet"),
+    "subclass of Conv2d": (lambda: WeightStandardised(5, 5, 1), "WeightStandardised is a subclass of Conv2d"),
     "LSTM": (lambda: nn.LSTM(5, 5), "LSTM"),
     "EmbeddingBag": (lambda: nn.EmbeddingBag(5, 5), "EmbeddingBag"),
     "scale_grad_by_freq": (lambda: nn.Embedding(5, 5, scale_grad_by_freq=True), "scale_grad_by_freq"),
@@ -225,6 +237,29 @@ def test_a_module_in_two_places_is_not_tied() -> None:
 
 def test_norms_and_activations_are_not_worth_a_warning() -> None:
     converted_quietly(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.BatchNorm1d(5), nn.PReLU(), nn.Dropout()))
+
+
+def test_convolutions_into_a_model_and_out_of_it() -> None:
+    model = nn.Sequential(
+        nn.Unflatten(1, (4, 6)), nn.Conv1d(4, 6, 3), nn.Unflatten(1, (2, 3)), nn.Conv2d(2, 4, 2, groups=2, bias=False),
+        nn.Unflatten(1, (1, 4)), nn.Conv3d(1, 2, (2, 1, 1)), nn.Flatten(), nn.LazyLinear(3),
+    ).double()  # fmt: skip
+    x = randn(5, 24)
+    expected = model(x)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert emended_names(converted_quietly(model, damping=0.3, patch_bytes=4096)) == {"1", "3", "5", "7"}
+    assert [type(model[k]) for k in (1, 3, 5)] == [cw.Conv1d, cw.Conv2d, cw.Conv3d]
+    assert model[3].patch_bytes == 4096
+    assert_identical("y", model(x), expected)
+    model(x).square().sum().backward()
+    own = model[3].weight.grad.clone()
+    model.load_state_dict(state, strict=True)
+    cw.revert(model)
+    assert [type(model[k]) for k in (1, 3, 5)] == [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    assert "patch_bytes" not in model[3].__dict__
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert not torch.allclose(own, model[3].weight.grad)
 
 
 def test_frozen_layers_are_converted_too() -> None:

@@ -55,6 +55,14 @@ def tokens(rows: int) -> tuple[Tensor, Tensor]:
 INDICES = torch.arange(12) * 5 % 7
 
 
+# Samples of each rank, and the image's side: more rows than inputs, fewer.
+CONVOLUTIONS = [(counts, size) for counts in ([2, 2], [1, 3], [0, 2]) for size in (8, 4)]
+
+
+def images(counts: list[int], size: int) -> tuple[Tensor, Tensor]:
+    return randn(sum(counts), 4, size, size), randn(sum(counts), 6, size - 2, size - 2, seed=1)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """All jobs in one start of the processes: what each rank's jobs returned, by name."""
@@ -66,6 +74,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             jobs[f"{wrap} {rows}"] = (workers.training, (*tokens(rows), wrap))
     for counts in COUNTS:
         jobs[f"embedding {counts}"] = (workers.embedding, (INDICES, randn(12, OUTPUTS), counts))
+    for wrap in WRAPS:
+        for counts, size in CONVOLUTIONS:
+            jobs[f"convolution {wrap} {counts} {size}"] = (workers.convolution, (*images(counts, size), counts, wrap))
     jobs["deep copy"] = (workers.deep_copy, (randn(4, 5), randn(4, 3)))
     return workers.launch(jobs, tmp_path_factory.mktemp("processes"))
 
@@ -134,6 +145,21 @@ def test_embedding(found: list[dict[str, Any]], counts: list[int]) -> None:
             dy = randn(12, OUTPUTS) / workers.RANKS
             expected = cw.reference.emended_embedding_grad(INDICES, dy, 11, 0, **options)
             assert_close(name, own, expected, TOLERANCE[F64])
+
+
+@pytest.mark.parametrize(("counts", "size"), CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_convolution(found: list[dict[str, Any]], wrap: str, counts: list[int], size: int) -> None:
+    x, dy = images(counts, size)
+    ones, nothing = (1, 1), (0, 0)
+    for result in results_of(found, f"convolution {wrap} {counts} {size}"):
+        for name, own in result.items():
+            scale, damping_mode = name.split()
+            options = {"scale": scale, "damping_mode": damping_mode, "damping": 0.3}
+            expected = cw.reference.emended_conv_weight_grad(
+                x, dy / workers.RANKS, (3, 3), ones, nothing, ones, 2, **options
+            )
+            assert_grads_close_in(name, own, expected, TOLERANCE[F64])
 
 
 def test_no_gradient_no_collective(found: list[dict[str, Any]]) -> None:

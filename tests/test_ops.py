@@ -161,6 +161,22 @@ def test_fused_weight_grad_is_the_gradient(backend: str, dtype: torch.dtype) -> 
             assert_close("db", db, torch.zeros(0) if expected[1] is None else expected[1], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("order", [1, 9, 64, 129])
+@pytest.mark.parametrize("backend", [b for b in ("cpu", "reference") if dispatch.backends()[b] == "available"])
+def test_factor_of_groups_is_that_of_each(backend: str, order: int) -> None:
+    rows = randn(5, order, order + 5)
+    rows[1], rows[3, 0] = 0, math.nan
+    gram = rows @ rows.mT
+    gram[4] -= 0.9 * gram[4].diagonal().mean() * torch.eye(order, dtype=F64)  # retried with more damping
+    module = kernels(backend, gram)
+    for damping_mode, scale in (("relative", "nlms"), ("absolute", "raw"), ("relative", "gradient")):
+        own = module.factor(gram, 0.5, damping_mode, scale, order, 7)
+        each = torch.stack([module.factor(one, 0.5, damping_mode, scale, order, 7) for one in gram])
+        assert own[3].isnan().all()
+        for k in (0, 1, 2, 4):
+            assert_close(f"inverse of {k}", own[k], each[k], EXACT)
+
+
 def test_module_of_the_reference_and_of_the_ops_have_the_same_functions() -> None:
     for name in ops.NAMES:
         assert callable(getattr(ops, name))
@@ -232,6 +248,7 @@ def test_bad_arguments_of_ops() -> None:
         (lambda: own.input_inverse(x, True, "dual", math.nan, "relative", "raw"), ValueError, ("damping", "nan")),
         (lambda: own.emended_input(x, True, "dual", 1.0, "none", "raw"), ValueError, ("damping_mode", "none")),
         (lambda: own.emended_input(x, True, "dual", 1.0, "relative", "none"), ValueError, ("scale", "none", "'raw'")),
+        (lambda: own.factor(randn(2, 2, 3, 3), 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[groups, n, n]")),
         (lambda: own.factor(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
         (lambda: own.factor(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "BFloat16")),
         (lambda: own.factor(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),

@@ -1,9 +1,11 @@
 #include "factor.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/diag.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -152,10 +154,17 @@ int64_t breakdowns() {
 at::Tensor factor(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
-  check_gram(gram);
+  check_gram_or_groups(gram);
   const FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard guard;
-  return factor_lower(gram.contiguous(), arguments);
+  const at::Tensor grams = gram.contiguous();
+  if (grams.dim() == 2) return factor_lower(grams, arguments);
+  const at::Tensor inverses = at::empty_like(grams);
+  at::parallel_for(0, grams.size(0), 1, [&](int64_t begin, int64_t end) {
+    const PlainKernelGuard inner;
+    for (int64_t g = begin; g < end; ++g) inverses.select(0, g).copy_(factor_lower(grams.select(0, g), arguments));
+  });
+  return inverses;
 }
 
 }  // namespace consequentialism::cpu

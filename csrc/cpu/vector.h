@@ -1,0 +1,65 @@
+// Vectors for kernels that are compiled for several instruction sets.
+#pragma once
+
+#include <cstdint>
+
+// One binary for every x86 processor: the loader picks the widest instruction set that is there.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CONSEQUENTIALISM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CONSEQUENTIALISM_CLONES
+#endif
+#if defined(__GNUC__)
+#define CONSEQUENTIALISM_INLINE inline __attribute__((always_inline))
+#else
+#define CONSEQUENTIALISM_INLINE __forceinline
+#endif
+
+namespace consequentialism::cpu {
+
+constexpr int64_t kVectorBytes = 32;
+
+template <typename scalar_t>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(scalar_t));
+
+#if defined(__GNUC__)
+template <typename scalar_t>
+struct Vector {
+  typedef scalar_t Type __attribute__((vector_size(kVectorBytes), aligned(sizeof(scalar_t)), may_alias));
+};
+#else
+template <typename scalar_t>
+struct Vector {
+  struct Type {
+    scalar_t lanes[kLanes<scalar_t>];
+    scalar_t operator[](int64_t i) const { return lanes[i]; }
+    Type& operator+=(const Type& other) {
+      for (int64_t i = 0; i < kLanes<scalar_t>; ++i) lanes[i] += other.lanes[i];
+      return *this;
+    }
+    friend Type operator-(Type a, const Type& b) {
+      for (int64_t i = 0; i < kLanes<scalar_t>; ++i) a.lanes[i] -= b.lanes[i];
+      return a;
+    }
+    friend Type operator*(scalar_t factor, Type a) {
+      for (int64_t i = 0; i < kLanes<scalar_t>; ++i) a.lanes[i] *= factor;
+      return a;
+    }
+  };
+};
+#endif
+
+template <typename scalar_t>
+using Vec = typename Vector<scalar_t>::Type;
+
+template <typename scalar_t>
+CONSEQUENTIALISM_INLINE const Vec<scalar_t>& load(const scalar_t* p) {
+  return *reinterpret_cast<const Vec<scalar_t>*>(p);
+}
+
+template <typename scalar_t>
+CONSEQUENTIALISM_INLINE void store(scalar_t* p, const Vec<scalar_t>& value) {
+  *reinterpret_cast<Vec<scalar_t>*>(p) = value;
+}
+
+}  // namespace consequentialism::cpu

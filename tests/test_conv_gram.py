@@ -1,0 +1,198 @@
+"""The op conv_gram: both ways, every block size, layouts, opcheck, arguments, and the memory that a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, assert_close, assert_identical, needs_kernels, randn
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import consequentialism as cw
+from bench.conv_cases import CONV_PROVIDERS, ConvShape
+from bench.runner import run
+from consequentialism import cost, ops, reference
+
+METHODS = ("direct", "displaced")
+BOUNDS = {F64: 1e-13, F32: 2e-6}
+# x, kernel, stride, padding, dilation, groups: small Grams padded and unfolded, BLAS, groups above and below threads.
+GRAMS: dict[str, tuple[Any, ...]] = {
+    "1d": ((3, 6, 19), (3,), (1,), (2,), (2,), 1),
+    "1d stride": ((3, 6, 19), (4,), (3,), (1,), (1,), 2),
+    "2d": ((3, 8, 7, 9), (3, 2), (1, 1), (1, 0), (1, 2), 1),
+    "2d rows apart": ((3, 2, 9, 9), (3, 3), (2, 1), (1, 1), (1, 1), 1),
+    "2d stride": ((3, 8, 7, 9), (3, 3), (1, 2), (1, 1), (1, 1), 1),
+    "padding above the kernel": ((2, 5, 3, 4), (2, 2), (1, 1), (3, 4), (1, 1), 1),
+    "dilation above the image": ((2, 5, 3, 4), (2, 2), (1, 1), (5, 5), (6, 7), 1),
+    "depthwise": ((3, 8, 7, 9), (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    "groups": ((3, 20, 6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "pointwise": ((3, 40, 5, 5), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "3d": ((2, 5, 4, 5, 6), (2, 3, 2), (1, 1, 1), (1, 1, 0), (2, 1, 1), 1),
+    "3d stride": ((2, 4, 4, 5, 6), (2, 2, 2), (2, 1, 1), (0, 1, 0), (1, 1, 1), 4),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+def methods(stride: tuple[int, ...]) -> tuple[str, ...]:
+    return METHODS if all(s == 1 for s in stride) else METHODS[:1]
+
+
+def naive(x: Tensor, arguments: tuple[Any, ...], bias: bool) -> Tensor:
+    """The Gram of all patches at once, in float64."""
+    patches = reference.conv_patches(x.double(), *arguments)
+    if bias:
+        patches = torch.cat([patches, torch.ones_like(patches[:, :, :1])], 2)
+    return patches.mT @ patches
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("name", GRAMS)
+def test_both_ways_and_every_block_size(name: str, dtype: torch.dtype, layout: str) -> None:
+    size, *arguments = GRAMS[name]
+    x = LAYOUTS[layout](randn(*size, dtype=dtype))
+    for bias in (True, False):
+        expected = naive(x, arguments, bias)
+        for out in (F64,) if dtype == F64 else (F32, F64):
+            for patch_bytes in (1, 20_000, 2**26):
+                own = reference.conv_gram(x, *arguments, bias, patch_bytes, out)
+                assert own.dtype == out
+                assert_close(f"reference, {patch_bytes} bytes", own, expected, BOUNDS[out])
+                for method in methods(arguments[1]) if ops.conv_device_types else ():
+                    own = ops.conv_gram(x, *arguments, bias, patch_bytes, out, method)
+                    assert own.dtype == out
+                    assert_close(f"{method}, {patch_bytes} bytes", own, expected, BOUNDS[out])
+                    assert_identical("symmetric", own.mT, own)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", GRAMS)
+def test_deterministic(name: str) -> None:
+    size, *arguments = GRAMS[name]
+    x = randn(*size, dtype=F32)
+    for method in methods(arguments[1]):
+        first, second = (ops.conv_gram(x, *arguments, True, 2**20, F32, method) for _ in range(2))
+        assert_identical(method, first, second)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("name", ["1d", "2d", "depthwise", "3d stride"])
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    size, *arguments = GRAMS[name]
+    for layout in ("contiguous", "channels last"):
+        x = LAYOUTS[layout](randn(*size, dtype=dtype))
+        for method in methods(arguments[1]):
+            torch.library.opcheck(
+                torch.ops.consequentialism.conv_gram.default,
+                (x, *arguments, True, 2**20, F64 if dtype == F64 else F32, method),
+                test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+            )
+
+
+@needs_kernels
+def test_bad_arguments() -> None:
+    x, rest = randn(2, 4, 5, 5), (True, 2**20, F64)
+    good = ((3, 3), (1, 1), (0, 0), (1, 1), 1)
+
+    def call(position: int, value: Any, method: str = "direct", x: Tensor = x) -> Tensor:
+        arguments = [*good, *rest, method]
+        arguments[position] = value
+        return torch.ops.consequentialism.conv_gram(x, *arguments)
+
+    for make, error, words in (
+        (lambda: call(0, (3,)), ValueError, ("kernel", "2 numbers", "[3]")),
+        (lambda: call(0, (3, 6)), ValueError, ("kernel", "[3, 6]", "fit")),
+        (lambda: call(1, (1, 0)), ValueError, ("stride", "at least 1", "[1, 0]")),
+        (lambda: call(2, (0, -1)), ValueError, ("padding", "at least 0")),
+        (lambda: call(4, 3), ValueError, ("groups", "3")),
+        (lambda: call(6, 0), ValueError, ("patch_bytes", "0")),
+        (lambda: call(7, BF16), TypeError, ("dtype", "BFloat16")),
+        (lambda: call(8, "both"), ValueError, ("method", "both", "'displaced'")),
+        (lambda: call(1, (1, 2), "displaced"), ValueError, ("stride", "displaced")),
+        (lambda: call(0, (3, 3), x=x[0, 0]), ValueError, ("x", "[5, 5]")),
+    ):
+        with pytest.raises(error) as caught:
+            make()
+        for word in words:
+            assert word in str(caught.value), f"{word!r} is not in {caught.value}"
+
+
+def test_the_cheaper_way_is_chosen() -> None:
+    assert cost.conv_method(64, (3, 3), (1, 1), (32, 32)) == "displaced"
+    assert cost.conv_method(64, (3, 3), (2, 2), (32, 32)) == "direct"  # only a stride of 1 has displacements
+    assert cost.conv_method(64, (1, 1), (1, 1), (32, 32)) == "direct"
+    assert cost.conv_method(3, (3, 3), (1, 1), (32, 32)) == "direct"  # blocks [3, 3] are nothing for BLAS
+    # 13 products instead of 45 of 3x3, where the border costs nothing.
+    huge = (10**6, 10**6)
+    ratio = cost.displaced_flops(64, (3, 3), huge) / cost.direct_flops(64, (3, 3), huge)
+    assert ratio == pytest.approx(2 * 13 / 81, rel=1e-3)
+
+
+def peak_bytes(layer: torch.nn.Module, x: Tensor) -> int:
+    """The most memory that a step holds beyond what it began with, from the profiler's allocation events."""
+    layer(x).sum().backward()
+    layer.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer(x).sum().backward()
+    events = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+BUDGET = 2**20
+MEMORY: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
+    "unfolded": ((8, 12, 32, 32), (12, 8, 3, 2, 1)),
+    "displaced": ((8, 32, 32, 32), (32, 8, 3, 1, 1)),
+    "depthwise": ((8, 32, 32, 32), (32, 32, 3, 1, 1, 1, 32)),
+    "one image": ((1, 12, 96, 96), (12, 8, 3, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("backend", [b for b in ("cpu", "reference") if cw.backends()[b] == "available"])
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_beyond_torchs_is_bounded_by_the_budget(name: str, backend: str, dtype: torch.dtype) -> None:
+    (batch, *size), arguments = MEMORY[name]
+    own = cw.Conv2d(*arguments, patch_bytes=BUDGET, backend=backend, dtype=dtype)
+    plain = torch.nn.Conv2d(*arguments, dtype=dtype)
+    inputs = own.weight[0].numel() + 1
+    matrices = 16 * own.groups * inputs**2 * 4  # Gram, inverse and what their factor works with
+    for times in (1, 4):
+        x = randn(times * batch, *size, dtype=dtype)
+        extra = peak_bytes(own, x) - peak_bytes(plain, x)
+        patches = x.numel() * 9 * 4
+        assert extra <= BUDGET + matrices, f"{extra} bytes more than torch's; all patches are {patches}"
+
+
+def test_benchmark_measures_every_provider() -> None:
+    shape = ConvShape(2, 4, 6, 3, 1, 1, 8, 2.0)
+    results, missing = run([shape, ConvShape(2, 4, 4, 3, 2, 4, 8)], 0.01, list(CONV_PROVIDERS))
+    assert not missing
+    found = {(result.shape, result.provider) for result in results}
+    assert found == {(shape.name, p) for p in CONV_PROVIDERS} | {
+        ("2x4x8^2 3^2/2 4 g4", p) for p in CONV_PROVIDERS if p != "displaced"
+    }
+    assert all(result.op == "conv2d" and result.ratio > 0 and result.flop_floor > 1 for result in results)
+
+
+def test_benchmarked_naive_layer_is_right() -> None:
+    for shape in (ConvShape(3, 4, 6, 3, 1, 2, 8), ConvShape(3, 4, 6, 3, 2, 1, 8)):
+        x, dy = randn(*shape.input_size, dtype=F32), randn(*shape.output_size, seed=1, dtype=F32)
+        naive, own = shape.layer("naive"), shape.layer("consequentialism")
+        naive.load_state_dict(own.state_dict())
+        for layer in (naive, own):
+            layer(x).backward(dy)
+        assert_close("dw", naive.weight.grad, own.weight.grad, 1e-4)
+        assert_close("db", naive.bias.grad, own.bias.grad, 1e-4)
