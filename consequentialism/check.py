@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import AVAILABLE, backends
+from .dispatch import AVAILABLE, backends, device_of
 from .functional import emended_weight_grad
 from .options import DAMPING_MODES, SCALES
 
@@ -50,7 +50,7 @@ def check() -> list[Check]:
 
 
 def _check_backend(backend: str) -> Check:
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    device = device_of(backend)
     generator = torch.Generator().manual_seed(0)
     worst, where, cases = 0.0, "", 0
     for rows, inputs, outputs in SHAPES:

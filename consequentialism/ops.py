@@ -5,6 +5,7 @@ The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequ
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -53,8 +54,9 @@ device_types = _device_types()
 
 
 def breakdowns() -> int:
-    """How many factors of this process broke down and were retried with more damping (compiled kernels only)."""
-    return 0 if module is None else int(module.breakdowns())
+    """How many factors of this process broke down and were retried with more damping, the reference's not counted."""
+    triton = sys.modules.get(f"{__package__}.triton")  # if it was ever asked for
+    return (0 if module is None else int(module.breakdowns())) + (0 if triton is None else triton.breakdowns())
 
 
 def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:

@@ -1,0 +1,119 @@
+"""How each kernel is launched: tiles, warps and stages, by shape and type alone.
+
+A plan is chosen by a fixed rule instead of being timed at the first call: timing waits for the device, cannot be captured
+in a CUDA graph, and two runs that pick different depths or splits would not agree to the bit. `CANDIDATES` of an op are
+all that a rule can pick; each is compiled and held to the chip's shared memory and registers in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PROCESSORS = 132  # of an H100; more or fewer only move the point at which tiles grow
+MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid
+MAX_TILES = 65535  # along each of the others
+
+
+class GramPlan(NamedTuple):
+    """``splits`` of the inner index, ``length`` each, and the tiles of ``x x^T``."""
+
+    tile: int
+    depth: int
+    warps: int
+    stages: int
+    splits: int = 1
+    length: int = 0
+
+
+class EmendPlan(NamedTuple):
+    """Tiles of the emended input, ``[rows, inputs]``, and the depth of a step."""
+
+    rows: int
+    inputs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+# By the bytes of what is multiplied: 2 (half types), 4 (float32), 8 (float64).
+GRAM_SMALL = {2: GramPlan(32, 64, 4, 3), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
+GRAM_LARGE = {2: GramPlan(64, 64, 4, 3), 4: GramPlan(64, 32, 4, 3), 8: GramPlan(64, 32, 8, 2)}
+EMEND_SMALL = {2: EmendPlan(32, 32, 32, 4, 2), 4: EmendPlan(32, 32, 32, 4, 2), 8: EmendPlan(32, 32, 32, 4, 2)}
+EMEND_LARGE = {2: EmendPlan(64, 64, 32, 4, 2), 4: EmendPlan(64, 64, 32, 4, 2), 8: EmendPlan(64, 64, 32, 8, 2)}
+EMEND_CANDIDATES = {size: (EMEND_SMALL[size], EMEND_LARGE[size]) for size in (2, 4, 8)}
+GRAM_HUGE = {2: GramPlan(128, 64, 8, 3), 4: GramPlan(128, 32, 8, 3)}
+GRAM_CANDIDATES = {size: [t[size] for t in (GRAM_SMALL, GRAM_LARGE, GRAM_HUGE) if size in t] for size in (2, 4, 8)}
+MIN_LENGTH = 256  # of a split: less does not pay for the sum over splits
+
+
+def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
+    """For the Gram of an operand ``[outer, inner]``, multiplied in a type of so many bytes."""
+    most = max(1, inner // MIN_LENGTH)
+
+    def tiles(plan: GramPlan) -> int:
+        along = ceil_div(max(outer, 1), plan.tile)
+        return along * (along + 1) // 2
+
+    plan = GRAM_SMALL[element_bytes]
+    if outer > plan.tile:
+        plan = GRAM_LARGE[element_bytes]
+    huge = GRAM_HUGE.get(element_bytes)
+    if huge is not None and outer > huge.tile and tiles(huge) * most >= PROCESSORS:
+        plan = huge
+    splits = min(most, max(1, PROCESSORS // tiles(plan)))
+    length = ceil_div(ceil_div(max(inner, 1), splits), plan.depth) * plan.depth
+    return plan._replace(splits=ceil_div(max(inner, 1), length), length=length)
+
+
+def plan_emend(rows: int, inputs: int, element_bytes: int) -> EmendPlan:
+    """For an emended input ``[rows, inputs]``, multiplied in a type of so many bytes."""
+    large = EMEND_LARGE[element_bytes]
+    enough = ceil_div(rows, large.rows) * ceil_div(inputs, large.inputs) >= PROCESSORS
+    return large if enough else EMEND_SMALL[element_bytes]
+
+
+class FactorPlan(NamedTuple):
+    """Tiles, the columns of a strip, and the warps of the one program that factors a matrix."""
+
+    tile: int
+    wide: int
+    warps: int
+
+
+MAX_FACTOR_ORDER = 256  # what one program factors in less time than cuSOLVER takes (a prediction)
+FACTOR_SMALL = FactorPlan(32, 32, 1)
+FACTOR_LARGE = FactorPlan(32, 128, 4)
+FACTOR_CANDIDATES = (FACTOR_SMALL, FACTOR_LARGE)
+MULTIPLY_TILE = {4: 64, 8: 32}
+
+
+def plan_factor(order: int) -> FactorPlan:
+    """For matrices ``[order, order]``."""
+    return FACTOR_SMALL if order <= 64 else FACTOR_LARGE
+
+
+class FusedPlan(NamedTuple):
+    """Rows that a program holds, and its tile of dw, ``[outputs, inputs]``."""
+
+    size: int
+    inputs: int
+    outputs: int
+    depth: int
+    warps: int
+
+
+MAX_FUSED_ROWS = 64
+FUSED_CANDIDATES = {
+    size: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 4)) for size in (2, 4, 8)
+}
+
+
+def plan_fused(rows: int, element_bytes: int) -> FusedPlan | None:
+    """For a gradient of so many rows, or None where a program cannot hold them."""
+    fitting = (plan for plan in FUSED_CANDIDATES[element_bytes] if plan.size >= rows)
+    return next(fitting, None)
