@@ -53,7 +53,8 @@ def _check_backend(backend: str) -> Check:
     device = device_of(backend)
     generator = torch.Generator().manual_seed(0)
     worst, where, cases = 0.0, "", 0
-    for rows, inputs, outputs in SHAPES:
+    interpreted = backend == "triton" and device == "cpu"  # Triton's interpreter takes a second a case
+    for rows, inputs, outputs in SHAPES[:3] if interpreted else SHAPES:
         x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
         dy = torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
         for dtype, bound in BOUNDS.items():

@@ -61,6 +61,8 @@ def _load_triton() -> str:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if not interpreted and not torch.cuda.is_available():
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if not interpreted and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} has no tensor cores for these types, compute capability 8.0 is needed"
     try:
         _triton = importlib.import_module(f"{__package__}.triton")
     except ImportError as error:

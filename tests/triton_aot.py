@@ -91,7 +91,7 @@ def cases(target: str) -> Iterator[Case]:
     for wide in ("fp32", "fp64"):
         pointers = {"gram": wide, "upper": wide, "inverse": wide, "state": wide, "result": wide}
         exact = precision(wide, target)
-        for plan in plans.FACTOR_CANDIDATES:
+        for plan in plans.FACTOR_CANDIDATES[BYTES[wide]]:
             constants = {
                 "RELATIVE": True, "BY_RIDGE": False, "RETRY": False, "RETRIES": 3, "TILE": plan.tile,
                 "WIDE": plan.wide, "PRECISION": exact,

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..options import DAMPING_MODES, SCALES, check_choice, check_damping
 
 FORMS = ("dual", "primal")
+LIMIT = 2**31  # of a size; elements are addressed with 64 bits
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -17,6 +18,8 @@ def check_x(x: Tensor, name: str = "x", shape: str = "[N, I]") -> None:
         raise ValueError(f"{name} must have the shape {shape}, got {list(x.shape)}")
     if x.dtype not in FLOATING_TYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if max(x.shape) >= LIMIT:
+        raise ValueError(f"{name} {shape} must have fewer than 2^31 rows and columns, got {list(x.shape)}")
 
 
 def check_form(form: str) -> None:

@@ -13,9 +13,6 @@ import triton.language as tl
 
 from .language import add_product, ceil_div, element, helper, reciprocal_root, subtract_product
 
-TILE = 32  # rows that are factored in registers, one after the other
-WIDE = 128  # columns of a strip
-
 # What becomes of an inverse: `state` [3] holds one of these, the multiplier, and the ridge.
 INVERTED = tl.constexpr(0)
 ZERO = tl.constexpr(1)

@@ -111,7 +111,7 @@ def inverse_of(gram: Tensor, ridge: Ridge) -> Tensor:
 def _factor(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None = None) -> None:
     """Write ``inverse``; with ``broken [B]``, only where the first attempt broke down or there is none."""
     matrices, order, _ = gram.shape
-    plan = plans.plan_factor(order)
+    plan = plans.plan_factor(order, gram.element_size())
     size = ceil_div(order, plan.tile) * plan.tile
     room = gram.new_empty(2, matrices, size, size)
     state = gram.new_empty(matrices, 3)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PROCESSORS = 132  # of an H100; more or fewer only move the point at which tiles grow
-MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid
-MAX_TILES = 65535  # along each of the others
 
 
 class GramPlan(NamedTuple):
@@ -42,11 +40,11 @@ def ceil_div(a: int, b: int) -> int:
 
 # By the bytes of what is multiplied: 2 (half types), 4 (float32), 8 (float64).
 GRAM_SMALL = {2: GramPlan(32, 64, 4, 3), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
-GRAM_LARGE = {2: GramPlan(64, 64, 4, 3), 4: GramPlan(64, 32, 4, 3), 8: GramPlan(64, 32, 8, 2)}
+GRAM_LARGE = {2: GramPlan(64, 64, 8, 3), 4: GramPlan(64, 32, 8, 3), 8: GramPlan(64, 32, 8, 2)}
 EMEND_SMALL = {2: EmendPlan(32, 32, 32, 4, 2), 4: EmendPlan(32, 32, 32, 4, 2), 8: EmendPlan(32, 32, 32, 4, 2)}
 EMEND_LARGE = {2: EmendPlan(64, 64, 32, 4, 2), 4: EmendPlan(64, 64, 32, 4, 2), 8: EmendPlan(64, 64, 32, 8, 2)}
 EMEND_CANDIDATES = {size: (EMEND_SMALL[size], EMEND_LARGE[size]) for size in (2, 4, 8)}
-GRAM_HUGE = {2: GramPlan(128, 64, 8, 3), 4: GramPlan(128, 32, 8, 3)}
+GRAM_HUGE = {2: GramPlan(128, 32, 8, 3)}
 GRAM_CANDIDATES = {size: [t[size] for t in (GRAM_SMALL, GRAM_LARGE, GRAM_HUGE) if size in t] for size in (2, 4, 8)}
 MIN_LENGTH = 256  # of a split: less does not pay for the sum over splits
 
@@ -63,7 +61,9 @@ def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
     if outer > plan.tile:
         plan = GRAM_LARGE[element_bytes]
     huge = GRAM_HUGE.get(element_bytes)
-    if huge is not None and outer > huge.tile and tiles(huge) * most >= PROCESSORS:
+    # Rows that start anywhere need addresses for each element, which the largest tile has no registers for.
+    aligned = outer % 16 == 0 and inner % 16 == 0
+    if huge is not None and aligned and outer > huge.tile and tiles(huge) * most >= PROCESSORS:
         plan = huge
     splits = min(most, max(1, PROCESSORS // tiles(plan)))
     length = ceil_div(ceil_div(max(inner, 1), splits), plan.depth) * plan.depth
@@ -78,7 +78,7 @@ def plan_emend(rows: int, inputs: int, element_bytes: int) -> EmendPlan:
 
 
 class FactorPlan(NamedTuple):
-    """Tiles, the columns of a strip, and the warps of the one program that factors a matrix."""
+    """Rows that are factored in registers, the columns of a strip, and the warps of the one program of a matrix."""
 
     tile: int
     wide: int
@@ -86,15 +86,15 @@ class FactorPlan(NamedTuple):
 
 
 MAX_FACTOR_ORDER = 256  # what one program factors in less time than cuSOLVER takes (a prediction)
-FACTOR_SMALL = FactorPlan(32, 32, 1)
-FACTOR_LARGE = FactorPlan(32, 128, 4)
-FACTOR_CANDIDATES = (FACTOR_SMALL, FACTOR_LARGE)
+FACTOR_SMALL = {4: FactorPlan(32, 32, 4), 8: FactorPlan(16, 32, 4)}
+FACTOR_LARGE = {4: FactorPlan(32, 64, 8), 8: FactorPlan(16, 64, 8)}
+FACTOR_CANDIDATES = {size: (FACTOR_SMALL[size], FACTOR_LARGE[size]) for size in (4, 8)}
 MULTIPLY_TILE = {4: 64, 8: 32}
 
 
-def plan_factor(order: int) -> FactorPlan:
-    """For matrices ``[order, order]``."""
-    return FACTOR_SMALL if order <= 64 else FACTOR_LARGE
+def plan_factor(order: int, element_bytes: int) -> FactorPlan:
+    """For matrices ``[order, order]``, float32 or float64."""
+    return FACTOR_SMALL[element_bytes] if order <= 64 else FACTOR_LARGE[element_bytes]
 
 
 class FusedPlan(NamedTuple):
@@ -109,7 +109,7 @@ class FusedPlan(NamedTuple):
 
 MAX_FUSED_ROWS = 64
 FUSED_CANDIDATES = {
-    size: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 4)) for size in (2, 4, 8)
+    size: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 8 if size == 8 else 4)) for size in (2, 4, 8)
 }
 
 
