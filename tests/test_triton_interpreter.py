@@ -24,7 +24,10 @@ SELECTED = {
     "identities": ("test_identities.py", "formula and True"),
     "types": ("test_accuracy.py", "test_types and (raw or gradient) and not float32"),
     "determinism": ("test_accuracy.py", "bitwise and bfloat16 and (31 or 33) or any_size or wide_gram"),
-    "ops": ("test_ops.py", "(test_factor and float32) or breakdown or (tiny and float32) or (layout and bfloat16 and 7)"),
+    "ops": (
+        "test_ops.py",
+        "(test_factor and float32) or breakdown or (tiny and float32) or (layout and bfloat16 and 7)",
+    ),
     "contracts": (
         "test_contracts.py",
         "(dead_inputs and raw and relative) or (empty_batch and float16) or no_inputs or opposite or second_derivative "

@@ -29,7 +29,7 @@ TARGETS = {
 }
 SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # that a block may have
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-POINTERS = frozenset("x dy gram partial inverse upper emended column state result dw db broken room broken_before".split())
+COUNTERS = ("breakdowns", "broken_before", "broken")
 
 
 class Case(NamedTuple):
@@ -85,9 +85,7 @@ def cases(target: str) -> Iterator[Case]:
                 "TILE": 32, "WIDE": 32, "PRECISION": precision(wide, target),
             }  # fmt: skip
             pointers = {"x": x, "dy": x, "dw": x, "db": x, "room": wide}
-            yield Case(
-                f"fused-{x}-{wide}-{plan.size}", fused_weight_grad_kernel, pointers, constants, plan.warps, 1
-            )
+            yield Case(f"fused-{x}-{wide}-{plan.size}", fused_weight_grad_kernel, pointers, constants, plan.warps, 1)
     for wide in ("fp32", "fp64"):
         pointers = {"gram": wide, "upper": wide, "inverse": wide, "state": wide, "result": wide}
         exact = precision(wide, target)
@@ -117,9 +115,9 @@ def compile_case(case: Case, target: str, aligned: bool = True) -> Compiled:
         name = parameter.name
         if name in case.constants:
             signature[name] = "constexpr"
-        elif name in ("breakdowns", "broken_before", "broken"):
+        elif name in COUNTERS:
             signature[name] = "*i32"
-        elif name in POINTERS:
+        elif name in case.pointers:
             signature[name] = "*" + case.pointers[name]
         elif parameter.annotation_type:
             signature[name] = parameter.annotation_type

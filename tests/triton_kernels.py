@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import (
     BF16,
-    DTYPES,
     F16,
     F32,
     F64,
@@ -75,7 +74,7 @@ def test_fused_weight_grad_at_the_edges(dtype: torch.dtype) -> None:
     x, dy = randn(5, 40, dtype=dtype), randn(5, 70, seed=1, dtype=dtype)
     zeros = fused_weight_grad(torch.zeros_like(x), dy, False, 1.0, "relative", "nlms")[0]
     assert_identical("dw of dead inputs", zeros, torch.zeros(70, 40, dtype=dtype))
-    for empty in (fused_weight_grad(x[:0], dy[:0], True, 1.0, "relative", "nlms")):
+    for empty in fused_weight_grad(x[:0], dy[:0], True, 1.0, "relative", "nlms"):
         assert_identical("of no rows", empty, torch.zeros_like(empty))
     for tensor, where in ((x, (4, 39)), (dy, (0, 69))):
         for value in (math.nan, math.inf):

@@ -33,9 +33,20 @@ def add_emended(sums, inverse, x, INVERSE_FIRST: tl.constexpr, PRECISION: tl.con
 
 @triton.jit
 def emended_input_kernel(
-    inverse, x, emended, column, rows, inputs, stride_row, stride_column,
-    BIAS: tl.constexpr, PRIMAL: tl.constexpr,
-    TILE_N: tl.constexpr, TILE_I: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    inverse,
+    x,
+    emended,
+    column,
+    rows,
+    inputs,
+    stride_row,
+    stride_column,
+    BIAS: tl.constexpr,
+    PRIMAL: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_I: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``emended [N, I]`` and ``column [N]``, a tile of ``[TILE_N, TILE_I]`` each; P is ``[n, n]``, contiguous."""
     SUM: tl.constexpr = inverse.dtype.element_ty
@@ -64,9 +75,7 @@ def emended_input_kernel(
                 border = tl.load(element(inverse, inputs + 0 * k, k, order, 1), mask=k < inputs, other=0)
                 ones += tl.sum(a.to(SUM) * border[None, :], axis=1)
         else:
-            a = load(
-                element(inverse, row[:, None], k[None, :], order, 1), (row < rows)[:, None] & (k < rows)[None, :]
-            )
+            a = load(element(inverse, row[:, None], k[None, :], order, 1), (row < rows)[:, None] & (k < rows)[None, :])
             b = load(
                 element(x, k[:, None], input_[None, :], stride_row, stride_column),
                 (k < rows)[:, None] & (input_ < inputs)[None, :],

@@ -57,8 +57,16 @@ def factor_tile(tile, count, TILE: tl.constexpr):
 
 @helper
 def factor_matrix(
-    gram, order, stride, ridge, upper, inverse, size,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    gram,
+    order,
+    stride,
+    ridge,
+    upper,
+    inverse,
+    size,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``inverse [size, size] <- U^-1`` of ``gram [order, order] + ridge I``; whether it worked.
 
@@ -89,7 +97,8 @@ def factor_matrix(
                 left = tl.load(element(upper, (m * TILE + line)[:, None], row[None, :], size, 1))
                 right = tl.load(
                     element(upper, (m * TILE + line)[:, None], column[None, :], size, 1),
-                    mask=(column < size)[None, :], other=0,
+                    mask=(column < size)[None, :],
+                    other=0,
                 )
                 strip = subtract_product(strip, tl.trans(left), right, PRECISION)
             strip = tl.dot(tl.trans(small), strip, input_precision=PRECISION, out_dtype=strip.dtype)
@@ -108,7 +117,8 @@ def factor_matrix(
                 left = tl.load(element(upper, row[:, None], m[None, :], size, 1))
                 right = tl.load(
                     element(inverse, m[:, None], column[None, :], size, 1),
-                    mask=(m[:, None] <= column[None, :]) & (column < size)[None, :], other=0,
+                    mask=(m[:, None] <= column[None, :]) & (column < size)[None, :],
+                    other=0,
                 )
                 strip = subtract_product(strip, left, right, PRECISION)
             strip = tl.dot(small, strip, input_precision=PRECISION, out_dtype=strip.dtype)
@@ -119,8 +129,13 @@ def factor_matrix(
 
 @helper
 def inverse_tile(
-    inverse, first_row, first_column, size,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    inverse,
+    first_row,
+    first_column,
+    size,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``[TILE, TILE]`` entries of V V^T."""
     row = first_row + tl.arange(0, TILE)
@@ -132,11 +147,13 @@ def inverse_tile(
         k = (count - 1 - step) * DEPTH + tl.arange(0, DEPTH)
         left = tl.load(
             element(inverse, row[:, None], k[None, :], size, 1),
-            mask=(row[:, None] <= k[None, :]) & (k < size)[None, :], other=0,
+            mask=(row[:, None] <= k[None, :]) & (k < size)[None, :],
+            other=0,
         )
         right = tl.load(
             element(inverse, column[:, None], k[None, :], size, 1),
-            mask=(column[:, None] <= k[None, :]) & (k < size)[None, :], other=0,
+            mask=(column[:, None] <= k[None, :]) & (k < size)[None, :],
+            other=0,
         )
         sums = add_product(sums, left, tl.trans(right), PRECISION)
     return sums
@@ -155,9 +172,25 @@ def trace_of(gram, order, stride, LINE: tl.constexpr):
 
 @helper
 def factor_with_retries(
-    gram, order, stride, upper, inverse, size, damping, rank, multiplier, broken_before, breakdowns, counted,
-    RELATIVE: tl.constexpr, BY_RIDGE: tl.constexpr, RETRY: tl.constexpr, RETRIES: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    gram,
+    order,
+    stride,
+    upper,
+    inverse,
+    size,
+    damping,
+    rank,
+    multiplier,
+    broken_before,
+    breakdowns,
+    counted,
+    RELATIVE: tl.constexpr,
+    BY_RIDGE: tl.constexpr,
+    RETRY: tl.constexpr,
+    RETRIES: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``inverse <- V [size, size]`` of ``gram [order, order]``; what came of it, the multiplier and the ridge.
 
@@ -180,9 +213,8 @@ def factor_with_retries(
         if (attempts > 0) & (tl.load(broken_before) == 0):
             outcome = outcome * 0 + KEPT
             attempts = attempts * 0
-        if counted:
-            if attempts > 0:
-                tl.atomic_add(breakdowns, 1)
+        if counted & (attempts > 0):
+            tl.atomic_add(breakdowns, 1)
         attempt = 1
         grown *= 10
     while attempt < attempts:
@@ -190,9 +222,8 @@ def factor_with_retries(
         if works == 1:
             attempts = attempts * 0
         else:
-            if counted:
-                if attempt == 0:
-                    tl.atomic_add(breakdowns, 1)
+            if counted & (attempt == 0):
+                tl.atomic_add(breakdowns, 1)
             if attempt == RETRIES:
                 outcome = outcome * 0 + DIAGONAL
         attempt += 1
@@ -202,10 +233,25 @@ def factor_with_retries(
 
 @triton.jit
 def factor_kernel(
-    gram, upper, inverse, state, broken_before, breakdowns, order, stride, size,
-    damping: tl.float64, rank: tl.float64, multiplier: tl.float64,
-    RELATIVE: tl.constexpr, BY_RIDGE: tl.constexpr, RETRY: tl.constexpr, RETRIES: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    gram,
+    upper,
+    inverse,
+    state,
+    broken_before,
+    breakdowns,
+    order,
+    stride,
+    size,
+    damping: tl.float64,
+    rank: tl.float64,
+    multiplier: tl.float64,
+    RELATIVE: tl.constexpr,
+    BY_RIDGE: tl.constexpr,
+    RETRY: tl.constexpr,
+    RETRIES: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``inverse <- V [size, size]`` and ``state [3]``, of each ``gram [order, order]`` of a batch.
 
@@ -215,7 +261,7 @@ def factor_kernel(
     state += matrix * 3
     outcome, times, ridge = factor_with_retries(
         gram + matrix * order * stride, order, stride, upper + matrix * size * size, inverse + matrix * size * size,
-        size, damping, rank, multiplier, broken_before + matrix, breakdowns, True,
+        size, damping, rank, multiplier, broken_before + matrix, breakdowns, matrix >= 0,
         RELATIVE, BY_RIDGE, RETRY, RETRIES, TILE, WIDE, PRECISION,
     )  # fmt: skip
     tl.store(state, outcome.to(times.dtype))
@@ -225,8 +271,19 @@ def factor_kernel(
 
 @helper
 def outcome_tile(
-    gram, inverse, outcome, multiplier, ridge, first_row, first_column, order, stride, size,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    gram,
+    inverse,
+    outcome,
+    multiplier,
+    ridge,
+    first_row,
+    first_column,
+    order,
+    stride,
+    size,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``[TILE, TILE]`` entries of the multiplier times V V^T, or of what `outcome` says in its place."""
     row = (first_row + tl.arange(0, TILE))[:, None]
@@ -245,8 +302,16 @@ def outcome_tile(
 
 @triton.jit
 def multiply_kernel(
-    gram, inverse, state, result, order, stride, size,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    gram,
+    inverse,
+    state,
+    result,
+    order,
+    stride,
+    size,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``result [order, order]`` of each matrix of a batch, from what `factor_kernel` left."""
     matrix = tl.program_id(2).to(tl.int64)

@@ -17,11 +17,34 @@ from .language import add_product, ceil_div, element, load, round_to, store
 
 @triton.jit
 def fused_weight_grad_kernel(
-    x, dy, dw, db, room, breakdowns, rows, inputs, outputs, x_row, x_column, dy_row, dy_column,
-    damping: tl.float64, rank: tl.float64, multiplier: tl.float64,
-    BIAS: tl.constexpr, RELATIVE: tl.constexpr, BY_RIDGE: tl.constexpr, RETRIES: tl.constexpr, Y: tl.constexpr,
-    SIZE: tl.constexpr, TILE_I: tl.constexpr, TILE_O: tl.constexpr, DEPTH: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    dy,
+    dw,
+    db,
+    room,
+    breakdowns,
+    rows,
+    inputs,
+    outputs,
+    x_row,
+    x_column,
+    dy_row,
+    dy_column,
+    damping: tl.float64,
+    rank: tl.float64,
+    multiplier: tl.float64,
+    BIAS: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    BY_RIDGE: tl.constexpr,
+    RETRIES: tl.constexpr,
+    Y: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE_I: tl.constexpr,
+    TILE_O: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``dw [O, I]``, a tile of ``[TILE_O, TILE_I]`` each, and ``db [O]``.
 
@@ -64,15 +87,13 @@ def fused_weight_grad_kernel(
         element(x, row[:, None], column[None, :], x_row, x_column),
         (row < rows)[:, None] & (column < inputs)[None, :],
     )
-    emended = add_emended(
-        tl.full([SIZE, TILE_I], 0, SUM), whole, own, True, PRECISION
-    )
+    emended = add_emended(tl.full([SIZE, TILE_I], 0, SUM), whole, own, True, PRECISION)
     errors = load(
         element(dy, row[:, None], output[None, :], dy_row, dy_column),
         (row < rows)[:, None] & (output < outputs)[None, :],
     )
-    WIDEST: tl.constexpr = tl.float64 if Y == tl.float64 else tl.float32
-    if Y == tl.bfloat16:
+    WIDEST: tl.constexpr = tl.float64 if tl.float64 == Y else tl.float32
+    if tl.bfloat16 == Y:
         gradient = tl.dot(tl.trans(errors), round_to(emended, Y))
     else:
         gradient = add_product(
@@ -80,7 +101,8 @@ def fused_weight_grad_kernel(
         )
     gradient += spoiled.to(WIDEST)
     store(
-        element(dw, output[:, None], column[None, :], inputs, 1), gradient,
+        element(dw, output[:, None], column[None, :], inputs, 1),
+        gradient,
         (output < outputs)[:, None] & (column < inputs)[None, :],
     )
     if BIAS and program % tiles == 0:

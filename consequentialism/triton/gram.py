@@ -1,7 +1,7 @@
 """The input Gram, ``x x^T`` or ``x^T x``: the upper triangle in tiles, split over the inner index.
 
-An operand is ``[outer, inner]``: x itself (dual) or ``x^T`` (primal), which only swaps two strides. Splits are summed in
-their order by a second kernel, so that results are the same from run to run.
+An operand is ``[outer, inner]``: x itself (dual) or ``x^T`` (primal), which only swaps two strides. Splits are summed
+in their order by a second kernel, so that results are the same from run to run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,18 @@ from .language import add_product, element, helper, load, store
 
 @helper
 def input_gram_tile(
-    x, outer, begin, end, stride_outer, stride_inner, first_row, first_column,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    outer,
+    begin,
+    end,
+    stride_outer,
+    stride_inner,
+    first_row,
+    first_column,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``[TILE, TILE]`` entries of the Gram over inner in [begin, end), and the sums of the rows, ``[TILE]``."""
     rows = first_row + tl.arange(0, TILE)
@@ -40,9 +50,20 @@ def input_gram_tile(
 
 @triton.jit
 def input_gram_kernel(
-    x, gram, outer, inner, stride_outer, stride_inner, order, depth,
-    BIAS: tl.constexpr, PRIMAL: tl.constexpr, MIRRORED: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    gram,
+    outer,
+    inner,
+    stride_outer,
+    stride_inner,
+    order,
+    depth,
+    BIAS: tl.constexpr,
+    PRIMAL: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of one split: ``gram [splits, order, order]``, the upper triangle, or all of it where MIRRORED."""
     row = tl.program_id(0)

@@ -148,9 +148,7 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     return inverse
 
 
-def _wide_inverse(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
-) -> Tensor:
+def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """The inverse in float64 where float32 is not enough, known from the arguments alone."""
     check_x(x)
     check_form(form)
@@ -248,8 +246,8 @@ def fused_weight_grad(
         fused_weight_grad_kernel[(programs,)](
             x, dy, dw, db, room, _counter(x.device), rows, inputs, outputs, *x.stride(), *dy.stride(),
             ridge.damping, float(ridge.rank), float(ridge.multiplier),
-            BIAS=bias, RELATIVE=ridge.relative, BY_RIDGE=ridge.by_ridge, RETRIES=RETRIES, Y=_TYPES[emended_dtype(x.dtype)],
-            SIZE=plan.size, TILE_I=plan.inputs, TILE_O=plan.outputs, DEPTH=plan.depth,
+            BIAS=bias, RELATIVE=ridge.relative, BY_RIDGE=ridge.by_ridge, RETRIES=RETRIES,
+            Y=_TYPES[emended_dtype(x.dtype)], SIZE=plan.size, TILE_I=plan.inputs, TILE_O=plan.outputs, DEPTH=plan.depth,
             TILE=32, WIDE=32, PRECISION=_exact(wide), num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
     return dw, db

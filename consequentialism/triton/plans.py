@@ -1,8 +1,8 @@
 """How each kernel is launched: tiles, warps and stages, by shape and type alone.
 
-A plan is chosen by a fixed rule instead of being timed at the first call: timing waits for the device, cannot be captured
-in a CUDA graph, and two runs that pick different depths or splits would not agree to the bit. `CANDIDATES` of an op are
-all that a rule can pick; each is compiled and held to the chip's shared memory and registers in the tests.
+A plan follows a fixed rule instead of being timed at the first call: timing waits for the device, cannot be captured in
+a CUDA graph, and two runs that pick different depths or splits would not agree to the bit. The candidates of an op are
+all that its rule can pick; tests compile each and hold it to the chip's registers and shared memory.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class FactorPlan(NamedTuple):
 
 MAX_FACTOR_ORDER = 256  # what one program factors in less time than cuSOLVER takes (a prediction)
 FACTOR_SMALL = {4: FactorPlan(32, 32, 4), 8: FactorPlan(16, 32, 4)}
-FACTOR_LARGE = {4: FactorPlan(32, 64, 8), 8: FactorPlan(16, 64, 8)}
-FACTOR_CANDIDATES = {size: (FACTOR_SMALL[size], FACTOR_LARGE[size]) for size in (4, 8)}
+FACTOR_LARGE = {4: FactorPlan(32, 64, 8), 8: FactorPlan(16, 32, 4)}
+FACTOR_CANDIDATES = {size: sorted({FACTOR_SMALL[size], FACTOR_LARGE[size]}) for size in (4, 8)}
 MULTIPLY_TILE = {4: 64, 8: 32}
 
 

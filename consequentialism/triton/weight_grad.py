@@ -10,8 +10,18 @@ from .language import ceil_div, element, load, store
 
 @triton.jit
 def bias_grad_kernel(
-    dy, column, db, broken, rows, outputs, stride_row, stride_column,
-    HAS_COLUMN: tl.constexpr, SUM: tl.constexpr, TILE_N: tl.constexpr, TILE_O: tl.constexpr,
+    dy,
+    column,
+    db,
+    broken,
+    rows,
+    outputs,
+    stride_row,
+    stride_column,
+    HAS_COLUMN: tl.constexpr,
+    SUM: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_O: tl.constexpr,
 ):
     """``db = dy^T column [O]``, a tile of outputs each, and whether the tile has an entry that is not finite."""
     output = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
@@ -34,8 +44,16 @@ def bias_grad_kernel(
 
 @triton.jit
 def poison_kernel(
-    dw, db, broken, flags, entries, outputs, programs,
-    HAS_COLUMN: tl.constexpr, FLAGS: tl.constexpr, LINE: tl.constexpr,
+    dw,
+    db,
+    broken,
+    flags,
+    entries,
+    outputs,
+    programs,
+    HAS_COLUMN: tl.constexpr,
+    FLAGS: tl.constexpr,
+    LINE: tl.constexpr,
 ):
     """Fill ``dw`` and ``db`` with NaN where one of the ``flags`` in ``broken`` is set."""
     bad = tl.full([FLAGS], 0, tl.int32)
@@ -45,7 +63,7 @@ def poison_kernel(
     if tl.sum(bad, axis=0) > 0:
         values = tl.full([LINE], float("nan"), tl.float32)
         for part in range(tl.program_id(0), ceil_div(entries, LINE), programs):
-            entry = part.to(tl.int64) * LINE + tl.arange(0, LINE)
+            entry = tl.cast(part, tl.int64) * LINE + tl.arange(0, LINE)
             store(dw + entry, values, entry < entries)
         if HAS_COLUMN:
             for part in range(tl.program_id(0), ceil_div(outputs, LINE), programs):
