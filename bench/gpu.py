@@ -146,6 +146,7 @@ def bench_layer(shape: Shape, dtype_name: str, rounds: int) -> list[Row]:
     layers: dict[str, nn.Module] = {
         "plain": nn.Linear(inputs, outputs, **make),
         "cuda": cw.Linear(inputs, outputs, backend="cuda", **make),
+        "triton": cw.Linear(inputs, outputs, backend="triton", **make),
         "reference": cw.Linear(inputs, outputs, backend="reference", **make),
     }
     errors = {name: error_of(layer, step(layer), *batches[0]) for name, layer in layers.items() if name != "plain"}

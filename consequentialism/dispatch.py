@@ -70,6 +70,10 @@ def _load_triton() -> str:
     return AVAILABLE
 
 
+# torch.compiler.assume_constant_result, which would import all of Dynamo: a first call may come while it traces.
+_load_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def device_of(name: str) -> str:
     """The type of device that a backend serves; with ``TRITON_INTERPRET=1`` Triton serves CPU tensors."""
     if name == "triton" and _triton is not None and _triton.INTERPRETED:

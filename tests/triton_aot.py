@@ -95,7 +95,7 @@ def cases(target: str) -> Iterator[Case]:
                 "WIDE": plan.wide, "PRECISION": exact,
             }  # fmt: skip
             yield Case(f"factor-{wide}-{plan.wide}", factor_kernel, pointers, constants, plan.warps, 1)
-        constants = {"TILE": plans.MULTIPLY_TILE[BYTES[wide]], "DEPTH": 32, "PRECISION": exact}
+        constants = {"TILE": plans.MULTIPLY_TILE, "DEPTH": 32, "PRECISION": exact}
         yield Case(f"multiply-{wide}", multiply_kernel, pointers, constants, 4, 2)
         yield Case(f"reduce-{wide}", reduce_gram_kernel, {"partial": wide, "gram": wide}, {"TILE": 32}, 4, 3)
     for dy, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", f64)):
@@ -126,7 +126,9 @@ def compile_case(case: Case, target: str, aligned: bool = True) -> Compiled:
             constants[name] = 1
         else:
             signature[name] = "i32"
-        if signature[name].startswith("*") or (signature[name] == "i32" and (aligned or name in ("size", "depth"))):
+        if signature[name].startswith("*") or (
+            signature[name] == "i32" and not parameter.do_not_specialize and (aligned or name in ("depth", "size"))
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}

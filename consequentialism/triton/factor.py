@@ -231,7 +231,7 @@ def factor_with_retries(
     return outcome, times.to(SUM), ridge.to(SUM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order", "stride"])
 def factor_kernel(
     gram,
     upper,
@@ -300,7 +300,7 @@ def outcome_tile(
     return tl.where(outcome == ZERO, 0, sums * multiplier)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order", "stride"])
 def multiply_kernel(
     gram,
     inverse,

@@ -15,7 +15,7 @@ from .gram import input_gram_tile
 from .language import add_product, ceil_div, element, load, round_to, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inputs", "outputs"])
 def fused_weight_grad_kernel(
     x,
     dy,

@@ -93,7 +93,7 @@ def input_gram_kernel(
                 tl.store(gram + order.to(tl.int64) * order - 1, (end - begin).to(SUM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["order", "splits"])
 def reduce_gram_kernel(partial, gram, order, splits, TILE: tl.constexpr):
     """``gram [order, order]``, whole, from the upper triangles of ``partial [splits, order, order]``."""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)

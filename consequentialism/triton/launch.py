@@ -116,8 +116,7 @@ def _factor(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None =
     room = gram.new_empty(2, matrices, size, size)
     state = gram.new_empty(matrices, 3)
     counter = _counter(gram.device)
-    tile = plans.MULTIPLY_TILE[gram.element_size()]
-    along = ceil_div(order, tile)
+    along = ceil_div(order, plans.MULTIPLY_TILE)
     with _on_device(gram):
         factor_kernel[(matrices,)](
             gram, room[0], room[1], state, counter if broken is None else broken, counter, order, order, size,
@@ -127,7 +126,7 @@ def _factor(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None =
         )  # fmt: skip
         multiply_kernel[along, along, matrices](
             gram, room[1], state, inverse, order, order, size,
-            TILE=tile, DEPTH=32, PRECISION=_exact(gram.dtype), num_warps=4, num_stages=2,
+            TILE=plans.MULTIPLY_TILE, DEPTH=32, PRECISION=_exact(gram.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
 
 

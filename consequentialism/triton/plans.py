@@ -89,7 +89,7 @@ MAX_FACTOR_ORDER = 256  # what one program factors in less time than cuSOLVER ta
 FACTOR_SMALL = {4: FactorPlan(32, 32, 4), 8: FactorPlan(16, 32, 4)}
 FACTOR_LARGE = {4: FactorPlan(32, 64, 8), 8: FactorPlan(16, 32, 4)}
 FACTOR_CANDIDATES = {size: sorted({FACTOR_SMALL[size], FACTOR_LARGE[size]}) for size in (4, 8)}
-MULTIPLY_TILE = {4: 64, 8: 32}
+MULTIPLY_TILE = 32
 
 
 def plan_factor(order: int, element_bytes: int) -> FactorPlan:

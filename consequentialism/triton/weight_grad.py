@@ -8,7 +8,7 @@ import triton.language as tl
 from .language import ceil_div, element, load, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "outputs"])
 def bias_grad_kernel(
     dy,
     column,
@@ -42,7 +42,7 @@ def bias_grad_kernel(
         store(db + output, sums, output < outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["flags", "entries", "outputs", "programs"])
 def poison_kernel(
     dw,
     db,
