@@ -22,7 +22,7 @@ from triton_aot import SHARED_BYTES, Case, compile_case
 
 from consequentialism.triton import plans
 
-PRODUCTS = ("gram", "emend", "fused", "factor", "multiply")
+PRODUCTS = ("gram", "conv", "emend", "fused", "factor", "multiply")
 TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("mma.sync", "wgmma.mma_async"), "gfx942": ("v_mfma",)}
 # A warpgroup's instruction needs 64 rows of a product of the chip's narrow types.
 WARPGROUPS = (
@@ -66,7 +66,9 @@ def test_names_of_the_cases() -> None:
         assert len(set(names(target))) == len(names(target))
 
 
-@pytest.mark.parametrize("name", ["gram-bf16-fp32-dual-64", "emend-fp32-fp32-primal-64", "multiply-fp32"])
+@pytest.mark.parametrize(
+    "name", ["gram-bf16-fp32-dual-64", "emend-fp32-fp32-primal-64", "conv-bf16-64", "conv-fp32-64"]
+)
 def test_nothing_spills_at_any_alignment(name: str) -> None:
     (case,) = (case for case in triton_aot.cases("sm_90") if case.name == name)
     assert compile_case(case, "sm_90", aligned=False).stack == 0
@@ -83,6 +85,9 @@ def test_plans_are_candidates_and_cover_the_shape() -> None:
         assert plan.length % plan.depth == 0
         assert plans.plan_emend(outer, inner, size) in plans.EMEND_CANDIDATES[size]
         assert plan == plans.plan_gram(outer, inner, size)
+        plan = plans.plan_conv_gram(4, outer, inner, size)
+        assert plan._replace(splits=1, length=0) == plans.CONV_GRAM[size]
+        assert (plan.splits - 1) * plan.length < inner <= plan.splits * plan.length
 
 
 def test_plans_of_factors() -> None:

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from consequentialism.triton import plans
+from consequentialism.triton.conv import conv_gram_kernel
 from consequentialism.triton.emend import emended_input_kernel
 from consequentialism.triton.factor import factor_kernel, multiply_kernel
 from consequentialism.triton.fused import fused_weight_grad_kernel
@@ -77,10 +78,15 @@ def cases(target: str) -> Iterator[Case]:
             pointers = {"inverse": wide, "x": x, "emended": "fp32" if x == "fp16" else x, "column": wide}
             name = f"emend-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.rows}"
             yield Case(name, emended_input_kernel, pointers, constants, plan.warps, plan.stages)
+        plan = plans.CONV_GRAM[BYTES[x]]
+        constants = {
+            "BIAS": True, "MIRRORED": True, "K0": 1, "K1": 3, "K2": 3, "TILE": plan.tile, "DEPTH": plan.depth,
+            "PRECISION": precision(x, target),
+        }  # fmt: skip
+        yield Case(f"conv-{x}-{plan.tile}", conv_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, 1)
         for plan in plans.FUSED_CANDIDATES[BYTES[wide]]:
             constants = {
                 "BIAS": True, "RELATIVE": True, "BY_RIDGE": False, "RETRIES": 3,
-                "Y": {"bf16": tl.bfloat16, "fp64": tl.float64}.get(x, tl.float32),
                 "SIZE": plan.size, "TILE_I": plan.inputs, "TILE_O": plan.outputs, "DEPTH": plan.depth,
                 "TILE": 32, "WIDE": 32, "PRECISION": precision(wide, target),
             }  # fmt: skip
@@ -121,7 +127,7 @@ def compile_case(case: Case, target: str, aligned: bool = True) -> Compiled:
             signature[name] = "*" + case.pointers[name]
         elif parameter.annotation_type:
             signature[name] = parameter.annotation_type
-        elif name in ("stride_column", "x_column", "dy_column", "stride_outer" if primal else "stride_inner"):
+        elif name in ("x4", "stride_column", "x_column", "dy_column", "stride_outer" if primal else "stride_inner"):
             signature[name] = "constexpr"
             constants[name] = 1
         else:

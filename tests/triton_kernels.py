@@ -24,10 +24,11 @@ from cases import (
     oracle,
     randn,
 )
+from torch import Tensor
 
 import consequentialism as cw
 from consequentialism import check, dispatch, ops, reference
-from consequentialism.triton import fused_weight_grad, launch, plans
+from consequentialism.triton import conv_gram, fused_weight_grad, launch, plans
 
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
 OPS = torch.ops.consequentialism_triton
@@ -93,10 +94,16 @@ def test_fused_weight_grad_counts_a_breakdown_once() -> None:
     assert ops.breakdowns() == before + 1
 
 
-def test_more_rows_than_one_launch_holds_are_refused() -> None:
+def test_more_rows_than_one_launch_holds_take_several() -> None:
     rows = plans.MAX_FUSED_ROWS + 1
-    with pytest.raises(ValueError, match=rf"at most {plans.MAX_FUSED_ROWS} rows.*\[{rows}, 3\]"):
-        fused_weight_grad(randn(rows, 3), randn(rows, 2), True, 1.0, "relative", "nlms")
+    x, dy = randn(rows, 3), randn(rows, 2, seed=1)
+    assert_grads_close(fused_weight_grad(x, dy, True, 1.0, "relative", "nlms"), oracle(x, dy), TOLERANCE[F64])
+
+
+def test_few_programs_write_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "PROCESSORS", 3)  # two tiles of inputs, so one group that writes three tiles of outputs
+    x, dy = randn(5, 40, dtype=F32), randn(5, 150, seed=1, dtype=F32)
+    assert_grads_close(fused_weight_grad(x, dy, True, 1.0, "relative", "nlms"), oracle(x, dy), TOLERANCE[F32])
 
 
 def test_a_batch_of_matrices_in_one_launch() -> None:
@@ -146,6 +153,41 @@ def test_duplicates_are_as_accurate_as_plain_float32() -> None:
         assert error_of(own, exact) <= 2 * error_of(plain, exact) + 1e-6
 
 
+def conv_patches(x: Tensor, kernel: int, stride: int, padding: int, dilation: int, groups: int) -> Tensor:
+    """``[groups, N, I]``, by plain unfolding."""
+    spatial = x.ndim - 2
+    x = torch.nn.functional.pad(x, (padding, padding) * spatial)
+    for i in range(spatial):
+        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    x = x.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + spatial)
+    return x.reshape(groups, x.shape[1] * math.prod(x.shape[2 : 2 + spatial]), -1)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation", "groups"),
+    [
+        ((2, 3, 7, 6), 3, 1, 1, 1, 1),
+        ((2, 4, 9, 8), 2, 2, 0, 3, 2),
+        ((3, 2, 300), 5, 1, 2, 1, 1),
+        ((1, 2, 4, 5, 6), 2, 1, 1, 2, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_conv_gram(
+    dtype: torch.dtype, size: tuple[int, ...], kernel: int, stride: int, padding: int, dilation: int, groups: int
+) -> None:
+    x = randn(*size, dtype=dtype).transpose(0, 1).contiguous().transpose(0, 1)  # its strides are its own
+    patches = conv_patches(x.double(), kernel, stride, padding, dilation, groups)
+    wide = F64 if dtype == F64 else F32
+    each = [[value] * (x.ndim - 2) for value in (kernel, stride, padding, dilation)]
+    for bias in (True, False):
+        rows = torch.cat([patches, patches.new_ones(*patches.shape[:2], 1)], 2) if bias else patches
+        own = conv_gram(x, *each, groups, bias, 1, wide)
+        assert_close("gram", own, rows.mT @ rows, TOLERANCE[wide])
+        assert_identical("gram^T", own.mT.contiguous(), own)
+
+
 @pytest.mark.parametrize("form", ["dual", "primal"])
 def test_opcheck(form: str) -> None:
     options = (0.5, "relative", "nlms")
@@ -158,6 +200,8 @@ def test_opcheck(form: str) -> None:
         torch.library.opcheck(OPS.fused_weight_grad.default, (x, dy, bias, *options), test_utils=checks)
         column = torch.ones(5 if bias else 0)
         torch.library.opcheck(OPS.weight_grad.default, (dy, x, column), test_utils=checks)
+    arguments = ([2, 2], [1, 1], [1, 0], [1, 1], 1, form == "dual", 1, F32)
+    torch.library.opcheck(OPS.conv_gram.default, (randn(2, 3, 4, 4, dtype=F32), *arguments), test_utils=checks)
     torch.library.opcheck(OPS.factor.default, (torch.eye(5), *options, 5, 9), test_utils=checks)
 
 

@@ -7,6 +7,9 @@ compiled ones: that costs less a call than tracing into `torch.library.triton_op
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from .launch import breakdowns
 __all__ = [
     "INTERPRETED",
     "breakdowns",
+    "conv_gram",
     "emended_input",
     "factor",
     "fused_weight_grad",
@@ -34,6 +38,8 @@ _SCHEMAS = (
     "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) -> (Tensor, Tensor)",
     "weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)",
     "fused_weight_grad(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale) -> (Tensor, Tensor)",
+    "conv_gram(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool bias, "
+    "int patch_bytes, ScalarType dtype) -> Tensor",
 )
 
 _library = torch.library.Library("consequentialism_triton", "DEF")
@@ -74,6 +80,20 @@ def fused_weight_grad(
     return _ops.fused_weight_grad(x, dy, bias, damping, damping_mode, scale)
 
 
+def conv_gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return _ops.conv_gram(x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype)
+
+
 def _square(x: Tensor, bias: bool, form: str) -> Tensor:
     n = x.shape[0] if form == "dual" else x.shape[1] + int(bias)
     return x.new_empty((n, n), dtype=compute_dtype(x.dtype))
@@ -110,3 +130,19 @@ def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
     outputs = dy.shape[1]
     return dy.new_empty((outputs, x.shape[1])), dy.new_empty((outputs if bias else 0,))
+
+
+@torch.library.register_fake("consequentialism_triton::conv_gram")
+def _(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    order = x.shape[1] // groups * math.prod(kernel) + int(bias)
+    return x.new_empty((groups, order, order), dtype=dtype)

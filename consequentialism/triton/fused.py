@@ -15,7 +15,7 @@ from .gram import input_gram_tile
 from .language import add_product, ceil_div, element, load, round_to, store
 
 
-@triton.jit(do_not_specialize=["rows", "inputs", "outputs"])
+@triton.jit(do_not_specialize=["rows", "inputs", "outputs", "groups"])
 def fused_weight_grad_kernel(
     x,
     dy,
@@ -26,6 +26,7 @@ def fused_weight_grad_kernel(
     rows,
     inputs,
     outputs,
+    groups,
     x_row,
     x_column,
     dy_row,
@@ -37,7 +38,6 @@ def fused_weight_grad_kernel(
     RELATIVE: tl.constexpr,
     BY_RIDGE: tl.constexpr,
     RETRIES: tl.constexpr,
-    Y: tl.constexpr,
     SIZE: tl.constexpr,
     TILE_I: tl.constexpr,
     TILE_O: tl.constexpr,
@@ -46,11 +46,10 @@ def fused_weight_grad_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``dw [O, I]``, a tile of ``[TILE_O, TILE_I]`` each, and ``db [O]``.
+    """``dw [O, I]``, of which a program writes TILE_I columns and each of so many ``groups`` of rows; and ``db [O]``.
 
     Args:
         room: ``[programs, 3, SIZE, SIZE]``, in the type of Gram and factor; ``SIZE`` is at least ``rows``.
-        Y: The type in which emended rows meet dy.
     """
     SUM: tl.constexpr = room.dtype.element_ty
     program = tl.program_id(0)
@@ -82,30 +81,28 @@ def fused_weight_grad_kernel(
     spoiled = tl.where(tl.sum(bad, axis=0) > 0, float("nan"), 0.0).to(SUM)
 
     column = (program % tiles) * TILE_I + tl.arange(0, TILE_I)
-    output = (program // tiles) * TILE_O + tl.arange(0, TILE_O)
     own = load(
         element(x, row[:, None], column[None, :], x_row, x_column),
         (row < rows)[:, None] & (column < inputs)[None, :],
     )
     emended = add_emended(tl.full([SIZE, TILE_I], 0, SUM), whole, own, True, PRECISION)
-    errors = load(
-        element(dy, row[:, None], output[None, :], dy_row, dy_column),
-        (row < rows)[:, None] & (output < outputs)[None, :],
-    )
-    WIDEST: tl.constexpr = tl.float64 if tl.float64 == Y else tl.float32
-    if tl.bfloat16 == Y:
-        gradient = tl.dot(tl.trans(errors), round_to(emended, Y))
-    else:
-        gradient = add_product(
-            tl.full([TILE_O, TILE_I], 0, WIDEST), tl.trans(errors.to(WIDEST)), emended.to(WIDEST), PRECISION
+    ones = tl.sum(whole, axis=1)
+    for part in range(program // tiles, ceil_div(outputs, TILE_O), groups):
+        output = part * TILE_O + tl.arange(0, TILE_O)
+        errors = load(
+            element(dy, row[:, None], output[None, :], dy_row, dy_column),
+            (row < rows)[:, None] & (output < outputs)[None, :],
         )
-    gradient += spoiled.to(WIDEST)
-    store(
-        element(dw, output[:, None], column[None, :], inputs, 1),
-        gradient,
-        (output < outputs)[:, None] & (column < inputs)[None, :],
-    )
-    if BIAS and program % tiles == 0:
-        ones = tl.sum(whole, axis=1)
-        total = tl.sum(errors.to(SUM) * ones[:, None], axis=0) + spoiled
-        store(db + output, total, output < outputs)
+        gradient = tl.full([TILE_O, TILE_I], 0, SUM)
+        if x.dtype.element_ty == tl.bfloat16:
+            gradient += tl.dot(tl.trans(errors), round_to(emended, tl.bfloat16))
+        else:
+            gradient = add_product(gradient, tl.trans(errors.to(SUM)), emended.to(SUM), PRECISION)
+        store(
+            element(dw, output[:, None], column[None, :], inputs, 1),
+            gradient + spoiled,
+            (output < outputs)[:, None] & (column < inputs)[None, :],
+        )
+        if BIAS and program % tiles == 0:
+            total = tl.sum(errors.to(SUM) * ones[:, None], axis=0) + spoiled
+            store(db + output, total, output < outputs)

@@ -95,7 +95,10 @@ def input_gram_kernel(
 
 @triton.jit(do_not_specialize=["order", "splits"])
 def reduce_gram_kernel(partial, gram, order, splits, TILE: tl.constexpr):
-    """``gram [order, order]``, whole, from the upper triangles of ``partial [splits, order, order]``."""
+    """``gram [groups, order, order]``, from the upper triangles of ``partial [splits, groups, order, order]``."""
+    entries = order.to(tl.int64) * order
+    partial += tl.program_id(2) * entries
+    gram += tl.program_id(2) * entries
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = (rows < order)[:, None] & (columns < order)[None, :]
@@ -104,5 +107,5 @@ def reduce_gram_kernel(partial, gram, order, splits, TILE: tl.constexpr):
     sums = tl.full([TILE, TILE], 0, gram.dtype.element_ty)
     for _ in range(splits):
         sums += tl.load(element(partial, low, high, order, 1), mask=mask, other=0)
-        partial += order.to(tl.int64) * order
+        partial += tl.num_programs(2) * entries
     tl.store(element(gram, rows[:, None], columns[None, :], order, 1), sums, mask=mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from ..options import DampingMode, Form, Scale
 from ..reference import RETRIES, compute_dtype, emended_dtype, float32_is_enough
 from . import plans
 from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
+from .conv import conv_gram_kernel
 from .emend import emended_input_kernel
 from .factor import factor_kernel, multiply_kernel
 from .fused import fused_weight_grad_kernel
@@ -92,6 +95,58 @@ def _gram_of(x: Tensor, bias: bool, form: Form, dtype: torch.dtype) -> Tensor:
         if plan.splits > 1:
             blocks = ceil_div(order, _REDUCE_TILE)
             reduce_gram_kernel[blocks, blocks](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
+    return gram
+
+
+def conv_gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x^T x [groups, I, I]`` of a convolution's patches in ``dtype``, float32 or float64.
+
+    No patch is written, whatever the ``patch_bytes`` that other backends keep to.
+
+    Args:
+        x: ``[B, C, *spatial]`` of one to three spatial dimensions; ``I = C/groups * prod(kernel)``, and the bias's one.
+        kernel, stride, padding, dilation: One integer for each of them.
+    """
+    spatial = len(kernel)
+    if not 1 <= spatial <= 3 or x.ndim != 2 + spatial:
+        raise ValueError(f"x must have the shape [B, C, *spatial] of 1 to 3 dimensions, got {list(x.shape)}")
+    missing = 3 - spatial
+    x = x.double() if dtype == torch.float64 else x
+    k, t, d = ((1,) * missing + tuple(given) for given in (kernel, stride, dilation))
+    pad = (0,) * missing + tuple(padding)
+    size = (1,) * missing + x.shape[2:]
+    positions = [(size[i] + 2 * pad[i] - d[i] * (k[i] - 1) - 1) // t[i] + 1 for i in range(3)]
+    strides = x.stride()[:2] + (0,) * missing + x.stride()[2:]
+    rows = x.shape[0] * math.prod(positions)
+    channels = x.shape[1] // groups
+    entries = channels * math.prod(k)
+    order = entries + bias
+    if order == 0 or rows == 0:
+        return x.new_zeros(groups, order, order, dtype=dtype)
+    plan = plans.plan_conv_gram(groups, entries, rows, x.element_size())
+    along = max(_NONE, ceil_div(entries, plan.tile))
+    gram = x.new_empty(groups, order, order, dtype=dtype)
+    sums = gram if plan.splits == 1 else x.new_empty(plan.splits, groups, order, order, dtype=dtype)
+    with _on_device(x):
+        conv_gram_kernel[along, along, plan.splits * groups](
+            x, sums, entries, rows, order, plan.length, plan.splits, channels,
+            *positions, *d, *t, *pad, *size, *strides,
+            BIAS=bias, MIRRORED=plan.splits == 1, K0=k[0], K1=k[1], K2=k[2], TILE=plan.tile, DEPTH=plan.depth,
+            PRECISION=_precision(x.dtype), num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+        if plan.splits > 1:
+            blocks = ceil_div(order, _REDUCE_TILE)
+            reduce_gram_kernel[blocks, blocks, groups](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
     return gram
 
 
@@ -235,18 +290,21 @@ def fused_weight_grad(
     narrow = x.dtype != torch.float64 and float32_is_enough(rank, damping, damping_mode)
     wide = torch.float32 if narrow else torch.float64
     plan = plans.plan_fused(rows, wide.itemsize)
-    if plan is None:
-        raise ValueError(f"x [N, I] must have at most {plans.MAX_FUSED_ROWS} rows for one launch, got {list(x.shape)}")
+    if plan is None:  # too many rows for one program to hold
+        form: Form = "dual" if rows <= inputs + bias else "primal"
+        return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
     dw, db = dy.new_empty(outputs, inputs), dy.new_empty(outputs if bias else 0)
-    programs = max(_NONE, ceil_div(inputs, plan.inputs)) * ceil_div(outputs, plan.outputs)
+    tiles = max(_NONE, ceil_div(inputs, plan.inputs))
+    groups = min(ceil_div(outputs, plan.outputs), max(_NONE, plans.PROCESSORS // tiles))  # all programs at once
+    programs = tiles * groups
     x, dy = (x, dy) if narrow else (x.double(), dy.double())
     room = x.new_empty(programs, 3, plan.size, plan.size, dtype=wide)
     with _on_device(x):
         fused_weight_grad_kernel[(programs,)](
-            x, dy, dw, db, room, _counter(x.device), rows, inputs, outputs, *x.stride(), *dy.stride(),
+            x, dy, dw, db, room, _counter(x.device), rows, inputs, outputs, groups, *x.stride(), *dy.stride(),
             ridge.damping, float(ridge.rank), float(ridge.multiplier),
             BIAS=bias, RELATIVE=ridge.relative, BY_RIDGE=ridge.by_ridge, RETRIES=RETRIES,
-            Y=_TYPES[emended_dtype(x.dtype)], SIZE=plan.size, TILE_I=plan.inputs, TILE_O=plan.outputs, DEPTH=plan.depth,
+            SIZE=plan.size, TILE_I=plan.inputs, TILE_O=plan.outputs, DEPTH=plan.depth,
             TILE=32, WIDE=32, PRECISION=_exact(wide), num_warps=plan.warps, num_stages=1,
         )  # fmt: skip
     return dw, db

@@ -49,25 +49,42 @@ GRAM_CANDIDATES = {size: [t[size] for t in (GRAM_SMALL, GRAM_LARGE, GRAM_HUGE) i
 MIN_LENGTH = 256  # of a split: less does not pay for the sum over splits
 
 
+def _tiles(outer: int, plan: GramPlan) -> int:
+    along = ceil_div(max(outer, 1), plan.tile)
+    return along * (along + 1) // 2
+
+
+def _most_splits(inner: int) -> int:
+    return max(1, inner // MIN_LENGTH)
+
+
+def _split(plan: GramPlan, outer: int, inner: int, grams: int = 1) -> GramPlan:
+    """As many splits as fill the chip once."""
+    splits = min(_most_splits(inner), max(1, PROCESSORS // (grams * _tiles(outer, plan))))
+    length = ceil_div(ceil_div(max(inner, 1), splits), plan.depth) * plan.depth
+    return plan._replace(splits=ceil_div(max(inner, 1), length), length=length)
+
+
 def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
     """For the Gram of an operand ``[outer, inner]``, multiplied in a type of so many bytes."""
-    most = max(1, inner // MIN_LENGTH)
-
-    def tiles(plan: GramPlan) -> int:
-        along = ceil_div(max(outer, 1), plan.tile)
-        return along * (along + 1) // 2
-
     plan = GRAM_SMALL[element_bytes]
     if outer > plan.tile:
         plan = GRAM_LARGE[element_bytes]
     huge = GRAM_HUGE.get(element_bytes)
     # Rows that start anywhere need addresses for each element, which the largest tile has no registers for.
     aligned = outer % 16 == 0 and inner % 16 == 0
-    if huge is not None and aligned and outer > huge.tile and tiles(huge) * most >= PROCESSORS:
+    if huge is not None and aligned and outer > huge.tile and _tiles(outer, huge) * _most_splits(inner) >= PROCESSORS:
         plan = huge
-    splits = min(most, max(1, PROCESSORS // tiles(plan)))
-    length = ceil_div(ceil_div(max(inner, 1), splits), plan.depth) * plan.depth
-    return plan._replace(splits=ceil_div(max(inner, 1), length), length=length)
+    return _split(plan, outer, inner)
+
+
+# A patch's entries are addressed one by one.
+CONV_GRAM = {2: GramPlan(64, 32, 8, 1), 4: GramPlan(64, 32, 8, 1), 8: GramPlan(32, 32, 4, 1)}
+
+
+def plan_conv_gram(groups: int, entries: int, rows: int, element_bytes: int) -> GramPlan:
+    """For the Grams of so many groups, of ``rows`` patches of so many entries each."""
+    return _split(CONV_GRAM[element_bytes], entries, rows, groups)
 
 
 def plan_emend(rows: int, inputs: int, element_bytes: int) -> EmendPlan:
@@ -109,7 +126,8 @@ class FusedPlan(NamedTuple):
 
 MAX_FUSED_ROWS = 64
 FUSED_CANDIDATES = {
-    size: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 8 if size == 8 else 4)) for size in (2, 4, 8)
+    4: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 4)),
+    8: (FusedPlan(32, 32, 64, 32, 8), FusedPlan(64, 32, 64, 32, 8)),
 }
 
 
