@@ -133,6 +133,27 @@ def test_orders_beyond_one_program(monkeypatch: pytest.MonkeyPatch, works: bool)
         assert torch.equal(own.isnan(), reference.factor(special, 0.01, "relative", "nlms", 40, 7).isnan())
 
 
+def test_tf32_only_where_torch_allows_it() -> None:
+    assert launch._precision(F32) == launch._exact(F32) == "tf32x3"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert launch._precision(F32) == "tf32"
+        assert launch._exact(F32) == "tf32x3"
+        assert launch._precision(F64) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_bfloat16_meets_the_inverse_to_24_bits(form: str) -> None:
+    # Correlated rows: an inverse rounded to bfloat16 would be off by percents, two terms by the type's rounding.
+    x = make_input("correlated", 24, 40 if form == "dual" else 12).to(BF16)
+    arguments = (True, form, 0.05, "relative", "raw")
+    exact = reference.emended_input(x.double(), *arguments)[0]
+    own = launch.emended_input(x, *arguments)[0]
+    assert error_of(own, exact) <= 1.1 * error_of(exact.to(BF16), exact)
+
+
 @pytest.mark.parametrize("form", ["dual", "primal"])
 def test_splits_of_the_gram_add_up(form: str) -> None:
     outer, inner = 5, 3 * plans.MIN_LENGTH + 17

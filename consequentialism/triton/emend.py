@@ -5,21 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import add_product, ceil_div, element, helper, load, store
+from .language import add_product, ceil_div, element, helper, load, round_to, store
 
 
 @helper
-def add_emended(sums, inverse, x, INVERSE_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def add_emended(sums, inverse, x, stored: tl.constexpr, INVERSE_FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """``sums + P x`` or ``sums + x P``, of tiles of P in float32 or float64 and of x, which is float64 where P is.
+
+    ``stored`` is x's type in memory.
 
     bfloat16 meets P in three terms of bfloat16, which keep 24 bits, the smallest first. float16, whose range is too
     small for P, is multiplied as float32.
     """
-    if x.dtype == tl.bfloat16:
-        high = inverse.to(tl.bfloat16)
+    if stored == tl.bfloat16:
+        high = round_to(inverse, tl.bfloat16)
         rest = inverse - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        middle = round_to(rest, tl.bfloat16)
+        low = round_to(rest - middle.to(tl.float32), tl.bfloat16)
         if INVERSE_FIRST:
             sums += tl.dot(high, x, tl.dot(middle, x, tl.dot(low, x)))
         else:
@@ -70,7 +72,7 @@ def emended_input_kernel(
                 element(inverse, k[:, None], input_[None, :], order, 1),
                 (k < inputs)[:, None] & (input_ < inputs)[None, :],
             )
-            sums = add_emended(sums, b, a, False, PRECISION)
+            sums = add_emended(sums, b, a, x.dtype.element_ty, False, PRECISION)
             if BIAS:
                 border = tl.load(element(inverse, inputs + 0 * k, k, order, 1), mask=k < inputs, other=0)
                 ones += tl.sum(a.to(SUM) * border[None, :], axis=1)
@@ -80,7 +82,7 @@ def emended_input_kernel(
                 element(x, k[:, None], input_[None, :], stride_row, stride_column),
                 (k < rows)[:, None] & (input_ < inputs)[None, :],
             )
-            sums = add_emended(sums, a, b, True, PRECISION)
+            sums = add_emended(sums, a, b, x.dtype.element_ty, True, PRECISION)
             if BIAS:
                 ones += tl.sum(a, axis=1)
     if BIAS and PRIMAL:  # the column of ones meets P's last row

@@ -85,7 +85,7 @@ def fused_weight_grad_kernel(
         element(x, row[:, None], column[None, :], x_row, x_column),
         (row < rows)[:, None] & (column < inputs)[None, :],
     )
-    emended = add_emended(tl.full([SIZE, TILE_I], 0, SUM), whole, own, True, PRECISION)
+    emended = add_emended(tl.full([SIZE, TILE_I], 0, SUM), whole, own, x.dtype.element_ty, True, PRECISION)
     ones = tl.sum(whole, axis=1)
     for part in range(program // tiles, ceil_div(outputs, TILE_O), groups):
         output = part * TILE_O + tl.arange(0, TILE_O)
