@@ -34,7 +34,7 @@ SELECTED = {
         "(dead_inputs and raw and relative) or (empty_batch and float16) or no_inputs or opposite or second_derivative "
         "or (one_bad_entry and float32 and nan and relative) or (large_finite and float16) or frozen or left_as",
     ),
-    "compile": ("test_compile.py", "full_graph and float32"),
+    "compile": ("test_compile.py", "full_graph and float32 and 4"),
     "kernels": ("triton_kernels.py", "test"),
 }
 
