@@ -79,7 +79,7 @@ def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
 
 
 # A patch's entries are addressed one by one.
-CONV_GRAM = {2: GramPlan(64, 32, 8, 1), 4: GramPlan(64, 32, 8, 1), 8: GramPlan(32, 32, 4, 1)}
+CONV_GRAM = {2: GramPlan(64, 32, 8, 1), 4: GramPlan(32, 32, 4, 1), 8: GramPlan(32, 32, 4, 1)}
 
 
 def plan_conv_gram(groups: int, entries: int, rows: int, element_bytes: int) -> GramPlan:
@@ -126,7 +126,7 @@ class FusedPlan(NamedTuple):
 
 MAX_FUSED_ROWS = 64
 FUSED_CANDIDATES = {
-    4: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 4)),
+    4: (FusedPlan(32, 32, 64, 32, 4), FusedPlan(64, 32, 64, 32, 8)),
     8: (FusedPlan(32, 32, 64, 32, 8), FusedPlan(64, 32, 64, 32, 8)),
 }
 
