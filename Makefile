@@ -12,7 +12,7 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
 CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
 
-.PHONY: demo test lint format bench check wheel kernels cuda-build gpu clean
+.PHONY: demo test lint format bench check wheel kernels triton cuda-build gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -41,6 +41,11 @@ format: $(VENV)/.lint
 # Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt.
 kernels:
 	$(PYTHON) tests/cuda_resources.py $(ARGS)
+
+# Every case of the Triton backend in Triton's interpreter, and its self-test; `make test` runs a part of them.
+triton: $(VENV)/.test
+	TRITON_INTERPRET=1 $(BIN)/python -m consequentialism check
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton --ignore tests/test_triton_interpreter.py tests tests/triton_kernels.py $(ARGS)
 
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.

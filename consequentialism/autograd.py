@@ -90,7 +90,7 @@ def prepare(
     if plan.solver == "cg":
         system = conjugate.System(bias, options)
         return Prepared(plan.form, system=system, gram=system.gram(x, backend) if plan.gram == "stored" else None)
-    fusible = fusible and need_weight and hasattr(backend, "fused_weight_grad")
+    fusible = fusible and need_weight and x.shape[0] <= backend.MAX_FUSED_ROWS
     if fusible and cost.is_fused(plan, x, bias, outputs, options):
         return Prepared(Fused(bias, options.damping, options.damping_mode, options.scale))
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)

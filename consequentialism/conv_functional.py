@@ -243,7 +243,8 @@ def _primal_gram(
 ) -> Tensor:
     arguments = (x, *geometry, bias, patch_bytes, dtype)
     if not _compiled(backend, x):
-        return reference.conv_gram(*arguments)
+        own = backend if hasattr(backend, "conv_gram") and backend is not ops else reference
+        return own.conv_gram(*arguments)
     kernel, stride, *_ = geometry
     method = cost.conv_method(x.shape[1] // geometry.groups, kernel, stride, geometry.positions(x))
     return ops.conv_gram(*arguments, method)

@@ -6,6 +6,11 @@ that cannot serve the call raises.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +19,8 @@ from torch import Tensor
 from . import ops, reference
 
 AVAILABLE = "available"
+MIN_TRITON = (3, 6)
+_triton: ModuleType | None = None  # the Triton backend, once it was asked for and could be loaded
 
 
 def _compiled(device_type: str) -> str:
@@ -34,6 +41,46 @@ def _cuda() -> str:
     return compiled
 
 
+def _load_triton() -> str:
+    """Import Triton and the kernels where they can run.
+
+    Triton decides whether it interprets when kernels are defined, so the variable must be set before the first call.
+    """
+    global _triton
+    if _triton is not None:
+        return AVAILABLE
+    try:
+        version = metadata.version("triton")
+        installed = importlib.util.find_spec("triton") is not None
+    except (ModuleNotFoundError, metadata.PackageNotFoundError):
+        installed = False
+    if not installed:
+        return "Triton is not installed; `pip install triton` where there is a wheel for the platform"
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"Triton {version} is too old, {'.'.join(map(str, MIN_TRITON))} is needed"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if not interpreted and not torch.cuda.is_available():
+        return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if not interpreted and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} has no tensor cores for these types, compute capability 8.0 is needed"
+    try:
+        _triton = importlib.import_module(f"{__package__}.triton")
+    except ImportError as error:
+        return f"Triton {version} cannot be loaded: {error}"
+    return AVAILABLE
+
+
+# torch.compiler.assume_constant_result, which would import all of Dynamo: a first call may come while it traces.
+_load_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def device_of(name: str) -> str:
+    """The type of device that a backend serves; with ``TRITON_INTERPRET=1`` Triton serves CPU tensors."""
+    if name == "triton" and _triton is not None and _triton.INTERPRETED:
+        return "cpu"
+    return "cuda" if name in ("cuda", "triton") else "cpu"
+
+
 def backends() -> dict[str, str]:
     """Every backend's name with ``"available"``, or why it is not.
 
@@ -43,13 +90,13 @@ def backends() -> dict[str, str]:
     return {
         "cpu": _compiled("cpu"),
         "cuda": _cuda(),
-        "triton": "no Triton kernels in this version",
+        "triton": _load_triton(),
         "reference": AVAILABLE,
     }
 
 
 def select(name: str, x: Tensor) -> Any:
-    """The module that serves this call: `ops` or `reference`, with the same functions.
+    """The module that serves this call: `ops`, `triton` or `reference`, with the same functions.
 
     Raises:
         RuntimeError: The backend that was asked for by name is not available, or not for x's device.
@@ -57,16 +104,23 @@ def select(name: str, x: Tensor) -> Any:
     device = x.device.type
     if name == "auto":
         # torch.func's transforms see through plain PyTorch, not through a compiled op.
-        transformed = torch._C._are_functorch_transforms_active()
-        return ops if device in ops.device_types and not transformed else reference
+        if torch._C._are_functorch_transforms_active():
+            return reference
+        if device in ops.device_types:
+            return ops
+        if device == "cuda" and _load_triton() == AVAILABLE and not _triton.INTERPRETED:  # type: ignore[union-attr]
+            return _triton
+        return reference
     if name == "reference":
         return reference
     if name == device and device in ops.device_types:
         return ops
+    if name == "triton" and _load_triton() == AVAILABLE and device in ("cuda", device_of(name)):
+        return _triton
     state = backends()[name]
     if state != AVAILABLE:
         raise RuntimeError(f"backend={name!r} is not available: {state}. Allowed here: 'auto' or {_usable()}")
-    raise RuntimeError(f"backend={name!r} serves {name} tensors, x is on {x.device}; use backend='auto'")
+    raise RuntimeError(f"backend={name!r} serves {device_of(name)} tensors, x is on {x.device}; use backend='auto'")
 
 
 def _usable() -> str:

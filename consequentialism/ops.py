@@ -6,6 +6,7 @@ The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequ
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from .options import ConvMethod, DampingMode, Form, Scale
 
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
 CONV_NAMES = ("conv_gram",)
+MAX_FUSED_ROWS = 128  # that fused_weight_grad takes in one launch
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -57,8 +59,9 @@ conv_device_types = _device_types(CONV_NAMES)  # elsewhere a convolution's patch
 
 
 def breakdowns() -> int:
-    """How many factors of this process broke down and were retried with more damping (compiled kernels only)."""
-    return 0 if module is None else int(module.breakdowns())
+    """How many factors of this process broke down and were retried with more damping, the reference's not counted."""
+    triton = sys.modules.get(f"{__package__}.triton")  # if it was ever asked for
+    return (0 if module is None else int(module.breakdowns())) + (0 if triton is None else triton.breakdowns())
 
 
 def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .options import DampingMode, Form, Scale
 
+MAX_FUSED_ROWS = 128  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
 
 

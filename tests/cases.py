@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import consequentialism as cw
+from consequentialism import dispatch
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F64, F32, BF16, F16)
@@ -88,7 +89,7 @@ DAMPINGS = (1.0, 1e-2, 1e-4, 1e-6)
 
 def device_of(backend: str) -> str:
     """The device that a backend serves."""
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return dispatch.device_of(backend)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64, device: str = "cpu") -> Tensor:

@@ -55,10 +55,15 @@ part check 40 $python -m consequentialism check
 
 # By file: those that the host shim runs, and the benchmark's own, need no device. By name: the backends' cases are called cuda and triton.
 mapfile -t of_the_shim < <(grep -lE '^(import|from) cuda_shim' tests/test_*.py)
-selection=(-q --maxfail 20 -k "cuda or triton or gpu" "${of_the_shim[@]/#/--ignore=}" --ignore=tests/test_bench_gpu.py)
+selection=(-q --maxfail 20 -k "(cuda or gpu) and not triton" "${of_the_shim[@]/#/--ignore=}" --ignore=tests/test_bench_gpu.py)
 [ "$quick" = 1 ] && selection+=(tests/test_gpu_contracts.py tests/test_gpu_fused.py tests/test_ops.py tests/test_cuda_build.py)
 $python -c "import xdist" 2> /dev/null && selection+=(-n 6)
 part tests "$([ "$quick" = 1 ] && echo 60 || echo 180)" $python -m pytest "${selection[@]}"
+# Each shape of arguments is compiled once, a second or more, so the shared cases of few files.
+triton=(-q --maxfail 20 -k "triton and True" tests/test_identities.py tests/test_linear.py)
+[ "$quick" = 1 ] && triton=(-q -k triton tests/test_linear.py::test_options_reach_the_gradient)
+$python -c "import xdist" 2> /dev/null && triton+=(-n 6)
+part triton "$([ "$quick" = 1 ] && echo 30 || echo 90)" $python -m pytest "${triton[@]}"
 
 # Our own kernels alone; without torch's cache every tensor is an allocation whose ends are watched.
 sanitize() { # sanitize TOOL SECONDS

@@ -1,0 +1,101 @@
+"""Triton kernels compiled for chips that are not here: no spills on CUDA, tensor cores, shared memory; launch plans."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cases import SHAPES
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
+
+import triton_aot
+from triton_aot import SHARED_BYTES, Case, compile_case
+
+from consequentialism.triton import plans
+
+PRODUCTS = ("gram", "conv", "emend", "fused", "factor", "multiply")
+TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("mma.sync", "wgmma.mma_async"), "gfx942": ("v_mfma",)}
+# A warpgroup's instruction needs 64 rows of a product of the chip's narrow types.
+WARPGROUPS = (
+    "gram-bf16-fp32-dual-64",
+    "gram-bf16-fp32-dual-128",
+    "gram-fp32-fp32-primal-64",
+    "emend-bf16-fp32-dual-64",
+)
+
+
+def selected() -> Iterator[Any]:
+    """Everything for sm_90; elsewhere what differs most. Each takes seconds to compile the first time."""
+    for target in SHARED_BYTES:
+        for case in triton_aot.cases(target):
+            few = ("primal" in case.name or "-32" in case.name or "fp16" in case.name) and target != "sm_90"
+            if not few:
+                yield pytest.param(case, target, id=f"{target}-{case.name}")
+
+
+@functools.cache
+def names(target: str) -> tuple[str, ...]:
+    return tuple(case.name for case in triton_aot.cases(target))
+
+
+@pytest.mark.parametrize(("case", "target"), selected())
+def test_compiled(case: Case, target: str) -> None:
+    compiled = compile_case(case, target)
+    assert compiled.stack == 0 or target == "gfx942", (
+        f"{compiled.stack} bytes a thread are spilled, with {compiled.registers} registers"
+    )
+    assert compiled.shared <= SHARED_BYTES[target]
+    uses = any(instruction in compiled.assembly for instruction in TENSOR_CORES[target])
+    assert uses == case.name.startswith(PRODUCTS)
+    if target == "sm_90" and case.name in WARPGROUPS:
+        assert "wgmma.mma_async" in compiled.assembly
+
+
+def test_names_of_the_cases() -> None:
+    assert set(WARPGROUPS) <= set(names("sm_90"))
+    for target in SHARED_BYTES:
+        assert len(set(names(target))) == len(names(target))
+
+
+@pytest.mark.parametrize(
+    "name", ["gram-bf16-fp32-dual-64", "emend-fp32-fp32-primal-64", "conv-bf16-64", "conv-fp32-32"]
+)
+def test_nothing_spills_at_any_alignment(name: str) -> None:
+    (case,) = (case for case in triton_aot.cases("sm_90") if case.name == name)
+    assert compile_case(case, "sm_90", aligned=False).stack == 0
+
+
+SIZES = sorted({*itertools.chain(*SHAPES), 255, 256, 257, 784, 1024, 1025, 4096, 8192, 11008, 50_000, 10_000_000})
+
+
+def test_plans_are_candidates_and_cover_the_shape() -> None:
+    for outer, inner, size in itertools.product(SIZES, SIZES, (2, 4, 8)):
+        plan = plans.plan_gram(outer, inner, size)
+        assert plan._replace(splits=1, length=0) in plans.GRAM_CANDIDATES[size]
+        assert (plan.splits - 1) * plan.length < inner <= plan.splits * plan.length
+        assert plan.length % plan.depth == 0
+        assert plans.plan_emend(outer, inner, size) in plans.EMEND_CANDIDATES[size]
+        assert plan == plans.plan_gram(outer, inner, size)
+        plan = plans.plan_conv_gram(4, outer, inner, size)
+        assert plan._replace(splits=1, length=0) == plans.CONV_GRAM[size]
+        assert (plan.splits - 1) * plan.length < inner <= plan.splits * plan.length
+
+
+def test_plans_of_factors() -> None:
+    for order, size in itertools.product(range(1, plans.MAX_FACTOR_ORDER + 1), (4, 8)):
+        assert plans.plan_factor(order, size) in plans.FACTOR_CANDIDATES[size]
+    for rows, size in itertools.product(range(1, plans.MAX_FUSED_ROWS + 1), (4, 8)):
+        plan = plans.plan_fused(rows, size)
+        assert plan in plans.FUSED_CANDIDATES[size]
+        assert plan is not None
+        assert rows <= plan.size
+    assert plans.plan_fused(plans.MAX_FUSED_ROWS + 1, 4) is None

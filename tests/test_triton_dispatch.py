@@ -1,0 +1,95 @@
+"""When the Triton backend is chosen, and what is said where it cannot be; Triton itself is not needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import randn
+
+from consequentialism import dispatch, ops, reference
+
+
+class OnCuda:
+    """What `dispatch.select` looks at of a tensor on a GPU."""
+
+    device = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_order_of_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "device_types", ("cpu",))
+    monkeypatch.setattr(dispatch, "_triton", SimpleNamespace(INTERPRETED=True))
+    assert dispatch.select("auto", OnCuda()) is reference  # the interpreter is for tests, by name
+    own = SimpleNamespace(INTERPRETED=False)
+    monkeypatch.setattr(dispatch, "_triton", own)
+    assert dispatch.select("auto", OnCuda()) is own
+    assert dispatch.select("triton", OnCuda()) is own
+    monkeypatch.setattr(ops, "device_types", ("cpu", "cuda"))
+    assert dispatch.select("auto", OnCuda()) is ops
+
+
+def test_compiled_kernels_refuse_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_triton", SimpleNamespace(INTERPRETED=False))
+    with pytest.raises(RuntimeError, match=r"'triton' serves cuda tensors, x is on cpu; use backend='auto'"):
+        dispatch.select("triton", randn(2, 3))
+    monkeypatch.setattr(dispatch, "_triton", SimpleNamespace(INTERPRETED=True))
+    assert dispatch.select("triton", randn(2, 3)).INTERPRETED
+    with pytest.raises(RuntimeError, match="x is on meta"):
+        dispatch.select("triton", torch.empty(2, 3, device="meta"))
+
+
+def test_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.metadata, "version", lambda name: "3.5.1")
+    assert dispatch.backends()["triton"] == "Triton 3.5.1 is too old, 3.6 is needed"
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(dispatch.metadata, "version", missing)
+    assert "not installed" in dispatch.backends()["triton"]
+
+
+def test_chips_without_the_tensor_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.metadata, "version", lambda name: "3.7.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some T4")
+    state = dispatch.backends()["triton"]
+    assert "Some T4" in state
+    assert "8.0" in state
+
+
+def test_triton_is_imported_only_where_it_can_run() -> None:
+    code = "import sys, consequentialism as cw; cw.backends(); print('triton' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(torch.cuda.is_available() and dispatch.backends()["triton"] == "available")
+
+
+def test_first_use_under_compile() -> None:
+    code = (
+        "import torch, consequentialism as cw\n"
+        "layer = cw.Linear(5, 3, backend='triton')\n"
+        "compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')\n"
+        "compiled(torch.randn(8, 5)).sum().backward()\n"
+        "print('done', layer.weight.grad.shape)"
+    )
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "done" in found.stdout

@@ -1,0 +1,159 @@
+"""Compiles the Triton kernels for chips that are not here, and reads what came out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from consequentialism.triton import plans
+from consequentialism.triton.conv import conv_gram_kernel
+from consequentialism.triton.emend import emended_input_kernel
+from consequentialism.triton.factor import factor_kernel, multiply_kernel
+from consequentialism.triton.fused import fused_weight_grad_kernel
+from consequentialism.triton.gram import input_gram_kernel, reduce_gram_kernel
+from consequentialism.triton.weight_grad import bias_grad_kernel, poison_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # that a block may have
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+COUNTERS = ("breakdowns", "broken_before", "broken")
+
+
+class Case(NamedTuple):
+    """One kernel with the types of its pointers and its constants."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+class Compiled(NamedTuple):
+    """What a case became for a target."""
+
+    assembly: str
+    shared: int
+    registers: int
+    stack: int  # bytes a thread that did not fit into registers
+
+
+def precision(dtype: str, target: str) -> str:
+    """As `launch` asks for it."""
+    return "ieee" if dtype == "fp64" or target == "gfx942" else "tf32x3"
+
+
+def cases(target: str) -> Iterator[Case]:
+    """Every kernel in every configuration that a plan can pick, in every type."""
+    f64 = "fp64"
+    for x, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", f64)):
+        for plan, primal in itertools.product(plans.GRAM_CANDIDATES[BYTES[x]], (False, True)):
+            constants = {
+                "BIAS": True, "PRIMAL": primal, "MIRRORED": True, "TILE": plan.tile, "DEPTH": plan.depth,
+                "PRECISION": precision(x, target),
+            }  # fmt: skip
+            name = f"gram-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.tile}"
+            yield Case(name, input_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, plan.stages)
+        multiplied = x if x == "bf16" else wide
+        for plan, primal in itertools.product(plans.EMEND_CANDIDATES[BYTES[multiplied]], (False, True)):
+            constants = {
+                "BIAS": True, "PRIMAL": primal, "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,
+                "PRECISION": precision(wide, target),
+            }  # fmt: skip
+            pointers = {"inverse": wide, "x": x, "emended": "fp32" if x == "fp16" else x, "column": wide}
+            name = f"emend-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.rows}"
+            yield Case(name, emended_input_kernel, pointers, constants, plan.warps, plan.stages)
+        plan = plans.CONV_GRAM[BYTES[x]]
+        constants = {
+            "BIAS": True, "MIRRORED": True, "K0": 1, "K1": 3, "K2": 3, "TILE": plan.tile, "DEPTH": plan.depth,
+            "PRECISION": precision(x, target),
+        }  # fmt: skip
+        yield Case(f"conv-{x}-{plan.tile}", conv_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, 1)
+        for plan in plans.FUSED_CANDIDATES[BYTES[wide]]:
+            constants = {
+                "BIAS": True, "RELATIVE": True, "BY_RIDGE": False, "RETRIES": 3,
+                "SIZE": plan.size, "TILE_I": plan.inputs, "TILE_O": plan.outputs, "DEPTH": plan.depth,
+                "TILE": 32, "WIDE": 32, "PRECISION": precision(wide, target),
+            }  # fmt: skip
+            pointers = {"x": x, "dy": x, "dw": x, "db": x, "room": wide}
+            yield Case(f"fused-{x}-{wide}-{plan.size}", fused_weight_grad_kernel, pointers, constants, plan.warps, 1)
+    for wide in ("fp32", "fp64"):
+        pointers = {"gram": wide, "upper": wide, "inverse": wide, "state": wide, "result": wide}
+        exact = precision(wide, target)
+        for plan in plans.FACTOR_CANDIDATES[BYTES[wide]]:
+            constants = {
+                "RELATIVE": True, "BY_RIDGE": False, "RETRY": False, "RETRIES": 3, "TILE": plan.tile,
+                "WIDE": plan.wide, "PRECISION": exact,
+            }  # fmt: skip
+            yield Case(f"factor-{wide}-{plan.wide}", factor_kernel, pointers, constants, plan.warps, 1)
+        constants = {"TILE": plans.MULTIPLY_TILE, "DEPTH": 32, "PRECISION": exact}
+        yield Case(f"multiply-{wide}", multiply_kernel, pointers, constants, 4, 2)
+        yield Case(f"reduce-{wide}", reduce_gram_kernel, {"partial": wide, "gram": wide}, {"TILE": 32}, 4, 3)
+    for dy, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", f64)):
+        sums = tl.float64 if wide == f64 else tl.float32
+        constants = {"HAS_COLUMN": True, "SUM": sums, "TILE_N": 32, "TILE_O": 64}
+        pointers = {"dy": dy, "column": wide, "db": dy, "dw": dy, "broken": "i32"}
+        yield Case(f"bias_grad-{dy}", bias_grad_kernel, pointers, constants, 4, 3)
+        constants = {"HAS_COLUMN": True, "FLAGS": 128, "LINE": 1024}
+        yield Case(f"poison-{dy}", poison_kernel, pointers, constants, 4, 3)
+
+
+def compile_case(case: Case, target: str, aligned: bool = True) -> Compiled:
+    """Compile without a device, for contiguous rows; ``aligned``: every size and pointer is a multiple of 16."""
+    signature, constants, attributes = {}, dict(case.constants), {}
+    primal = case.constants.get("PRIMAL", False)
+    for index, parameter in enumerate(case.kernel.params):
+        name = parameter.name
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name in COUNTERS:
+            signature[name] = "*i32"
+        elif name in case.pointers:
+            signature[name] = "*" + case.pointers[name]
+        elif parameter.annotation_type:
+            signature[name] = parameter.annotation_type
+        elif name in ("x4", "stride_column", "x_column", "dy_column", "stride_outer" if primal else "stride_inner"):
+            signature[name] = "constexpr"
+            constants[name] = 1
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*") or (
+            signature[name] == "i32" and not parameter.do_not_specialize and (aligned or name in ("depth", "size"))
+        ):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if target == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        spills = [int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", assembly)]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
+        return Compiled(assembly, compiled.metadata.shared, registers, sum(spills))
+    registers, stack = resources(compiled.asm["cubin"])
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread, as the tool that comes with Triton prints them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", text.stdout)
+    return int(found[0]), int(found[1])

@@ -1,0 +1,249 @@
+"""What only the Triton backend has, for a process with ``TRITON_INTERPRET=1``; `test_triton_interpreter` starts it."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    SHAPES,
+    SMALL_SHAPES,
+    TOLERANCE,
+    Shape,
+    assert_close,
+    assert_grads_close,
+    assert_identical,
+    error_of,
+    make_input,
+    oracle,
+    randn,
+)
+from torch import Tensor
+
+import consequentialism as cw
+from consequentialism import check, dispatch, ops, reference
+from consequentialism.triton import conv_gram, fused_weight_grad, launch, plans
+
+FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
+OPS = torch.ops.consequentialism_triton
+RIDGE = launch.Ridge(0.5, True, 8, 1.0, False)
+
+
+def test_the_interpreter_serves_cpu_tensors() -> None:
+    assert cw.backends()["triton"] == "available"
+    assert dispatch.device_of("triton") == "cpu"
+    assert dispatch.select("triton", randn(2, 3)).INTERPRETED
+    assert dispatch.select("auto", randn(2, 3)) is (ops if "cpu" in ops.device_types else reference)
+
+
+def test_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "SHAPES", check.SHAPES[:1])
+    found = check._check_backend("triton")
+    assert found.passed, found.line()
+    assert found.cases > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [*product([F32], FEW_ROWS), *product([F64, BF16, F16], SMALL_SHAPES)], ids=str
+)
+def test_fused_weight_grad(dtype: torch.dtype, shape: Shape) -> None:
+    rows, inputs, outputs = shape
+    x, dy = randn(rows, inputs, dtype=dtype), randn(rows, outputs, seed=1, dtype=dtype)
+    for bias, scale in ((True, "nlms"), (False, "gradient")):
+        dw, db = fused_weight_grad(x, dy, bias, 0.7, "relative", scale)
+        assert dw.dtype == db.dtype == dtype
+        own = dw, db if bias else None
+        assert_grads_close(own, oracle(x, dy, bias, damping=0.7, scale=scale), TOLERANCE[dtype])
+
+
+def test_fused_weight_grad_is_deterministic() -> None:
+    x, dy = randn(33, 70, dtype=BF16), randn(33, 130, seed=1, dtype=BF16)
+    first = fused_weight_grad(x, dy, True, 1.0, "relative", "nlms")
+    again = fused_weight_grad(x.clone(), dy.clone(), True, 1.0, "relative", "nlms")
+    assert_identical("dw", again[0], first[0])
+    assert_identical("db", again[1], first[1])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_fused_weight_grad_at_the_edges(dtype: torch.dtype) -> None:
+    x, dy = randn(5, 40, dtype=dtype), randn(5, 70, seed=1, dtype=dtype)
+    zeros = fused_weight_grad(torch.zeros_like(x), dy, False, 1.0, "relative", "nlms")[0]
+    assert_identical("dw of dead inputs", zeros, torch.zeros(70, 40, dtype=dtype))
+    for empty in fused_weight_grad(x[:0], dy[:0], True, 1.0, "relative", "nlms"):
+        assert_identical("of no rows", empty, torch.zeros_like(empty))
+    for tensor, where in ((x, (4, 39)), (dy, (0, 69))):
+        for value in (math.nan, math.inf):
+            kept = tensor[where].clone()
+            tensor[where] = value
+            for gradient in fused_weight_grad(x, dy, True, 1.0, "absolute", "raw"):
+                assert gradient.isnan().all()
+            tensor[where] = kept
+
+
+def test_fused_weight_grad_counts_a_breakdown_once() -> None:
+    x = randn(3, 40, dtype=F32)[torch.arange(12) // 4]  # four times the same
+    before = ops.breakdowns()
+    dw, _ = fused_weight_grad(x, randn(12, 70, seed=1, dtype=F32), False, 1e-300, "absolute", "raw")
+    assert dw.isfinite().all()
+    assert ops.breakdowns() == before + 1
+
+
+def test_more_rows_than_one_launch_holds_take_several() -> None:
+    rows = plans.MAX_FUSED_ROWS + 1
+    x, dy = randn(rows, 3), randn(rows, 2, seed=1)
+    assert_grads_close(fused_weight_grad(x, dy, True, 1.0, "relative", "nlms"), oracle(x, dy), TOLERANCE[F64])
+
+
+def test_few_programs_write_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "PROCESSORS", 3)  # two tiles of inputs, so one group that writes three tiles of outputs
+    x, dy = randn(5, 40, dtype=F32), randn(5, 150, seed=1, dtype=F32)
+    assert_grads_close(fused_weight_grad(x, dy, True, 1.0, "relative", "nlms"), oracle(x, dy), TOLERANCE[F32])
+
+
+def test_a_batch_of_matrices_in_one_launch() -> None:
+    grams = torch.stack([randn(40, 50, seed=seed) @ randn(40, 50, seed=seed).T for seed in range(3)])
+    grams[1] = 0
+    grams[2, 3, 3] = math.nan
+    own = launch.inverse_of(grams, RIDGE._replace(rank=40))
+    assert_close("first", own[0], reference.factor(grams[0], 0.5, "relative", "raw", 40, 40), 1e-10)
+    assert_identical("of nothing", own[1], torch.zeros_like(own[1]))
+    assert own[2].isnan().all()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_orders_beyond_one_program(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    monkeypatch.setattr(plans, "MAX_FACTOR_ORDER", 20)  # as if a matrix were too large for our kernel
+    basis = torch.linalg.qr(randn(40, 40))[0]
+    values = torch.ones(40, dtype=F64)
+    values[-1] = 0.5 if works else -0.05
+    gram = basis @ torch.diag(values) @ basis.T
+    before = ops.breakdowns()
+    for scale in ("nlms", "gradient"):
+        own = launch.factor(gram, 0.01, "absolute", scale, 40, 7)
+        assert_close("inverse", own, reference.factor(gram, 0.01, "absolute", scale, 40, 7), 1e-10)
+    assert ops.breakdowns() - before == (0 if works else 2)
+    for special in (torch.zeros_like(gram), gram + math.inf):
+        own = launch.factor(special, 0.01, "relative", "nlms", 40, 7)
+        assert torch.equal(own.isnan(), reference.factor(special, 0.01, "relative", "nlms", 40, 7).isnan())
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    assert launch._precision(F32) == launch._exact(F32) == "tf32x3"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert launch._precision(F32) == "tf32"
+        assert launch._exact(F32) == "tf32x3"
+        assert launch._precision(F64) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_bfloat16_meets_the_inverse_to_24_bits(form: str) -> None:
+    # Correlated rows: an inverse rounded to bfloat16 would be off by percents, two terms by the type's rounding.
+    x = make_input("correlated", 24, 40 if form == "dual" else 12).to(BF16)
+    arguments = (True, form, 0.05, "relative", "raw")
+    exact = reference.emended_input(x.double(), *arguments)[0]
+    own = launch.emended_input(x, *arguments)[0]
+    assert error_of(own, exact) <= 1.1 * error_of(exact.to(BF16), exact)
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_splits_of_the_gram_add_up(form: str) -> None:
+    outer, inner = 5, 3 * plans.MIN_LENGTH + 17
+    x = randn(outer, inner, dtype=F32) if form == "dual" else randn(inner, outer, dtype=F32)
+    assert plans.plan_gram(outer, inner, 4).splits == 3
+    gram = launch.input_gram(x, True, form)
+    assert_close("gram", gram, reference.input_gram(x.double(), True, form), TOLERANCE[F32])
+    assert_identical("gram^T", gram.T.contiguous(), gram)
+
+
+def test_duplicates_are_as_accurate_as_plain_float32() -> None:
+    for kind in ("duplicates", "correlated"):
+        x = make_input(kind, 40, 24).to(F32)
+        arguments = (True, "dual", 0.05, "relative", "raw")
+        exact = reference.emended_input(x.double(), *arguments)[0]
+        own = launch.emended_input(x, *arguments)[0]
+        plain = reference.emended_input(x, *arguments)[0]
+        assert error_of(own, exact) <= 2 * error_of(plain, exact) + 1e-6
+
+
+def conv_patches(x: Tensor, kernel: int, stride: int, padding: int, dilation: int, groups: int) -> Tensor:
+    """``[groups, N, I]``, by plain unfolding."""
+    spatial = x.ndim - 2
+    x = torch.nn.functional.pad(x, (padding, padding) * spatial)
+    for i in range(spatial):
+        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    x = x.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + spatial)
+    return x.reshape(groups, x.shape[1] * math.prod(x.shape[2 : 2 + spatial]), -1)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation", "groups"),
+    [
+        ((2, 3, 7, 6), 3, 1, 1, 1, 1),
+        ((2, 4, 9, 8), 2, 2, 0, 3, 2),
+        ((3, 2, 300), 5, 1, 2, 1, 1),
+        ((1, 2, 4, 5, 6), 2, 1, 1, 2, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+def test_conv_gram(
+    dtype: torch.dtype, size: tuple[int, ...], kernel: int, stride: int, padding: int, dilation: int, groups: int
+) -> None:
+    x = randn(*size, dtype=dtype).transpose(0, 1).contiguous().transpose(0, 1)  # its strides are its own
+    patches = conv_patches(x.double(), kernel, stride, padding, dilation, groups)
+    wide = F64 if dtype == F64 else F32
+    each = [[value] * (x.ndim - 2) for value in (kernel, stride, padding, dilation)]
+    for bias in (True, False):
+        rows = torch.cat([patches, patches.new_ones(*patches.shape[:2], 1)], 2) if bias else patches
+        own = conv_gram(x, *each, groups, bias, 1, wide)
+        assert_close("gram", own, rows.mT @ rows, TOLERANCE[wide])
+        assert_identical("gram^T", own.mT.contiguous(), own)
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_opcheck(form: str) -> None:
+    options = (0.5, "relative", "nlms")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for bias, dtype in ((True, F32), (False, F16)):
+        x, dy = randn(5, 7, dtype=dtype), randn(5, 3, dtype=dtype)
+        torch.library.opcheck(OPS.input_gram.default, (x, bias, form), test_utils=checks)
+        torch.library.opcheck(OPS.input_inverse.default, (x, bias, form, *options), test_utils=checks)
+        torch.library.opcheck(OPS.emended_input.default, (x, bias, form, *options), test_utils=checks)
+        torch.library.opcheck(OPS.fused_weight_grad.default, (x, dy, bias, *options), test_utils=checks)
+        column = torch.ones(5 if bias else 0)
+        torch.library.opcheck(OPS.weight_grad.default, (dy, x, column), test_utils=checks)
+    arguments = ([2, 2], [1, 1], [1, 0], [1, 1], 1, form == "dual", 1, F32)
+    torch.library.opcheck(OPS.conv_gram.default, (randn(2, 3, 4, 4, dtype=F32), *arguments), test_utils=checks)
+    torch.library.opcheck(OPS.factor.default, (torch.eye(5), *options, 5, 9), test_utils=checks)
+
+
+def test_bad_arguments() -> None:
+    x, gram = randn(4, 3), torch.eye(3, dtype=F64)
+    for call, error, words in (
+        (lambda: OPS.input_gram(x[0], True, "dual"), ValueError, ("x", "[N, I]", "[3]")),
+        (lambda: OPS.input_gram(x.int(), True, "dual"), TypeError, ("x", "float16", "int32")),
+        (lambda: OPS.input_gram(x, True, "both"), ValueError, ("form", "both", "'dual'", "'primal'")),
+        (lambda: OPS.input_inverse(x, True, "dual", 0.0, "relative", "raw"), ValueError, ("damping", "0")),
+        (lambda: OPS.emended_input(x, True, "dual", 1.0, "none", "raw"), ValueError, ("damping_mode", "none")),
+        (lambda: OPS.emended_input(x, True, "dual", 1.0, "relative", "none"), ValueError, ("scale", "none", "'raw'")),
+        (lambda: OPS.factor(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
+        (lambda: OPS.factor(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "bfloat16")),
+        (lambda: OPS.factor(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
+        (lambda: OPS.weight_grad(x, x[:2], x[:, 0]), ValueError, ("dy", "rows", "[4, 3]", "[2, 3]")),
+        (lambda: OPS.weight_grad(x, x, x[:2, 0]), ValueError, ("column", "[2]", "[4, 3]")),
+        (lambda: OPS.fused_weight_grad(x, x[:2], True, 1.0, "relative", "raw"), ValueError, ("dy", "[2, 3]")),
+        (lambda: OPS.fused_weight_grad(x, x.float(), True, 1.0, "relative", "raw"), TypeError, ("dy", "float32")),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        for word in words:
+            assert word in str(caught.value), f"{word!r} is not in {caught.value}"
