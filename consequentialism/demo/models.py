@@ -77,10 +77,10 @@ class ResidualBlock(nn.Module):
 
 
 def resnet(sample_shape: SampleShape, classes: int) -> nn.Module:
-    """A small residual network with batch norm: a stem, three blocks of 16, 32 and 32 channels, a linear layer."""
+    """A small residual network with batch norm: a stem that halves the image, blocks of 16, 32 and 32 channels."""
     channels, _, _ = sample_shape
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1, bias=False),
+        nn.Conv2d(channels, 16, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(16),
         nn.ReLU(),
         ResidualBlock(16, 16, 1),
