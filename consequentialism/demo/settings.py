@@ -50,8 +50,8 @@ SCHEDULES: dict[str | tuple[str, str], Schedule] = {  # by data set, or by data 
     "digits": Schedule(epochs=15, batch_size=128, eval_every=2),
     "mnist5k": Schedule(epochs=8, batch_size=128, eval_every=4),
     "mnist": Schedule(epochs=3, batch_size=128, eval_every=25),
-    ("mnist5k", "cnn"): Schedule(epochs=4, batch_size=128, eval_every=4),
-    ("mnist5k", "resnet"): Schedule(epochs=3, batch_size=128, eval_every=4),
+    ("mnist5k", "cnn"): Schedule(epochs=4, batch_size=128, eval_every=6),
+    ("mnist5k", "resnet"): Schedule(epochs=3, batch_size=128, eval_every=6),
     "mnist1d": Schedule(epochs=20, batch_size=128, eval_every=8),
 }
 
