@@ -60,6 +60,7 @@ gpu:
 	tests/gpu.sh
 
 wheel: $(VENV)/.built
+	rm -rf build/lib*
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
@@ -96,7 +97,7 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
-	rm -rf build/cuda/dist
+	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
 	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl

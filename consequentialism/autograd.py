@@ -85,7 +85,7 @@ def prepare(
     """
     if options.process_group is not None:
         emended, column = distributed.emended_input(x, bias, options, backend)
-        return Prepared("dual", None, emended if need_weight else None, column if need_bias else None)
+        return keep_emended("dual", emended, column, need_weight, need_bias)
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
     if plan.solver == "cg":
         system = conjugate.System(bias, options)

@@ -99,7 +99,8 @@ class Conv2d(EmendedConvNd, nn.Conv2d):
             relative damping is relative to. Where ``min(N, I)`` exceeds 2,000 times a relative damping, and for
             every absolute one, Gram and gradient are computed in float64.
         scale: ``"nlms"`` multiplies by the batch size, the number of samples that a mean-reduced loss divides by.
-        backend: ``"cuda"`` has no convolution kernels yet: patches are then streamed by stock operations.
+        backend: ``"cuda"`` has no convolution kernels yet: patches are then streamed by stock
+            operations; ``"triton"`` sums up the Gram without them, whatever ``patch_bytes``.
         patch_bytes: Memory for unfolded patches, in bytes.
 
     Shape:

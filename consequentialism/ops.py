@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .options import ConvMethod, DampingMode, Form, Scale
+from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
 CONV_NAMES = ("conv_gram",)
-MAX_FUSED_ROWS = 128  # that fused_weight_grad takes in one launch
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

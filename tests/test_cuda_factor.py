@@ -228,7 +228,7 @@ def test_plan_never_asks_for_more_than_there_is(
 
 
 def test_capacity_of_a_block(shim: cuda_shim.Library) -> None:
-    """KERNELS.md's plan: float32 to some 288, float64 to 192 in one block."""
+    """One block holds float32 to some 288, float64 to 192."""
     assert plan(shim, 288, F32)[0] == BLOCK
     assert plan(shim, 192, F64)[0] == BLOCK
     assert plan(shim, 1024, F32)[0] == plan(shim, 1024, F64)[0] == CLUSTER

@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import consequentialism as cw
-from consequentialism import Options, cost, ops, reference
+from consequentialism import Options, cost, reference
 from consequentialism.autograd import Fused, Prepared, prepare, weight_grad
 
 BACKENDS = [pytest.param("cpu", marks=needs_kernels), "reference"]
 SHAPE = (12, 20, 9)
-MODULES: dict[str, Any] = {"cpu": ops, "reference": reference}
 
 
 class Calls(TorchDispatchMode):

@@ -52,7 +52,7 @@ RATE = 1e-6  # of training steps that are timed: the weights hardly move
 
 
 class StockFunction(torch.autograd.Function):
-    """KERNELS.md's P0: torch's own operations, none of which waits for the device, all in backward."""
+    """torch's own operations, none of which waits for the device, all in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
