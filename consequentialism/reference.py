@@ -23,7 +23,7 @@ MAX_FUSED_ROWS = 128  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
 
 
-# The largest condition number up to which Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
+# Up to this condition number Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
 MAX_FLOAT32_CONDITION = 2e3
 
 
