@@ -6,14 +6,14 @@ What depends on ``x`` alone is computed in forward (`prepare`); backward is stoc
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import conjugate, cost, distributed, reference
@@ -243,6 +243,29 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, outputs, size))
 
 
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Makes differentiating what ``backward`` returns an error.
+
+    torch's decorator of that name does so only where ``dy`` has a history of its own. The input's gradient ``dy W``
+    depends on ``W`` without one too, and would lose that term silently.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        # torch.func asks for a graph always, and has its own refusal; a compiler's backward has no second one.
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if transformed or not torch.is_grad_enabled():
+            return gradients
+        error: Any = torch._C._functions.DelayedError(  # type: ignore[attr-defined]
+            b"trying to differentiate twice an emended gradient, which is @once_differentiable", len(gradients)
+        )
+        return error(*(None if one is None else one.detach().requires_grad_() for one in gradients))
+
+    return wrapper
+
+
 class EmendedLinear(torch.autograd.Function):
     """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``.
 
@@ -259,13 +282,13 @@ class EmendedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, emended, column, gram = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = dy @ weight if needs_x else None
         dw = db = None
-        if needs_weight or needs_bias:
-            rows = math.prod(dy.shape[:-1])
-            flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-            prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
-            with full_precision(dy.device.type):
+        with full_precision(dy.device.type):
+            dx = dy @ weight if needs_x else None
+            if needs_weight or needs_bias:
+                rows = math.prod(dy.shape[:-1])
+                flat_x = None if x is None else x.reshape(rows, x.shape[-1])
+                prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
                 dw, db = weight_grad(prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.backend, needs_bias)
         return dx, dw, db, *(None,) * 7
 
@@ -307,7 +330,8 @@ def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
     """The input's gradient ``[..., I]`` where it is needed; after that, the step."""
     wants_weight, wants_bias = ctx.step.begin(ctx)
     x, weight, inverse, emended, column, gram = ctx.saved_tensors
-    dx = dy @ weight if ctx.needs_input_grad[0] else None
+    with full_precision(dy.device.type):
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
     rows = math.prod(dy.shape[:-1])
     if rows > 0 and (wants_weight or wants_bias):
         flat_x = None if x is None else x.reshape(rows, x.shape[-1])

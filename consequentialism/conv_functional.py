@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import conjugate, cost, dispatch, ops, reference
-from .autograd import full_precision
+from .autograd import full_precision, once_differentiable
 from .functional import _autocast, _check_floating, _check_match, _check_transforms
 from .options import Form, Options
 from .reference import compute_dtype, conv_blocks, conv_errors, conv_output_size, float32_is_enough

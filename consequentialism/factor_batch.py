@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import autograd, cost, dispatch, ops
-from .autograd import Prepared, full_precision
+from .autograd import Prepared, full_precision, once_differentiable
 from .cost import Plan
 from .options import Options
 
@@ -69,6 +68,8 @@ class Deferred:
         node = None if self.node is None else self.node()
         if self.prepared is not None or node is None or self.stream != other.stream:
             return False
+        if self.x is None or self.spoilt():  # its own backward will say so, if it comes
+            return False
         return torch._C._will_engine_execute_node(node)
 
     def plan(self) -> Plan:
@@ -76,11 +77,15 @@ class Deferred:
         x = self.input()
         return cost.choose(x.shape[0], x.shape[1] + self.bias, self.outputs, x.dtype, self.options)
 
+    def spoilt(self) -> bool:
+        """Whether ``x`` has been changed in place since forward."""
+        return self.version is not None and self.x is not None and self.x._version != self.version
+
     def input(self) -> Tensor:
         """``x [N, I]`` as forward saw it."""
         x = self.x
         assert x is not None
-        if self.version is not None and x._version != self.version:
+        if self.spoilt():
             raise RuntimeError(
                 f"the input {list(x.shape)} of a layer with batch_factors=True has been modified by an inplace "
                 f"operation: it is at version {x._version}, forward saw version {self.version}"
@@ -212,9 +217,9 @@ class DeferredLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors  # raises where the graph has been freed
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
         flat_dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
         with full_precision(dy.device.type):
+            dx = dy @ weight if ctx.needs_input_grad[0] else None
             dw, db = ctx.deferred.weight_grad(flat_dy, torch._C._autograd._get_current_graph_task_keep_graph())
         return dx, dw, db, None
 

@@ -79,7 +79,9 @@ def emended_linear_with(
         return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias)
     backend = dispatch.select(options.backend, x)
     if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
-        plan = _plan(rows, x.shape[-1] + (bias is not None), weight.shape[0], x.dtype, options)
+        sizes = rows, x.shape[-1] + (bias is not None), weight.shape[0]
+        known = all(type(size) is int for size in sizes)  # a tracer's symbols have no hash
+        plan = (_plan if known else cost.choose)(*sizes, x.dtype, options)
         if plan.solver == "cholesky":
             fused = need_weight and cost.is_fused(plan, x, bias is not None, weight.shape[0], options)
             applied_to = "fused" if fused else plan.applied_to

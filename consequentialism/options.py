@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,7 +70,8 @@ def check_damping(damping: Any) -> None:
     """Raise unless ``damping`` is a finite number above 0."""
     if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
         raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
-    if not 0 < float(damping) < math.inf:
+    finite: Any = damping  # not float(damping), which a large whole number overflows
+    if not 0 < finite <= sys.float_info.max:
         raise ValueError(f"damping must be finite and above 0, got {damping!r}")
 
 

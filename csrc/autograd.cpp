@@ -8,6 +8,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/mv.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -77,7 +78,9 @@ Side parse_side(std::string_view applied_to) {
 enum Saved { kX, kWeight, kInverse, kEmended, kColumn };
 
 at::Tensor as_rows(const at::Tensor& tensor) {
-  return tensor.dim() == 2 ? tensor : tensor.reshape({-1, tensor.size(-1)});
+  if (tensor.dim() == 2) return tensor;
+  const auto sizes = tensor.sizes();
+  return tensor.reshape({c10::multiply_integers(sizes.begin(), sizes.end() - 1), sizes.back()});  // not -1 beside a 0
 }
 
 // The emended input's column for the bias alone, [N].
@@ -145,7 +148,7 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const at::Tensor& dy = grads[0];
-    const bool twice = at::GradMode::is_enabled() && dy.requires_grad();
+    const bool twice = at::GradMode::is_enabled();           // even where dy has no history: dx has a factor W
     const variable_list saved = ctx->get_saved_variables();  // a checkpoint runs its forward again in here
     variable_list result(8);
     {
@@ -179,7 +182,7 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
     return weight_grad(dy, saved[kEmended], column.defined() ? column : saved[kEmended].new_empty({0}));
   }
 
-  // The gradients, whose own differentiation is an error: what torch's decorator of that name does.
+  // The gradients, whose own differentiation is an error; see the decorator of that name in autograd.py.
   static variable_list once_differentiable(variable_list result) {
     torch::autograd::DelayedError error(
         "trying to differentiate twice an emended gradient, which is @once_differentiable",

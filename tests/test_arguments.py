@@ -17,6 +17,7 @@ BAD_OPTIONS = [
     ({"damping": -1.0}, ValueError, ("damping", "-1.0", "above 0")),
     ({"damping": float("nan")}, ValueError, ("damping", "nan")),
     ({"damping": float("inf")}, ValueError, ("damping", "inf", "finite")),
+    ({"damping": 10**400}, ValueError, ("damping", "finite")),
     ({"damping": "1"}, TypeError, ("damping", "'1'", "str", "number")),
     ({"damping": True}, TypeError, ("damping", "True", "bool")),
     ({"damping": None}, TypeError, ("damping", "None")),

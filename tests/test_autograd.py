@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from cases import BACKENDS, DTYPES, F32, F64, Recorder, assert_identical, device_of, needs_kernels, randn
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import consequentialism as cw
 from consequentialism import Options, cost, ops
@@ -121,3 +124,73 @@ def test_the_op_called_by_itself_names_what_does_not_fit() -> None:
         op(x, weight, None, "dual", "input", 0.0, "relative", "nlms")
     with pytest.raises(RuntimeError, match="shapes"):
         op(x, weight.t(), None, "dual", "input", 1.0, "relative", "nlms")
+
+
+def penalised(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """A gradient penalty, where the output's own gradient has no history."""
+    (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return dx.flatten(1).norm(dim=1).sub(1).square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_factors": True}, {"backend": "reference"}, {"solver": "cg"}], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_gradient_penalty_is_an_error_and_no_other_gradient(kind: str, options: dict[str, Any]) -> None:
+    layer = torch.nn.Linear(4, 3) if kind == "linear" else torch.nn.Conv1d(2, 3, 2)
+    x = randn(5, 4, dtype=F32) if kind == "linear" else randn(5, 2, 4, dtype=F32)
+    model = cw.convert(torch.nn.Sequential(layer), **options)
+    loss = penalised(model, x.requires_grad_())
+    assert loss.requires_grad
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        loss.backward()
+    model(x).sum().backward(create_graph=True)
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0)])
+def test_no_inputs_and_no_outputs(inputs: int, outputs: int, leading: tuple[int, ...]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of weights without elements
+        layer = cw.Linear(inputs, outputs)
+    layer(torch.ones(*leading, inputs)).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.shape == (outputs, inputs)
+    assert layer.bias.grad is not None
+    assert layer.bias.grad.isfinite().all()
+
+
+def test_symbolic_sizes_of_a_tracer() -> None:
+    layer = cw.Linear(4, 3)
+    parameters = [p.detach().requires_grad_() for p in layer.parameters()]
+
+    def gradients(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out = torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+        return torch.autograd.grad(out.sum(), (weight, bias))
+
+    x = randn(5, 4, dtype=F32)
+    traced = make_fx(gradients, tracing_mode="symbolic")(x, *parameters)
+    for own, expected in zip(traced(x, *parameters), gradients(x, *parameters), strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_factors": True}, {"backend": "reference"}], ids=str)
+def test_autocast_around_backward_changes_nothing(options: dict[str, Any]) -> None:
+    model = cw.convert(torch.nn.Sequential(torch.nn.Linear(32, 32)), **options)
+    dy = randn(8, 32, seed=1, dtype=F32)
+    results = []
+    for enabled in (False, True):
+        x = randn(8, 32, dtype=F32).requires_grad_()
+        out = model(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out.backward(dy)
+        results.append(x.grad)
+    assert_identical("dx", results[1], results[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_factors": True}], ids=str)
+def test_a_layer_that_backward_does_not_run_does_not_matter(options: dict[str, Any]) -> None:
+    model = cw.convert(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)), **options)
+    x = randn(5, 4, dtype=F32)
+    h = model[0](x)
+    x.add_(1)
+    assert torch.autograd.grad(model[1](h).sum(), h)[0].shape == (5, 8)
