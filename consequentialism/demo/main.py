@@ -93,7 +93,7 @@ def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Digits, 
 def _grid(chosen: argparse.Namespace, optimizers: Sequence[str], data: Digits, schedule: Schedule) -> None:
     given, rule = _given_target(chosen, optimizers)
     target, found = search(
-        optimizers, lambda trial: _train(chosen, [trial], data, schedule)[0], given, len(data.test_x)
+        optimizers, chosen.model, lambda trial: _train(chosen, [trial], data, schedule)[0], given, len(data.test_x)
     )
     config = _config(chosen, data, schedule) | {"target": target, "target_rule": rule}
     report.write_json(chosen.out / "grid.json", config, [row for rows in found.values() for row in rows], [])

@@ -18,12 +18,17 @@ Search = dict[str, list[Row]]
 
 
 def search(
-    optimizers: Sequence[str], run_trial: Callable[[Trial], list[Run]], target: float | None, test_samples: int
+    optimizers: Sequence[str],
+    model: str,
+    run_trial: Callable[[Trial], list[Run]],
+    target: float | None,
+    test_samples: int,
 ) -> tuple[float, Search]:
     """Run the grids.
 
     Args:
         optimizers: Whose grids.
+        model: Which the grids depend on.
         run_trial: Trains with a trial, once a seed.
         target: The target accuracy; None for the rule above, which takes at least one plain optimizer.
         test_samples: Size of the test set, for that rule.
@@ -31,7 +36,7 @@ def search(
     Returns:
         The target, and for each optimizer a row a trial, the winner first.
     """
-    groups = {name: [run_trial(trial) for trial in grid(name)] for name in optimizers}
+    groups = {name: [run_trial(trial) for trial in grid(name, model)] for name in optimizers}
     if target is None:
         target = plain_target((runs for group in groups.values() for runs in group), test_samples)
     if target is None:
@@ -43,7 +48,7 @@ def search(
 def at_border(trial: Trial) -> bool:
     """Whether the learning rate is the lowest or the highest of the grid."""
     name = trial.optimizer
-    rates = EMENDED_LR[name] if is_emended(name) else [other.lr for other in grid(name)]
+    rates = EMENDED_LR[name] if is_emended(name) else [other.lr for other in grid(name, "")]
     return trial.lr in (min(rates), max(rates))
 
 

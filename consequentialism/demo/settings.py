@@ -63,6 +63,9 @@ EMENDED_LR = {
     "emended-adam": (0.0003, 0.001, 0.003, 0.01),
 }
 DAMPING = (0.3, 1.0, 3.0)
+# The patches of a convolution are alike, so that few directions hold most of the Gram's trace.
+CONV_DAMPING = (0.03, 0.1, 0.3)
+CONV_MODELS = ("cnn", "resnet", "conv1d")
 SAME_AS = {"mnist": "mnist5k"}
 RECORDED: dict[tuple[str, str], tuple[Trial, ...]] = {
     ("digits", "mlp"): (
@@ -99,10 +102,11 @@ def is_emended(optimizer: str) -> bool:
     return optimizer.startswith(PREFIX)
 
 
-def grid(optimizer: str) -> list[Trial]:
+def grid(optimizer: str, model: str) -> list[Trial]:
     """The 12 trials of an optimizer."""
     if is_emended(optimizer):
-        return [Trial(optimizer, lr, damping) for damping in DAMPING for lr in EMENDED_LR[optimizer]]
+        dampings = CONV_DAMPING if model in CONV_MODELS else DAMPING
+        return [Trial(optimizer, lr, damping) for damping in dampings for lr in EMENDED_LR[optimizer]]
     return [Trial(optimizer, float(f"{LOWEST_LR[optimizer] * 2 ** (k / 2):.3g}")) for k in range(12)]
 
 
