@@ -22,6 +22,7 @@ everything in backward, by the one launch of ``fused_weight_grad``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -94,22 +95,27 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     enough = float32_is_enough(min(rows, inputs), options.damping, options.damping_mode)
     well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
     direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
+    if not _may_pay(inputs, dtype, options):
+        return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
-    return cg if _pays(cg, direct, sizes, dtype, options) else direct
+    return cg if _pays(cg, direct, sizes, options) else direct
 
 
-def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], dtype: torch.dtype, options: Options) -> bool:
-    """Whether ``solver="auto"`` takes conjugate gradients: cheaper, and sure to be off by less than rounding."""
-    rows, inputs, outputs = sizes
+def _may_pay(inputs: int, dtype: torch.dtype, options: Options) -> bool:
+    """Whether conjugate gradients are sure to be off by less than rounding. The rows, which may vary, do not matter."""
     if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
         return False
+    return inputs <= largest_ratio(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
+
+
+def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], options: Options) -> bool:
+    """Whether ``solver="auto"`` takes conjugate gradients where it may: where they are cheaper."""
+    rows, inputs, outputs = sizes
     if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
         return False
     if rows + inputs <= options.iterations * max(outputs, FEWEST_OUTPUTS):  # a factor is then always cheaper
         return False
-    if flops(cg, *sizes, options.iterations) >= flops(direct, *sizes, factor=FACTOR_TIME):
-        return False
-    return inputs <= largest_ratio(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
+    return flops(cg, *sizes, options.iterations) < flops(direct, *sizes, factor=FACTOR_TIME)
 
 
 def _cheapest(plans: Iterable[Plan], sizes: tuple[int, int, int], iterations: int) -> Plan:
@@ -136,6 +142,7 @@ def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) 
     )
 
 
+@functools.lru_cache(maxsize=64)
 def largest_ratio(iterations: int, allowed: float) -> float:
     """A ``rank / damping`` up to which conjugate gradients are sure to be off by no more than ``allowed``; or 0.
 
@@ -157,7 +164,8 @@ def conv_solver(
 ) -> Literal["cholesky", "cg"]:
     """The solver of a convolution's correction; ``outputs`` of one group. Its Gram is always stored."""
     direct = Plan(conv_form(rows, inputs), "gradient")
-    if options.solver == "cg" or _pays(_CG_PLANS[0], direct, (rows, inputs, outputs), dtype, options):
+    sizes = (rows, inputs, outputs)
+    if options.solver == "cg" or (_may_pay(inputs, dtype, options) and _pays(_CG_PLANS[0], direct, sizes, options)):
         return "cg"
     return "cholesky"
 
