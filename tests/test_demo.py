@@ -14,6 +14,7 @@ from consequentialism.demo.data import CLASSES, DIMENSIONS, load
 from consequentialism.demo.errors import UserError
 from consequentialism.demo.models import DIMENSIONS as MODEL_DIMENSIONS
 from consequentialism.demo.models import MODELS, build, check_fits
+from consequentialism.demo.settings import OPTIMIZERS, RECORDED, TARGET, grid, recorded_optimizers
 
 SAMPLE_SHAPES = {1: (1, 40), 2: (1, 28, 28)}
 
@@ -68,3 +69,12 @@ def test_models_give_scores_and_gradients(name: str, dimensions: int) -> None:
     assert scores.shape == (5, CLASSES)
     scores.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("data", "model"), RECORDED)
+def test_recorded_settings_are_of_the_grid(data: str, model: str) -> None:
+    for trial in RECORDED[data, model]:
+        assert trial in grid(trial.optimizer, model)
+    assert {"sgd", "nag", "rmsprop", "adam", "emended-sgd"} <= set(recorded_optimizers(data, model)) <= set(OPTIMIZERS)
+    assert 0.5 < TARGET[data, model] < 1
+    check_fits(model, DIMENSIONS[data])

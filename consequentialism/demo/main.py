@@ -60,7 +60,7 @@ def _run(chosen: argparse.Namespace) -> None:
     device = _device(chosen.device)
     report.prepare_folder(chosen.out)
     schedule = _schedule(chosen)
-    optimizers = chosen.optimizer or list(OPTIMIZERS)
+    optimizers = chosen.optimizer or settings.recorded_optimizers(chosen.data, chosen.model)
     trials = [] if chosen.grid else [_trial(chosen, name) for name in dict.fromkeys(optimizers)]
     data = load(chosen.data, chosen.root)
     if schedule.batch_size > len(data.train_x):
@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "mnist: IDX files in --root; mnist1d: sequences, of the package of that name")  # fmt: skip
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--model", choices=list(MODELS), default="mlp")
-    add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME", help="repeatable; default: all of " +
+    add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME", help="repeatable; default: those recorded, of " +
         ", ".join(OPTIMIZERS))  # fmt: skip
     add("--epochs", type=_whole, help="default: by data set and model")
     add("--batch-size", type=_whole, help="default: 128")
