@@ -213,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         "mnist: IDX files in --root; mnist1d: sequences, of the package of that name")  # fmt: skip
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--model", choices=list(MODELS), default="mlp")
-    add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME", help="repeatable; default: those recorded, of " +
-        ", ".join(OPTIMIZERS))  # fmt: skip
+    add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME",
+        help="repeatable; default: those recorded, of " + ", ".join(OPTIMIZERS))  # fmt: skip
     add("--epochs", type=_whole, help="default: by data set and model")
     add("--batch-size", type=_whole, help="default: 128")
     add("--damping", type=_positive, help="of the emended layers, relative; default: the recorded one")
