@@ -94,7 +94,7 @@ RECORDED: dict[tuple[str, str], tuple[Trial, ...]] = {
         Trial("nag", 0.0884),
         Trial("rmsprop", 0.00138),
         Trial("adam", 0.00781),
-        Trial("emended-sgd", 4.0, 0.3),
+        Trial("emended-sgd", 2.0, 0.03),
     ),
     ("mnist5k", "resnet"): (
         Trial("sgd", 1.0),
