@@ -113,8 +113,8 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
       std::string_view form, std::string_view applied_to, double damping, std::string_view damping_mode,
       std::string_view scale) {
     const Side side = parse_side(applied_to);
+    const at::Tensor y = at::linear(x, weight, bias);  // not below autograd, where it takes other products
     const PlainKernelGuard plain;
-    const at::Tensor y = at::linear(x, weight, bias);
     const at::Tensor rows = as_rows(x);
     const bool has_bias = bias.has_value();
     const bool needs_weight = weight.requires_grad();
