@@ -159,6 +159,9 @@ def test_no_inputs_and_no_outputs(inputs: int, outputs: int, leading: tuple[int,
     assert layer.bias.grad.isfinite().all()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11: sympy fails on a symbolic comparison (as_coeff_Mul)"
+)
 def test_symbolic_sizes_of_a_tracer() -> None:
     layer = cw.Linear(4, 3)
     parameters = [p.detach().requires_grad_() for p in layer.parameters()]
