@@ -13,13 +13,13 @@ from typing import NoReturn
 import torch
 
 from . import report, settings
-from .data import DATA_SETS, DIMENSIONS, Digits, load
+from .data import DATA_SETS, DIMENSIONS, Samples, load
 from .errors import UserError, need
 from .models import MODELS, check_fits
 from .search import search
 from .settings import OPTIMIZERS, Schedule, Trial
 from .summary import TARGET_RULE, plain_target, summarise, verdict
-from .train import Run, step_count, train_together
+from .train import Run, classification, step_count, train_together
 
 DESCRIPTION = (
     "Train the same network on real handwritten digits with plain and with emended optimizers, each with tuned "
@@ -77,7 +77,7 @@ def _run(chosen: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
 
 
-def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Digits, schedule: Schedule) -> None:
+def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Samples, schedule: Schedule) -> None:
     given, rule = _given_target(chosen, [trial.optimizer for trial in trials])
     groups = _train(chosen, trials, data, schedule)
     target = plain_target(groups, len(data.test_x)) if given is None else given
@@ -90,7 +90,7 @@ def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Digits, 
     print(f"Picture: {chosen.out / 'demo.png'}; curves and settings: {chosen.out / 'results.json'}")
 
 
-def _grid(chosen: argparse.Namespace, optimizers: Sequence[str], data: Digits, schedule: Schedule) -> None:
+def _grid(chosen: argparse.Namespace, optimizers: Sequence[str], data: Samples, schedule: Schedule) -> None:
     given, rule = _given_target(chosen, optimizers)
     target, found = search(
         optimizers, chosen.model, lambda trial: _train(chosen, [trial], data, schedule)[0], given, len(data.test_x)
@@ -113,15 +113,16 @@ def _given_target(chosen: argparse.Namespace, optimizers: Sequence[str]) -> tupl
     return target, "recorded: " + TARGET_RULE
 
 
-def _train(chosen: argparse.Namespace, trials: Sequence[Trial], data: Digits, schedule: Schedule) -> list[list[Run]]:
+def _train(chosen: argparse.Namespace, trials: Sequence[Trial], data: Samples, schedule: Schedule) -> list[list[Run]]:
     """Train with every trial once a seed, under progress bars; the runs by trial."""
     tqdm = need("tqdm").tqdm
     rounds = step_count(len(data.train_x), schedule, schedule.epochs)
+    problem = classification(chosen.model, data.sample_shape)
     by_seed: list[list[Run]] = []
     for seed in range(chosen.seed, chosen.seed + chosen.seeds):
         label = f"seed {seed}, {_label(trials)}"
         with tqdm(total=rounds, desc=label, unit="step", leave=not chosen.grid, mininterval=0.3) as bar:
-            by_seed.append(train_together(trials, chosen.model, data, schedule, seed, bar.update))
+            by_seed.append(train_together(trials, problem, data, schedule, seed, bar.update))
     return [list(runs) for runs in zip(*by_seed, strict=True)]
 
 
@@ -132,7 +133,7 @@ def _label(trials: Sequence[Trial]) -> str:
     return f"{trials[0].optimizer}, lr {trials[0].lr:g}{damping}"
 
 
-def _config(chosen: argparse.Namespace, data: Digits, schedule: Schedule) -> dict[str, object]:
+def _config(chosen: argparse.Namespace, data: Samples, schedule: Schedule) -> dict[str, object]:
     return {
         "data": chosen.data,
         "model": chosen.model,

@@ -1,11 +1,10 @@
-"""The training loop, one for every optimizer, model and data set."""
+"""The training loop, one for every optimizer, model and data set: the demo's, and that of the training benchmarks."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -13,18 +12,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..convert import convert
-from .data import CLASSES, PROBE, Digits
+from . import methods
+from .data import CLASSES, PROBE, Samples
 from .models import build
-from .settings import PREFIX, Schedule, Trial
+from .settings import Schedule, Trial
 
 TAIL = 5  # evaluations at the end whose median is a run's final value
-FACTORIES: dict[str, Callable[[Iterator[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
-    "nag": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True),
-    "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr),
-    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
-}
+PIECE = 2500  # samples that are evaluated at once, which bounds the memory
+
+
+def class_loss(scores: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of scores ``[..., classes]`` and labels ``[...]``."""
+    return cross_entropy(scores.flatten(0, -2), y.flatten())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained, and for what.
+
+    Attributes:
+        build: A network on the CPU, whose initial weights depend on the seed alone.
+        loss: Mean loss of a batch's scores and targets.
+        classes: Whether targets are classes, so that there is an accuracy.
+    """
+
+    build: Callable[[int], nn.Module]
+    loss: methods.Loss = class_loss
+    classes: bool = True
+
+
+def classification(model_name: str, sample_shape: tuple[int, ...]) -> Problem:
+    """A network of `consequentialism.demo.models.MODELS` that tells digits apart."""
+    return Problem(lambda seed: build(model_name, sample_shape, CLASSES, seed))
 
 
 @dataclass
@@ -36,8 +55,9 @@ class Run:
         seed: Of the initial weights and the order of the batches.
         steps: Steps taken.
         seconds: Time spent in training steps, evaluations left out.
-        train_loss: Mean cross-entropy over the (at most 1,000 first) training samples.
-        test_accuracy: Share of test samples classified correctly, 0 to 1.
+        train_loss: Mean loss over the (at most 1,000 first) training samples.
+        test_loss: Mean loss over the test samples.
+        test_accuracy: Share of test samples classified correctly, 0 to 1; NaN where targets are not classes.
         ms_per_step: Median time of a step, in milliseconds.
     """
 
@@ -46,6 +66,7 @@ class Run:
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     ms_per_step: float = 0.0
 
@@ -66,8 +87,8 @@ class Run:
 
 def train_together(
     trials: Sequence[Trial],
-    model_name: str,
-    data: Digits,
+    problem: Problem,
+    data: Samples,
     schedule: Schedule,
     seed: int,
     after_round: Callable[[], object],
@@ -79,7 +100,7 @@ def train_together(
 
     Args:
         trials: Optimizers with learning rates and damping.
-        model_name: Of `consequentialism.demo.models.MODELS`.
+        problem: The network and its loss.
         data: On the device to train on.
         schedule: Epochs, batch size and evaluations.
         seed: See above.
@@ -89,31 +110,35 @@ def train_together(
         A run a trial, in order.
     """
     runs = [Run(trial, seed) for trial in trials]
-    for _ in zip(*(_training(run, model_name, data, schedule) for run in runs), strict=True):
+    for _ in zip(*(training(run, problem, data, schedule) for run in runs), strict=True):
         after_round()
     return runs
 
 
-def _training(run: Run, model_name: str, data: Digits, schedule: Schedule) -> Iterator[None]:
-    """The training loop: fills ``run``, and stops for the others after every step."""
+def training(
+    run: Run, problem: Problem, data: Samples, schedule: Schedule, prepare: methods.Method = methods.prepare
+) -> Iterator[float]:
+    """The training loop: fills ``run``, and gives the batch's loss, from before the step, after every step.
+
+    Whoever stops iterating ends the run there.
+    """
     device = data.train_x.device
-    model = build(model_name, data.sample_shape, CLASSES, run.seed).to(device)
-    if run.trial.damping is not None:
-        convert(model, damping=run.trial.damping)
-    _warm_up(model, run.trial, data, schedule)
-    optimizer = _optimizer(model, run.trial)
+    _warm_up(problem, run, data, schedule, prepare)
+    model = problem.build(run.seed).to(device)
+    step = prepare(model, run.trial, problem.loss)
     durations: list[float] = []
     elapsed = 0.0
-    _evaluate(model, data, run, 0, elapsed)
+    _evaluate(model, problem, data, run, 0, elapsed)
     last = step_count(len(data.train_x), schedule, schedule.epochs)
     for rows in batches(len(data.train_x), schedule, run.seed):
         x, y = data.train_x[rows.to(device)], data.train_y[rows.to(device)]
-        durations.append(_timed_step(model, optimizer, x, y))
-        elapsed += durations[-1]
+        seconds, loss = timed_step(step, x, y)
+        durations.append(seconds)
+        elapsed += seconds
         if len(durations) % schedule.eval_every == 0 or len(durations) == last:
-            _evaluate(model, data, run, len(durations), elapsed)
+            _evaluate(model, problem, data, run, len(durations), elapsed)
             run.ms_per_step = 1e3 * median(durations)
-        yield
+        yield loss
 
 
 def batches(samples: int, schedule: Schedule, seed: int) -> Iterator[Tensor]:
@@ -129,43 +154,43 @@ def step_count(samples: int, schedule: Schedule, epochs: int) -> int:
     return epochs * (samples // schedule.batch_size)
 
 
-def _optimizer(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
-    return FACTORIES[trial.optimizer.removeprefix(PREFIX)](model.parameters(), trial.lr)
-
-
-def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
-    """One training step on samples ``[N, C, ...]`` and labels ``[N]``; returns its seconds."""
+def timed_step(step: methods.Step, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """One training step on samples ``[N, ...]`` and targets; returns its seconds, and the batch's loss before it."""
     _wait(x.device)
     start = time.perf_counter()
-    optimizer.zero_grad()
-    cross_entropy(model(x), y).backward()
-    optimizer.step()
+    loss = step(x, y)
     _wait(x.device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, loss.item()
 
 
-def _warm_up(model: nn.Module, trial: Trial, data: Digits, schedule: Schedule) -> None:
-    """Two steps of a copy, so that one-time costs (thread pools, kernel loading) do not count for one optimizer."""
-    copy = deepcopy(model)
-    optimizer = _optimizer(copy, trial)
+def _warm_up(problem: Problem, run: Run, data: Samples, schedule: Schedule, prepare: methods.Method) -> None:
+    """Two steps of another copy, so that one-time costs (thread pools, kernels) do not count for one optimizer."""
+    model = problem.build(run.seed).to(data.train_x.device)
+    step = prepare(model, run.trial, problem.loss)
     for _ in range(2):
-        _timed_step(copy, optimizer, data.train_x[: schedule.batch_size], data.train_y[: schedule.batch_size])
+        timed_step(step, data.train_x[: schedule.batch_size], data.train_y[: schedule.batch_size])
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, data: Digits, run: Run, steps: int, seconds: float) -> None:
+def _evaluate(model: nn.Module, problem: Problem, data: Samples, run: Run, steps: int, seconds: float) -> None:
     model.eval()
     run.steps.append(steps)
     run.seconds.append(seconds)
-    loss = cross_entropy(_scores(model, data.train_x[:PROBE]), data.train_y[:PROBE]).item()
-    run.train_loss.append(loss if math.isfinite(loss) else math.inf)  # a diverged run sorts last
-    run.test_accuracy.append((_scores(model, data.test_x).argmax(1) == data.test_y).double().mean().item())
+    run.train_loss.append(_finite(problem.loss(_scores(model, data.train_x[:PROBE]), data.train_y[:PROBE])))
+    scores = _scores(model, data.test_x)
+    run.test_loss.append(_finite(problem.loss(scores, data.test_y)))
+    right = (scores.argmax(-1) == data.test_y).double().mean().item() if problem.classes else math.nan
+    run.test_accuracy.append(right)
     model.train()
 
 
+def _finite(loss: Tensor) -> float:
+    """The loss as a number; infinity where it is not one, so that a diverged run sorts last."""
+    return loss.item() if torch.isfinite(loss) else math.inf
+
+
 def _scores(model: nn.Module, x: Tensor) -> Tensor:
-    """Scores ``[N, classes]``, in pieces that bound the memory."""
-    return torch.cat([model(piece) for piece in x.split(2500)])
+    return torch.cat([model(piece) for piece in x.split(PIECE)])
 
 
 def _wait(device: torch.device) -> None:
