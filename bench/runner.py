@@ -6,13 +6,10 @@ median over rounds of its block's median to the plain layer's block in the same 
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ import consequentialism as cw
 
 from .cases import PROVIDERS, Shape
 from .conv_cases import ConvShape
+from .environment import commit, processor
 
 BLOCK = 5  # timed steps of a provider's turn, after one that warms its caches
 
@@ -146,23 +144,3 @@ def _peak_bytes(layer: nn.Module, x: Tensor, dy: Tensor) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The checkout's commit, or "unknown" outside one."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -18,7 +18,7 @@ import torch
 
 import consequentialism as cw
 
-from ..runner import commit
+from ..environment import commit
 from . import report
 from .device import Cuda, Device, Host, roofline
 from .run import DEAD_EXIT, DeviceDead, Journal, supervise, work_through
