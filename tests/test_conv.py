@@ -41,7 +41,7 @@ from torch import nn
 
 import consequentialism as cw
 from consequentialism import reference
-from consequentialism.demo.models import build
+from consequentialism.demo.models import MODELS, build
 
 CPU_BACKENDS = [name for name in ("cpu", "reference") if cw.backends()[name] == "available"]
 SOME = ("1d stride", "2d wide", "2d few rows", "depthwise", "2d same", "3d")
@@ -431,8 +431,8 @@ def test_retained_graph_and_accumulation() -> None:
 @pytest.mark.parametrize("image_shape", [(1, 8, 8), (1, 28, 28), (3, 9, 10)])
 @pytest.mark.parametrize(("name", "convolutions"), [("cnn", 2), ("resnet", 8)])
 def test_demo_models_build_convert_and_train(name: str, convolutions: int, image_shape: tuple[int, int, int]) -> None:
-    model = build(name, image_shape, 10, seed=0)
-    again = build(name, image_shape, 10, seed=0)
+    model = build(lambda: MODELS[name](image_shape, 10), seed=0)
+    again = build(lambda: MODELS[name](image_shape, 10), seed=0)
     for own, other in zip(model.parameters(), again.parameters(), strict=True):
         assert_identical("initial weight", own, other)
     cw.convert(model)

@@ -61,8 +61,8 @@ def test_a_model_that_does_not_fit_the_data_names_those_that_do(name: str, dimen
 def test_models_give_scores_and_gradients(name: str, dimensions: int) -> None:
     check_fits(name, dimensions)
     shape = SAMPLE_SHAPES[dimensions]
-    model = cw.convert(build(name, shape, CLASSES, seed=3))
-    again = build(name, shape, CLASSES, seed=3)
+    model = cw.convert(build(lambda: MODELS[name](shape, CLASSES), seed=3))
+    again = build(lambda: MODELS[name](shape, CLASSES), seed=3)
     for own, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(own, other)
     scores = model(torch.randn(5, *shape))

@@ -45,10 +45,17 @@ class Samples:
         return Samples(*(t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)))
 
     def validation_split(self, fraction: float) -> Samples:
-        """The training samples alone, so that the last ``fraction`` of them takes the test set's place."""
-        kept = len(self.train_x) - round(fraction * len(self.train_x))
-        x, y = self.train_x, self.train_y
-        return Samples(x[:kept], y[:kept], x[kept:], y[kept:])
+        """The training samples alone: the last ``fraction`` of them takes the test set's place."""
+        kept = self._kept(fraction)
+        return Samples(self.train_x[:kept], self.train_y[:kept], self.train_x[kept:], self.train_y[kept:])
+
+    def without_validation(self, fraction: float) -> Samples:
+        """The same training samples as `validation_split` has, and the test set."""
+        kept = self._kept(fraction)
+        return Samples(self.train_x[:kept], self.train_y[:kept], self.test_x, self.test_y)
+
+    def _kept(self, fraction: float) -> int:
+        return len(self.train_x) - round(fraction * len(self.train_x))
 
 
 def load(name: str, root: Path) -> Samples:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from . import methods
 from .data import CLASSES, PROBE, Samples
-from .models import build
+from .models import MODELS, build
 from .settings import Schedule, Trial
 
 TAIL = 5  # evaluations at the end whose median is a run's final value
@@ -43,7 +43,7 @@ class Problem:
 
 def classification(model_name: str, sample_shape: tuple[int, ...]) -> Problem:
     """A network of `consequentialism.demo.models.MODELS` that tells digits apart."""
-    return Problem(lambda seed: build(model_name, sample_shape, CLASSES, seed))
+    return Problem(lambda seed: build(lambda: MODELS[model_name](sample_shape, CLASSES), seed))
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Run:
         seed: Of the initial weights and the order of the batches.
         steps: Steps taken.
         seconds: Time spent in training steps, evaluations left out.
-        train_loss: Mean loss over the (at most 1,000 first) training samples.
+        train_loss: Mean loss over the first training samples, at most 1,000 by default.
         test_loss: Mean loss over the test samples.
         test_accuracy: Share of test samples classified correctly, 0 to 1; NaN where targets are not classes.
         ms_per_step: Median time of a step, in milliseconds.
@@ -116,19 +116,24 @@ def train_together(
 
 
 def training(
-    run: Run, problem: Problem, data: Samples, schedule: Schedule, prepare: methods.Method = methods.prepare
+    run: Run,
+    problem: Problem,
+    data: Samples,
+    schedule: Schedule,
+    prepare: methods.Method = methods.prepare,
+    probe: int = PROBE,
 ) -> Iterator[float]:
     """The training loop: fills ``run``, and gives the batch's loss, from before the step, after every step.
 
-    Whoever stops iterating ends the run there.
+    Whoever stops iterating ends the run there. ``probe`` is how many training samples ``train_loss`` is taken over.
     """
     device = data.train_x.device
-    _warm_up(problem, run, data, schedule, prepare)
     model = problem.build(run.seed).to(device)
     step = prepare(model, run.trial, problem.loss)
     durations: list[float] = []
     elapsed = 0.0
-    _evaluate(model, problem, data, run, 0, elapsed)
+    _evaluate(model, problem, data, probe, run, 0, elapsed)
+    _warm_up(problem, run, data, schedule, prepare)
     last = step_count(len(data.train_x), schedule, schedule.epochs)
     for rows in batches(len(data.train_x), schedule, run.seed):
         x, y = data.train_x[rows.to(device)], data.train_y[rows.to(device)]
@@ -136,7 +141,7 @@ def training(
         durations.append(seconds)
         elapsed += seconds
         if len(durations) % schedule.eval_every == 0 or len(durations) == last:
-            _evaluate(model, problem, data, run, len(durations), elapsed)
+            _evaluate(model, problem, data, probe, run, len(durations), elapsed)
             run.ms_per_step = 1e3 * median(durations)
         yield loss
 
@@ -172,11 +177,13 @@ def _warm_up(problem: Problem, run: Run, data: Samples, schedule: Schedule, prep
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, problem: Problem, data: Samples, run: Run, steps: int, seconds: float) -> None:
+def _evaluate(
+    model: nn.Module, problem: Problem, data: Samples, probe: int, run: Run, steps: int, seconds: float
+) -> None:
     model.eval()
     run.steps.append(steps)
     run.seconds.append(seconds)
-    run.train_loss.append(_finite(problem.loss(_scores(model, data.train_x[:PROBE]), data.train_y[:PROBE])))
+    run.train_loss.append(_finite(problem.loss(_scores(model, data.train_x[:probe]), data.train_y[:probe])))
     scores = _scores(model, data.test_x)
     run.test_loss.append(_finite(problem.loss(scores, data.test_y)))
     right = (scores.argmax(-1) == data.test_y).double().mean().item() if problem.classes else math.nan

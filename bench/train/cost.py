@@ -1,0 +1,64 @@
+"""What a step costs: all optimizers of a task take turns in one process, so that drift of the machine cancels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean, median
+
+import torch
+
+from consequentialism.demo.data import Samples
+from consequentialism.demo.settings import Trial
+from consequentialism.demo.train import timed_step
+
+from .methods import METHODS
+from .tasks import Task
+
+BLOCK = 10  # steps; what SOAP, SINGD and K-FAC do every tenth step happens once in each block
+SEED = 200
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds a step: one entry a block."""
+
+    ms: list[float]
+    ratio: float
+
+    def quantile(self, share: float) -> float:
+        """The blocks' quantile, between 0 and 1."""
+        return sorted(self.ms)[min(int(share * len(self.ms)), len(self.ms) - 1)]
+
+
+def step_costs(task: Task, data: Samples, trials: Mapping[str, Trial], blocks: int) -> dict[str, Cost]:
+    """The cost of every optimizer's step, by name; ``trials`` holds "sgd", which the ratios are to."""
+    problem = task.problem(data)
+    schedule = task.schedule(len(data.train_x))
+    steps = {}
+    for name, trial in trials.items():
+        model = problem.build(SEED).to(data.train_x.device)
+        steps[name] = METHODS[name].prepare(model, trial, problem.loss)
+    batches = [
+        (data.train_x[rows], data.train_y[rows])
+        for rows in torch.arange(len(data.train_x)).split(schedule.batch_size)[:BLOCK]
+        if len(rows) == schedule.batch_size
+    ]
+    ms: dict[str, list[float]] = {name: [] for name in trials}
+    order = list(trials)
+    for block in range(blocks + 1):
+        for name in order:
+            seconds = [timed_step(steps[name], *batches[k % len(batches)])[0] for k in range(BLOCK)]
+            if block:  # the first warms up
+                ms[name].append(1e3 * mean(seconds))
+        order = order[1:] + order[:1]
+    plain = ms["sgd"]
+    return {
+        name: Cost(own, median(mine / other for mine, other in zip(own, plain, strict=True)))
+        for name, own in ms.items()
+    }
+
+
+def median_ms(cost: Cost) -> float:
+    """Of the blocks."""
+    return median(cost.ms)

@@ -1,0 +1,129 @@
+"""From a task and an optimizer to the steps that it takes: the grid search, then the runs that count.
+
+The grid search trains every trial on the same four fifths of the training samples with the same seed, and asks for the
+target on the last fifth. The winner is the trial that reaches it in the fewest steps; where none does, the one with the
+best score at the end. A trial that has taken more steps than the best so far has lost and stops; so does one whose loss
+is not finite. The runs that count take other seeds, and ask for the target on the test samples.
+
+The target is reached at the first of two evaluations in a row that are as good as it: one alone is too often luck.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median, pstdev
+
+import torch
+
+from consequentialism.demo.data import Samples
+from consequentialism.demo.settings import Trial
+from consequentialism.demo.train import TAIL, Run, training
+
+from .methods import Method
+from .tasks import VALIDATION, Task
+
+GRID_SEED = 100
+PROBE = 256  # training samples of which the loss is reported
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run and how it ended.
+
+    Attributes:
+        run: Its evaluations.
+        losses: The batch's loss before every step.
+        steps: To the target, None where it was not reached.
+        end: "reached", "beaten", "budget" or "diverged".
+    """
+
+    run: Run
+    losses: list[float]
+    steps: int | None
+    end: str
+
+
+def search(task: Task, method: Method, data: Samples, trials: Sequence[Trial]) -> tuple[Trial, list[Outcome]]:
+    """The best trial, and what each of them did; those in the middle of the grid are tried first."""
+    split = data.validation_split(VALIDATION)
+    middle = (len(trials) - 1) / 2
+    order = sorted(range(len(trials)), key=lambda index: abs(index - middle))
+    best: Outcome | None = None
+    outcomes = []
+    for index in order:
+        limit = None if best is None else best.steps
+        outcome = train(task, method, split, trials[index], GRID_SEED, limit=limit, stop=True)
+        outcomes.append(outcome)
+        if best is None or _better(task, outcome, best):
+            best = outcome
+    assert best is not None
+    return best.run.trial, outcomes
+
+
+def _better(task: Task, one: Outcome, other: Outcome) -> bool:
+    if one.steps is not None or other.steps is not None:
+        return (math.inf if one.steps is None else one.steps) < (math.inf if other.steps is None else other.steps)
+    scores = [task.score(outcome.run, -1) for outcome in (one, other)]
+    if not all(map(math.isfinite, scores)):
+        return math.isfinite(scores[0])
+    return scores[0] < scores[1] if task.by_loss else scores[0] > scores[1]
+
+
+def train(
+    task: Task, method: Method, data: Samples, trial: Trial, seed: int, limit: int | None = None, stop: bool = False
+) -> Outcome:
+    """One run.
+
+    Args:
+        task: What is trained.
+        method: By which optimizer.
+        data: On what; the test samples are those that the target is asked for on.
+        trial: With which settings.
+        seed: Of weights and batches.
+        limit: Steps after which a run that has not reached the target has lost.
+        stop: Whether to stop where the target is reached.
+    """
+    run = Run(trial, seed)
+    losses: list[float] = []
+    end = "budget"
+    schedule = task.schedule(len(data.train_x))
+    progress = training(run, task.problem(data), data, schedule, method.prepare, probe=PROBE)
+    while len(losses) < task.steps:
+        try:
+            losses.append(next(progress))
+        except torch.linalg.LinAlgError:  # what some peers make of weights that are not finite
+            losses.append(math.inf)
+        if not math.isfinite(losses[-1]):
+            end = "diverged"
+            break
+        evaluated = run.steps[-1] == len(losses)
+        if stop and evaluated and first_reached(task, run) is not None:
+            end = "reached"
+            break
+        # The target counts from the first of two evaluations, so that a trial may go on for one more.
+        if limit is not None and evaluated and run.steps[-2] >= limit and first_reached(task, run) is None:
+            end = "beaten"
+            break
+    steps = first_reached(task, run) if end != "diverged" else None
+    return Outcome(run, losses, steps, "reached" if steps is not None and end == "budget" else end)
+
+
+def first_reached(task: Task, run: Run) -> int | None:
+    """Steps at the first of two evaluations in a row that are as good as the target, or None."""
+    good = [task.reached(task.score(run, index)) for index in range(len(run.steps))]
+    return next((run.steps[i] for i in range(len(good) - 1) if good[i] and good[i + 1]), None)
+
+
+def final_score(task: Task, run: Run) -> float:
+    """Median over the last five evaluations."""
+    count = len(run.steps)
+    return median(task.score(run, index) for index in range(max(count - TAIL, 0), count))
+
+
+def jump(losses: Sequence[float]) -> float:
+    """Standard deviation of the change of the loss from one step to the next; infinity where it diverged."""
+    changes = [after - before for before, after in itertools.pairwise(losses)]
+    return pstdev(changes) if changes and all(map(math.isfinite, changes)) else math.inf

@@ -1,0 +1,253 @@
+"""The stages: the grid search, the runs that count, the cost of a step. Each leaves CSV files that the next one reads.
+
+Steps do not depend on what else the machine does, so that grid search and runs share the cores out, one process and one
+thread each. Seconds do: the cost of a step is measured in one process, all optimizers of a task in turns, and seconds
+to the target are steps times that cost.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from consequentialism.demo.data import Samples
+from consequentialism.demo.errors import UserError, need
+from consequentialism.demo.settings import Trial
+
+from .. import table
+from ..environment import environment
+from .cost import step_costs
+from .methods import METHODS, missing
+from .rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
+from .tasks import PROFILES, VALIDATION, Task
+from .tune import GRID_SEED, final_score, jump, search, train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        profile: "cpu" or "cuda", the set of tasks.
+        tasks: Names of tasks.
+        optimizers: Names of optimizers; SGD is always timed, for the ratios.
+        device: To train on.
+        root: Folder of MNIST's files.
+        seeds: Runs with the best trial.
+        grid: Trials of each optimizer, at most.
+        blocks: Of ten steps each, in the timing.
+        workers: Processes for grid search and runs.
+        out: Folder of the CSV files.
+    """
+
+    profile: str
+    tasks: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    device: str
+    root: Path
+    seeds: int
+    grid: int
+    blocks: int
+    workers: int
+    out: Path
+
+    def task(self, name: str) -> Task:
+        """By its name."""
+        return next(task for task in PROFILES[self.profile] if task.name == name)
+
+    def data(self, task: Task) -> Samples:
+        """On the device."""
+        return task.data(self.root).to(torch.device(self.device))
+
+
+Job = tuple[str, str]  # a task and an optimizer, by name
+
+
+def skipped(plan: Plan) -> list[SkipRow]:
+    """Who cannot take part."""
+    found = []
+    for task in plan.tasks:
+        for optimizer in plan.optimizers:
+            reason = missing(METHODS[optimizer], plan.task(task).kinds)
+            if reason is not None:
+                found.append(SkipRow(task, optimizer, reason))
+    return found
+
+
+def tune(plan: Plan) -> None:
+    """The grid search; writes ``grid.csv`` and ``skipped.csv``."""
+    skips = skipped(plan)
+    _write(plan, "skipped.csv", skips)
+    rows: list[GridRow] = []
+    for found in _spread(plan, _tune, _jobs(plan, skips), "grid search"):
+        rows += found
+        _write(plan, "grid.csv", sorted(rows, key=_order(plan)))
+
+
+def run(plan: Plan) -> None:
+    """The runs with the best trials of ``grid.csv``; writes ``runs.csv`` and ``curves.csv``."""
+    best = winners(plan)
+    rows: list[RunRow] = []
+    curves: list[CurveRow] = []
+    jobs = [(task, optimizer, trial) for (task, optimizer), trial in best.items()]
+    for some, evaluations in _spread(plan, _run, jobs, "runs"):
+        rows += some
+        curves += evaluations
+        _write(plan, "runs.csv", sorted(rows, key=_order(plan)))
+        _write(plan, "curves.csv", sorted(curves, key=_order(plan)))
+
+
+def cost(plan: Plan) -> None:
+    """The cost of a step of every best trial; writes ``times.csv``."""
+    best = winners(plan)
+    rows: list[TimeRow] = []
+    for name in _progress(plan.tasks, "cost of a step"):
+        task = plan.task(name)
+        trials = {optimizer: trial for (of, optimizer), trial in best.items() if of == name}
+        trials.setdefault("sgd", Trial("sgd", 0.01))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            costs = step_costs(task, plan.data(task), trials, plan.blocks)
+        here = asdict(environment(torch.device(plan.device).type))
+        rows += [
+            TimeRow(
+                **here,
+                task=name,
+                optimizer=optimizer,
+                lr=trials[optimizer].lr,
+                damping=trials[optimizer].damping,
+                ms=median(found.ms),
+                p20_ms=found.quantile(0.2),
+                p80_ms=found.quantile(0.8),
+                ratio=found.ratio,
+                blocks=len(found.ms),
+            )
+            for optimizer, found in costs.items()
+        ]
+        _write(plan, "times.csv", rows)
+
+
+STAGES: dict[str, Callable[[Plan], None]] = {"tune": tune, "run": run, "cost": cost}
+
+
+def winners(plan: Plan) -> dict[Job, Trial]:
+    """The best trial of each task and optimizer, as the grid search left them in ``grid.csv``: its row ends "reached"
+    with the fewest steps, or has the best score where the target was missed."""
+    found: dict[Job, GridRow] = {}
+    for row in table.read(plan.out / "grid.csv", GridRow):
+        if row.task in plan.tasks and row.optimizer in plan.optimizers:
+            key = (row.task, row.optimizer)
+            if key not in found or _beats(plan.task(row.task), row, found[key]):
+                found[key] = row
+    if not found:
+        raise UserError(f"{plan.out / 'grid.csv'} has no row of these tasks and optimizers: run the stage tune first")
+    return {key: Trial(row.optimizer, row.lr, row.damping) for key, row in found.items()}
+
+
+def _beats(task: Task, one: GridRow, other: GridRow) -> bool:
+    def key(row: GridRow) -> tuple[float, float]:
+        score = row.score if task.by_loss else -row.score
+        return (float("inf") if row.steps is None else row.steps, 0.0 if row.steps is not None else score)
+
+    return key(one) < key(other)
+
+
+def _jobs(plan: Plan, skips: Iterable[SkipRow]) -> list[Job]:
+    out = {(skip.task, skip.optimizer) for skip in skips}
+    return [(task, name) for task in plan.tasks for name in plan.optimizers if (task, name) not in out]
+
+
+def _tune(plan: Plan, task_name: str, optimizer: str) -> list[GridRow]:
+    task, method = plan.task(task_name), METHODS[optimizer]
+    trials = method.trials("conv" in task.kinds)
+    if len(trials) > plan.grid:  # evenly spread over the whole grid
+        trials = tuple(trials[round((k + 0.5) * len(trials) / plan.grid - 0.5)] for k in range(plan.grid))
+    _, outcomes = search(task, method, plan.data(task), trials)
+    here = asdict(environment(torch.device(plan.device).type))
+    return [
+        GridRow(
+            **here,
+            task=task_name,
+            optimizer=optimizer,
+            lr=found.run.trial.lr,
+            damping=found.run.trial.damping,
+            seed=GRID_SEED,
+            steps=found.steps,
+            end=found.end,
+            score=task.score(found.run, -1),
+            trained=len(found.losses),
+        )
+        for found in outcomes
+    ]
+
+
+def _run(plan: Plan, task_name: str, optimizer: str, trial: Trial) -> tuple[list[RunRow], list[CurveRow]]:
+    task, method = plan.task(task_name), METHODS[optimizer]
+    data = plan.data(task).without_validation(VALIDATION)
+    here = asdict(environment(torch.device(plan.device).type))
+    rows, curves = [], []
+    for seed in range(plan.seeds):
+        found = train(task, method, data, trial, seed)
+        rows.append(
+            RunRow(
+                **here,
+                task=task_name,
+                optimizer=optimizer,
+                lr=trial.lr,
+                damping=trial.damping,
+                seed=seed,
+                target=task.target,
+                steps=found.steps,
+                score=final_score(task, found.run),
+                train_loss=found.run.final_train_loss,
+                jump=jump(found.losses),
+            )
+        )
+        curves += [
+            CurveRow(task_name, optimizer, seed, step, found.run.train_loss[index], task.score(found.run, index))
+            for index, step in enumerate(found.run.steps)
+        ]
+    return rows, curves
+
+
+def _order(plan: Plan) -> Callable[[Any], tuple[object, ...]]:
+    """Of rows: as tasks and optimizers are listed."""
+    return lambda row: (plan.tasks.index(row.task), list(METHODS).index(row.optimizer), row.seed)
+
+
+def _write(plan: Plan, name: str, rows: Sequence[Any]) -> None:
+    table.write(rows, FILES[name], plan.out / name)
+
+
+def _spread(plan: Plan, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], label: str) -> Iterator[Any]:
+    """What ``work`` gives for each job, as it comes; a job that raises ends all, and names itself."""
+    with ProcessPoolExecutor(plan.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
+        futures = {pool.submit(work, plan, *job): job for job in jobs}
+        try:
+            for future in _progress(as_completed(futures), label, len(futures)):
+                try:
+                    yield future.result()
+                except UserError:
+                    raise
+                except Exception as error:
+                    raise RuntimeError(f"{label}: {futures[future][1]} on {futures[future][0]} failed") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _alone() -> None:
+    """A worker's start: one thread, no warnings of peers."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+def _progress(items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
+    return need("tqdm").tqdm(items, desc=label, total=total, mininterval=1.0)
