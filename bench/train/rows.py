@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..environment import Environment
+from .claims import SmoothRow, SweepRow
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,6 @@ FILES: dict[str, type] = {
     "curves.csv": CurveRow,
     "times.csv": TimeRow,
     "skipped.csv": SkipRow,
+    "sweep.csv": SweepRow,
+    "smooth.csv": SmoothRow,
 }

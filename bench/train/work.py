@@ -24,8 +24,9 @@ from consequentialism.demo.settings import Trial
 
 from .. import table
 from ..environment import environment
+from . import claims as sweep
 from .cost import step_costs
-from .methods import METHODS, missing
+from .methods import METHODS, TRIALS, missing
 from .rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
 from .tasks import PROFILES, VALIDATION, Task
 from .tune import GRID_SEED, final_score, jump, search, train
@@ -135,7 +136,25 @@ def cost(plan: Plan) -> None:
         _write(plan, "times.csv", rows)
 
 
-STAGES: dict[str, Callable[[Plan], None]] = {"tune": tune, "run": run, "cost": cost}
+def claims(plan: Plan) -> None:
+    """The sweep behind the paper's claims, whatever the tasks; writes ``sweep.csv`` and ``smooth.csv``."""
+    jobs = list(sweep.points())
+    if plan.grid < TRIALS:
+        jobs = [(trial, batch_size) for trial, batch_size in jobs if batch_size == sweep.SHOWN_BATCH]
+    order = {job: index for index, job in enumerate(jobs)}
+    rows: dict[int, sweep.SweepRow] = {}
+    for row in _spread(plan, _sweep, jobs, "sweep"):
+        rows[order[Trial(row.optimizer, row.lr, row.damping), row.batch_size]] = row
+    found = [rows[index] for index in sorted(rows)]
+    _write(plan, "sweep.csv", found)
+    _write(plan, "smooth.csv", sweep.smooth_rows(found))
+
+
+def _sweep(plan: Plan, trial: Trial, batch_size: int) -> sweep.SweepRow:
+    return sweep.sweep_row(trial, batch_size)
+
+
+STAGES: dict[str, Callable[[Plan], None]] = {"tune": tune, "run": run, "cost": cost, "claims": claims}
 
 
 def winners(plan: Plan) -> dict[Job, Trial]:
@@ -238,7 +257,8 @@ def _spread(plan: Plan, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]
                 except UserError:
                     raise
                 except Exception as error:
-                    raise RuntimeError(f"{label}: {futures[future][1]} on {futures[future][0]} failed") from error
+                    job = ", ".join(map(str, futures[future]))
+                    raise RuntimeError(f"{label}: {job} failed") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
