@@ -21,7 +21,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv $(ARGS)
+	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv --plot out/bench $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/python -m consequentialism info
@@ -57,7 +57,7 @@ cuda-build: $(CUDA_VENV)/.built
 
 # On a machine with a GPU, with its own python3 and no network.
 gpu:
-	tests/gpu.sh
+	tests/gpu.sh $(ARGS)
 
 wheel: $(VENV)/.built
 	rm -rf build/lib*

@@ -1,107 +1,214 @@
-"""``python -m bench``, or ``python -m consequentialism bench``: the cost of a step, as a table and a CSV."""
+"""The cost of layers, training steps and single ops beside torch's own, as a table, a CSV and plots.
+
+On the processor and on a GPU alike: providers take turns, each is held to float64 before it is timed, and each row
+stands beside its floor from bytes and operations. What cannot be measured has a row that says why.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
+import importlib
 import os
+import signal
 import sys
+import tempfile
+import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch loads: the profiler's chatter stays off
+from typing import Any, NoReturn
 
 import torch
 
-from .cases import CPU_SHAPES, PROVIDERS, Shape
-from .conv_cases import CONV_PROVIDERS, CONV_SHAPES, ConvShape
-from .runner import Result, run
+from consequentialism.demo.errors import UserError
 
-SHAPES: dict[str, tuple[Shape, ...] | tuple[ConvShape, ...]] = {"linear": CPU_SHAPES, "conv2d": CONV_SHAPES}
-NAMES = list(dict.fromkeys([*PROVIDERS, *CONV_PROVIDERS]))
+from . import against, plot, registry, show, table
+from .case import Case, Row
+from .environment import Environment, environment, slug
+from .journal import Journal
+from .roofline import DTYPES, Reached, measure
+from .supervise import DEAD_EXIT, supervise
+from .timing import Cuda, Device, Host, Rehearsal
+from .worker import DeviceDead, work_through
+
+SECONDS = {("cpu", False): 200.0, ("cpu", True): 30.0, ("cuda", False): 300.0, ("cuda", True): 60.0}
+GRACE = {"cpu": 60.0, "cuda": 8.0}  # after which a case that was begun in time is broken off
+PATIENCE = 60.0  # seconds for one provider: its build, its check, and its compilation
+DEVICES: dict[str, type[Host] | type[Cuda]] = {"cpu": Host, "cuda": Cuda, "rehearsal": Rehearsal}
 
 
-def parse_shape(text: str) -> Shape:
-    """``N,I,O`` as a shape."""
+class Parser(argparse.ArgumentParser):
+    """One line for an error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """``3,4,5`` as integers, each at least 1."""
     try:
-        rows, inputs, outputs = (int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"shape must be N,I,O, three integers, got {text!r}") from None
-    if min(rows, inputs, outputs) < 1:
-        raise argparse.ArgumentTypeError(f"shape must be N,I,O, each at least 1, got {text!r}")
-    return Shape(rows, inputs, outputs)
+        raise argparse.ArgumentTypeError(f"must be integers with commas between, got {text!r}") from None
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"each must be at least 1, got {text!r}")
+    return found
 
 
-def positive(text: str) -> float:
+def seconds(text: str) -> float:
     """A number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
 
 
+def threads(text: str) -> int:
+    """An integer from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
+    return int(text)
+
+
+def parser() -> Parser:
+    """Of the command line."""
+    made = Parser(
+        prog="consequentialism bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="ops and the numbers of their shapes:\n"
+        + "\n".join(f"  {op.name:18} {op.numbers}" for op in registry.OPS.values()),
+    )
+    again = "may be repeated"
+    made.add_argument("--op", choices=list(registry.OPS), action="append", help=f"instead of all; {again}")
+    made.add_argument("--provider", action="append", help=f"besides each op's baseline, instead of all; {again}")
+    made.add_argument("--shape", type=numbers, action="append", help=f"instead of the op's own, N,I,O; {again}")
+    made.add_argument("--dtype", choices=list(DTYPES), action="append", help=f"instead of the op's own; {again}")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    made.add_argument("--threads", type=threads, help="of the processor (default: 2)")
+    made.add_argument("--seconds", type=seconds, help="for all; what is not begun by then is skipped, and says so")
+    made.add_argument("--quick", action="store_true", help="fewer shapes, and nothing that must be compiled")
+    made.add_argument("--out", type=Path, metavar="CSV", help="write the rows here")
+    made.add_argument("--plot", type=Path, metavar="FOLDER", help="draw them here")
+    made.add_argument(
+        "--against",
+        nargs="+",
+        metavar="CSV|COMMIT",
+        help="compare with a CSV, or with the one of this device that a commit has; of two of them nothing is measured",
+    )
+    made.add_argument("--rehearse", action="store_true", help="a GPU's cases on the processor, at small shapes")
+    made.add_argument("--patience", type=float, default=PATIENCE, help=argparse.SUPPRESS)
+    made.add_argument("--cases", help=argparse.SUPPRESS)  # module:function, instead of the registry
+    made.add_argument("--worker", nargs=2, metavar=("JOURNAL", "END"), help=argparse.SUPPRESS)
+    return made
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark; 0 where it ran."""
-    parser = argparse.ArgumentParser(prog="consequentialism bench", description=__doc__)
-    parser.add_argument("--shape", type=parse_shape, action="append", help="N,I,O of a linear layer; may be repeated")
-    parser.add_argument("--op", choices=list(SHAPES), action="append", help="instead of all; may be repeated")
-    parser.add_argument("--provider", choices=NAMES, action="append", help="besides plain; may be repeated")
-    parser.add_argument("--seconds", type=positive, default=12.0, help="about, for each shape (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the CSV here")
-    chosen = parser.parse_args(arguments)
-    if chosen.threads < 1:
-        parser.error(f"argument --threads: must be at least 1, got {chosen.threads}")
-    torch.set_num_threads(chosen.threads)
-    providers = ["plain", *(p for p in chosen.provider or NAMES if p != "plain")]
-    shapes: list[Shape | ConvShape] = [shape for op in chosen.op or SHAPES for shape in SHAPES[op]]
-    results, missing = run(chosen.shape or shapes, chosen.seconds, providers)
-    print_table(results)
-    for line in missing:
-        print(f"not measured: {line}", file=sys.stderr)
-    if chosen.out is not None:
-        write_csv(results, chosen.out)
-        print(f"wrote {chosen.out}")
+    """Run the benchmark.
+
+    Returns:
+        The exit code: 0 where everything that is installed was right, 1 where something was not, 2 for bad arguments.
+    """
+    own = sys.argv[1:] if arguments is None else arguments
+    try:
+        chosen = parser().parse_args(own)
+        return _worker(chosen) if chosen.worker else _run(chosen, own)
+    except UserError as error:
+        print(f"consequentialism bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _device(chosen: argparse.Namespace) -> tuple[str, Device]:
+    """The occasion and the device; sets the number of threads."""
+    name = chosen.device or ("cuda" if torch.cuda.is_available() and not chosen.rehearse else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("argument --device: torch sees no CUDA device")
+    if name == "cuda" and chosen.rehearse:
+        raise UserError("argument --rehearse: not with --device cuda")
+    if chosen.threads or name == "cpu":
+        torch.set_num_threads(chosen.threads or (1 if chosen.rehearse else min(2, os.cpu_count() or 1)))
+    occasion = "rehearsal" if chosen.rehearse else name
+    return occasion, DEVICES[occasion]()
+
+
+def _cases(chosen: argparse.Namespace, occasion: str, device: Device) -> list[Case]:
+    if chosen.cases:
+        module, function = chosen.cases.split(":")
+        return getattr(importlib.import_module(module), function)(device)
+    ops, providers, shapes, dtypes = (
+        tuple(dict.fromkeys(one or ())) for one in (chosen.op, chosen.provider, chosen.shape, chosen.dtype)
+    )
+    return registry.plan(registry.Choice(occasion, ops, providers, shapes, dtypes, chosen.quick), device)
+
+
+def _run(chosen: argparse.Namespace, own: list[str]) -> int:
+    """Measure in processes of their own, and say what was found."""
+    occasion, device = _device(chosen)
+    if chosen.against and len(chosen.against) > 2:
+        raise UserError(f"argument --against: one or two, got {len(chosen.against)}")
+    older = [against.load(source, slug(device.type)) for source in chosen.against or ()]
+    if len(older) == 2:
+        against.report(*older)
+        return 0
+    cases = _cases(chosen, occasion, device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal"
+        end = time.time() + (chosen.seconds or SECONDS[device.type, chosen.quick and not chosen.rehearse])
+        command = [sys.executable, "-m", str(__package__), *own, "--worker", str(path), str(end)]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            supervise(command, path, end, GRACE[device.type], chosen.patience)
+        except (KeyboardInterrupt, SystemExit):  # what has been measured is kept
+            Journal(path).note(stopped="stopped from outside")
+        journal = Journal(path)
+    where: dict[str, Any] = {f.name: journal.meta[f.name] for f in fields(Environment) if f.name in journal.meta}
+    rows = [replace(row, **where) for row in journal.rows]
+    return _finish(chosen, cases, rows, journal.meta, older)
+
+
+def _worker(chosen: argparse.Namespace) -> int:
+    """Go through the cases, from where the journal stands."""
+    occasion, device = _device(chosen)
+    cases = _cases(chosen, occasion, device)
+    journal = Journal(Path(chosen.worker[0]))
+    if "bandwidth_gb_s" not in journal.meta:
+        journal.note(**asdict(environment(device.type)))
+        if chosen.rehearse:
+            journal.note(device="rehearsal on the CPU")
+        journal.note(**measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))._asdict())
+    reached = Reached(journal.meta["bandwidth_gb_s"], journal.meta["tflop_s"])
+    try:
+        work_through(cases, device, reached, journal, float(chosen.worker[1]))
+    except DeviceDead as dead:
+        print(f"bench: the device no longer computes after: {dead}", file=sys.stderr)
+        return DEAD_EXIT
     return 0
 
 
-def print_table(results: list[Result]) -> None:
-    """One line for each shape and provider, as text."""
-    from rich.console import Console
-    from rich.table import Table
-
-    first = results[0]
-    title = f"whole step / torch's own layer, {first.dtype}, {first.threads} threads, {first.device}"
-    table = Table(title=title)
-    for column in ("shape", "provider"):
-        table.add_column(column)
-    for column in ("ms", "p20", "p80", "ratio", "flop floor", "target", "peak MB"):
-        table.add_column(column, justify="right")
-    for result in results:
-        table.add_row(
-            result.shape,
-            result.provider,
-            f"{result.median_ms:.3f}",
-            f"{result.p20_ms:.3f}",
-            f"{result.p80_ms:.3f}",
-            f"{result.ratio:.2f}",
-            f"{result.flop_floor:.2f}" if result.provider == "consequentialism" else "",
-            f"{result.target:.2f}" if result.provider == "consequentialism" and result.target else "",
-            f"{result.peak_bytes / 1e6:.1f}",
-            end_section=result is results[-1] or result.shape != results[results.index(result) + 1].shape,
-        )
-    Console().print(table)
-
-
-def write_csv(results: list[Result], path: Path) -> None:
-    """Every field of every result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(results[0].row()), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in result.row().items()}
-            for result in results
-        )
+def _finish(
+    chosen: argparse.Namespace, cases: list[Case], rows: list[Row], meta: dict[str, Any], older: list[list[Row]]
+) -> int:
+    """Write and print what was found; the targets last."""
+    if chosen.out is not None:
+        table.write(rows, Row, chosen.out)
+    show.table(rows)
+    print("\n".join(f"{name}: {value}" for name, value in meta.items() if value))
+    for line in show.skipped(rows):
+        print(f"skipped  {line}", file=sys.stderr)
+    wrong = show.problems(rows)
+    print("\n".join([*(f"PROBLEM  {line}" for line in wrong), *show.verdicts(cases, rows)]))
+    if chosen.out is not None:
+        print(f"wrote {chosen.out}")
+    if chosen.plot is not None:
+        try:
+            print("\n".join(f"drew {path}" for path in plot.save(rows, chosen.plot)))
+        except UserError as error:  # the rows are there
+            print(f"consequentialism bench: {error}", file=sys.stderr)
+    for old in older:
+        against.report(old, rows)
+    return 1 if wrong or meta.get("stopped") else 0
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ FACTOR_TIME = 2  # of an operation of factor and inverse, in those of a product:
 FEWEST_OUTPUTS = 64  # with fewer a product waits for memory: 16 take as long as 43 to 107 would
 
 # Up to so many rows, and weights, one launch is taken to be faster than six. Predicted: no GPU has measured it; the
-# rows "whole" of `python -m bench.gpu` say where it holds.
+# rows of the op fused_weight_grad in `python -m consequentialism bench` say where it holds.
 FUSED_DEVICES = ("cuda",)
 FUSED_ROWS = {torch.float64: 64, torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}
 FUSED_WEIGHTS = 4 * 2**20

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, with the machine's own python3 and no network: build, tests, sanitizer, benchmark.
-# QUICK=1 leaves out most tests, the sanitizer's race check and the large shapes. Under 8 minutes, quick 3: each part
-# has its limit, and what is left of the whole is shared out. Results: out/gpu, or $OUT where that is set.
+# QUICK=1 leaves out most tests, the sanitizer's race check and the large shapes. Under 9 minutes, quick 3: each part
+# has its limit, and what is left of the whole is shared out. Results: out/gpu, or $OUT where that is set. Arguments are
+# the benchmark's.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out/gpu}
 mkdir -p "$out"
 python=${PYTHON:-python3}
 quick=${QUICK:-0}
-whole=$([ "$quick" = 1 ] && echo 175 || echo 470)
-bench_seconds=$([ "$quick" = 1 ] && echo 50 || echo 120) # kept for the benchmark, whatever the rest takes
+whole=$([ "$quick" = 1 ] && echo 175 || echo 530)
+bench_seconds=$([ "$quick" = 1 ] && echo 50 || echo 180) # kept for the benchmark, whatever the rest takes
 report=()
 failed=0
 
@@ -53,9 +54,9 @@ part build 200 $python setup.py build_ext --inplace || finish
 part info 30 $python -m consequentialism info
 part check 40 $python -m consequentialism check
 
-# By file: those that the host shim runs, and the benchmark's own, need no device. By name: the backends' cases are called cuda and triton.
+# By file: those that the host shim runs need no device. By name: the backends' cases are called cuda and triton.
 mapfile -t of_the_shim < <(grep -lE '^(import|from) cuda_shim' tests/test_*.py)
-selection=(-q --maxfail 20 -k "(cuda or gpu) and not triton" "${of_the_shim[@]/#/--ignore=}" --ignore=tests/test_bench_gpu.py)
+selection=(-q --maxfail 20 -k "(cuda or gpu) and not triton" "${of_the_shim[@]/#/--ignore=}")
 [ "$quick" = 1 ] && selection+=(tests/test_gpu_contracts.py tests/test_gpu_fused.py tests/test_ops.py tests/test_cuda_build.py)
 $python -c "import xdist" 2> /dev/null && selection+=(-n 6)
 part tests "$([ "$quick" = 1 ] && echo 60 || echo 180)" $python -m pytest "${selection[@]}"
@@ -73,9 +74,9 @@ sanitize() { # sanitize TOOL SECONDS
 sanitize memcheck 60
 [ "$quick" = 1 ] || sanitize racecheck 90
 
-name=$($python -c "import torch; print('-'.join(torch.cuda.get_device_name().lower().split()))")
+name=$($python -c "from bench.environment import slug; print(slug('cuda'))")
 # A case that is begun in time is given 8 s more; then what there is is written.
-part bench $bench_seconds $python -m bench.gpu --out "$out/$name/gpu.csv" --seconds $((bench_seconds - 20)) \
-  $([ "$quick" = 1 ] && echo --quick)
-[ ! -s "$out/$name/gpu.csv" ] || report+=("      commit $out/$name/gpu.csv and gpu.json in bench/results/$name")
+part bench $bench_seconds $python -m consequentialism bench --device cuda --out "$out/$name/step_cost.csv" \
+  --plot "$out/$name" --seconds $((bench_seconds - 20)) $([ "$quick" = 1 ] && echo --quick) "$@"
+[ ! -s "$out/$name/step_cost.csv" ] || report+=("      commit $out/$name/step_cost.csv in bench/results/$name")
 finish

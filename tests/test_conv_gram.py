@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import consequentialism as cw
-from bench.conv_cases import CONV_PROVIDERS, ConvShape
-from bench.runner import run
 from consequentialism import cost, ops, reference
 
 METHODS = ("direct", "displaced")
@@ -174,25 +172,3 @@ def test_memory_beyond_torchs_is_bounded_by_the_budget(name: str, backend: str, 
         extra = peak_bytes(own, x) - peak_bytes(plain, x)
         patches = x.numel() * 9 * 4
         assert extra <= BUDGET + matrices, f"{extra} bytes more than torch's; all patches are {patches}"
-
-
-def test_benchmark_measures_every_provider() -> None:
-    shape = ConvShape(2, 4, 6, 3, 1, 1, 8, 2.0)
-    results, missing = run([shape, ConvShape(2, 4, 4, 3, 2, 4, 8)], 0.01, list(CONV_PROVIDERS))
-    assert not missing
-    found = {(result.shape, result.provider) for result in results}
-    assert found == {(shape.name, p) for p in CONV_PROVIDERS} | {
-        ("2x4x8^2 3^2/2 4 g4", p) for p in CONV_PROVIDERS if p != "displaced"
-    }
-    assert all(result.op == "conv2d" and result.ratio > 0 and result.flop_floor > 1 for result in results)
-
-
-def test_benchmarked_naive_layer_is_right() -> None:
-    for shape in (ConvShape(3, 4, 6, 3, 1, 2, 8), ConvShape(3, 4, 6, 3, 2, 1, 8)):
-        x, dy = randn(*shape.input_size, dtype=F32), randn(*shape.output_size, seed=1, dtype=F32)
-        naive, own = shape.layer("naive"), shape.layer("consequentialism")
-        naive.load_state_dict(own.state_dict())
-        for layer in (naive, own):
-            layer(x).backward(dy)
-        assert_close("dw", naive.weight.grad, own.weight.grad, 1e-4)
-        assert_close("db", naive.bias.grad, own.bias.grad, 1e-4)

@@ -64,10 +64,10 @@ def test_the_committed_table_has_both_architectures_of_every_kernel() -> None:
 STAND_IN = """#!/bin/bash
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
-  *get_device_name*) echo a-gpu ;;
+  *slug*) echo a-gpu ;;
   *"import xdist"*) exit 1 ;;
   *build_ext*) echo "for $TORCH_CUDA_ARCH_LIST"; exit ${BUILD:-0} ;;
-  *bench.gpu*) echo "the table" ;;
+  *"consequentialism bench"*) echo "the table of $*" ;;
   *"-m pytest"*) exit ${TESTS:-0} ;;
 esac
 """
@@ -92,11 +92,16 @@ def test_gpu_script_reports_every_part(
         (tmp_path / name).chmod(0o755)
     paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)}
     done = subprocess.run(
-        [ROOT / "tests/gpu.sh"], env={**os.environ, "QUICK": "0", **paths, **settings}, capture_output=True, text=True
+        [ROOT / "tests/gpu.sh", "--op", "linear"],
+        env={**os.environ, "QUICK": "0", **paths, **settings},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == code, done.stdout + done.stderr
     summary = [line for line in done.stdout.splitlines() if line.startswith("gpu: ")]
     for verdict in verdicts:
         assert any(verdict in line for line in summary), summary
     assert (tmp_path / "build.log").read_text() == "for 9.0a\n"
+    assert ("--quick" in done.stdout) == (settings.get("QUICK") == "1")
+    assert ("--device cuda" in done.stdout and "--op linear" in done.stdout) == ("BUILD" not in settings)
     assert ("racecheck" in done.stdout) == (settings.get("QUICK") != "1" and "BUILD" not in settings)

@@ -7,7 +7,7 @@ namespace consequentialism::cuda {
 namespace {
 
 // Predictions that no GPU has confirmed: what one block reads from L2 in a microsecond, and the grid's barrier with the
-// launch that needs it. They choose between the variants and nothing else; bench/gpu measures both.
+// launch that needs it. They choose between the variants and nothing else; the benchmark measures both.
 constexpr double kBytesPerMicrosecond = 40e3;
 constexpr double kBarrierMicroseconds = 2;
 

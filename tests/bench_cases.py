@@ -1,4 +1,4 @@
-"""Cases of which some end their process; see test_bench_gpu.py."""
+"""Cases of which some end their process; see test_bench_run.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.gpu.run import Case, Work
+from bench.case import Case, Work
 
 
-def cases(device: Any, quick: bool) -> list[Callable[[], Case]]:
+def cases(device: Any) -> list[Case]:
     calls = iter(range(10**6))
 
     def late() -> None:
@@ -27,6 +27,6 @@ def cases(device: Any, quick: bool) -> list[Callable[[], Case]]:
         providers = {"plain": lambda: Work(lambda: None)}
         if op in bad:
             providers = {"bad": bad[op], **providers}
-        return Case(op, "1", "float32", providers, "plain", 1.0)
+        return Case(op, "1 2", "float32", providers, "plain", 1.0, device.modes)
 
-    return [lambda op=op: make(op) for op in (*bad, "last")]  # type: ignore[misc]
+    return [make(op) for op in (*bad, "last")]
