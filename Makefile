@@ -12,7 +12,7 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
 CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
 
-.PHONY: demo test lint format bench check wheel kernels triton cuda-build gpu clean
+.PHONY: demo test lint format bench bench-train report check wheel kernels triton cuda-build gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -22,6 +22,14 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv --plot out/bench $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
+
+# The same optimizers, networks and data on every machine; QUICK=1 for a small version.
+bench-train: $(VENV)/.bench
+	$(BIN)/python -m consequentialism bench-train $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
+
+# docs/benchmarks.md, its pictures and README's figures, from the CSV files in bench/results.
+report: $(VENV)/.test
+	$(BIN)/python -m bench.report $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/python -m consequentialism info
@@ -83,6 +91,10 @@ $(VENV)/.demo: $(VENV)/.built
 
 $(VENV)/.test: $(VENV)/.built
 	$(PIP) "consequentialism[demo,mnist1d,mnist5k,test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) "consequentialism[bench]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.built

@@ -1,0 +1,381 @@
+"""``make report``: docs/benchmarks.md, its pictures and README's figures, from the CSV files in bench/results alone.
+
+Nothing is typed in by hand: every figure is a row's, or worked out from rows. ``--check`` writes nothing and says
+whether the texts are what the CSV files give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NoReturn
+
+from consequentialism.demo.errors import UserError
+from consequentialism.demo.settings import PREFIX
+
+from . import table
+from .case import OK, Row
+from .environment import Environment
+from .train import draw, show
+from .train.claims import BATCH_SIZES, RATES, STEPS, SweepRow, best, within_twice
+from .train.methods import METHODS, NEVER, TRIALS
+from .train.rows import RunRow, SkipRow
+from .train.show import TASKS, Line
+from .train.tune import VALIDATION
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- figures: written by make report -->"
+END = "<!-- end of figures -->"
+TIE = 0.05  # of the time, either way
+SHOWN = "consequentialism"  # the provider whose ratios README shows
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are figures."""
+    rule = ["---", *("---:" for _ in headings[1:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines))
+
+
+def number(value: float, form: str) -> str:
+    """A figure, or nothing for what was not reached."""
+    return format(value, form) if math.isfinite(value) else "not reached"
+
+
+def is_emended(line: Line) -> bool:
+    """Whether the line is of an emended optimizer."""
+    return line.optimizer.startswith(PREFIX)
+
+
+def fewest(lines: Sequence[Line], key: Callable[[Line], float]) -> Line:
+    """The line with the lowest figure."""
+    return min(lines, key=key)
+
+
+def summary(tasks: dict[str, list[Line]]) -> str:
+    """One line a task: Adam, the best of the others, and the best emended optimizer, in seconds and in steps."""
+    headings = (
+        "task", "to", "Adam, s (steps)", "best other, s (steps)", "fewest steps of others", "best emended, s (steps)",
+        "fewest steps of emended", "time: emended / best other",
+    )  # fmt: skip
+    rows = []
+    for name, lines in tasks.items():
+        others, emended = [line for line in lines if not is_emended(line)], [line for line in lines if is_emended(line)]
+        adam = next((line for line in lines if line.optimizer == "adam"), None)
+        if not others or not emended:
+            continue
+        other, own = fewest(others, lambda line: line.seconds), fewest(emended, lambda line: line.seconds)
+        other_steps, own_steps = fewest(others, lambda line: line.steps), fewest(emended, lambda line: line.steps)
+        rows.append(
+            (
+                TASKS[name].title,
+                show.target(TASKS[name]),
+                "" if adam is None else _both(adam),
+                f"{METHODS[other.optimizer].label} {_both(other)}",
+                f"{METHODS[other_steps.optimizer].label} {number(other_steps.steps, 'g')}",
+                f"{METHODS[own.optimizer].label.removeprefix('emended ')} {_both(own)}",
+                f"{METHODS[own_steps.optimizer].label.removeprefix('emended ')} {number(own_steps.steps, 'g')}",
+                f"**{own.seconds / other.seconds:.2f}**" if math.isfinite(own.seconds + other.seconds) else "",
+            )
+        )
+    return markdown(headings, rows)
+
+
+def _both(line: Line) -> str:
+    return f"{line.seconds:.2f} ({line.steps:g})" if math.isfinite(line.seconds) else "not reached"
+
+
+def verdicts(tasks: dict[str, list[Line]]) -> str:
+    """Where the best emended optimizer wins, ties and loses in seconds, and what that hangs on."""
+    found = []
+    for name, lines in tasks.items():
+        others, emended = [line for line in lines if not is_emended(line)], [line for line in lines if is_emended(line)]
+        if not others or not emended:
+            continue
+        other, own = fewest(others, lambda line: line.seconds), fewest(emended, lambda line: line.seconds)
+        soap = next((line for line in lines if line.optimizer == "soap"), None)
+        text = f"- {TASKS[name].title}: **{_verdict(own.seconds, other.seconds)}**. " + _why(own, other)
+        if soap is not None and math.isfinite(soap.steps):
+            steps = fewest(emended, lambda line: line.steps)
+            text += (
+                f" SOAP takes {soap.steps:g} steps, {METHODS[steps.optimizer].label} {number(steps.steps, 'g')}, "
+                f"at {soap.ms / steps.ms:.1f} times the cost of a step."
+            )
+        found.append(text)
+    return "\n".join(found)
+
+
+def _verdict(own: float, other: float) -> str:
+    if not math.isfinite(own):
+        return "loses: no emended optimizer reached the target" if math.isfinite(other) else "nobody reached the target"
+    if own < (1 - TIE) * other:
+        return "wins"
+    return "ties" if own <= (1 + TIE) * other else "loses"
+
+
+def _why(own: Line, other: Line) -> str:
+    names = METHODS[own.optimizer].label, METHODS[other.optimizer].label
+    if not math.isfinite(own.seconds) or not math.isfinite(other.seconds):
+        return ""
+    if not own.steps or not other.steps:
+        return ""
+    return (
+        f"{names[0]} takes {own.steps / other.steps:.2f} of {names[1]}'s steps ({own.steps:g} and {other.steps:g}), "
+        f"each of them at {own.ms / other.ms:.2f} times the cost, {own.seconds / other.seconds:.2f} of the time."
+    )
+
+
+def step_costs(rows: Sequence[Row], ops: Sequence[str] | None = None) -> str:
+    """Ratios to the baseline of every op, shape and provider that was timed."""
+    parts = []
+    timed = [row for row in rows if row.state == OK and (ops is None or row.op in ops)]
+    for op in dict.fromkeys(row.op for row in timed):
+        own = [row for row in timed if row.op == op]
+        providers = [name for name in dict.fromkeys(row.provider for row in own) if name != own[0].baseline]
+        lines = []
+        for shape, dtype, mode in dict.fromkeys((row.shape, row.dtype, row.mode) for row in own):
+            here = {row.provider: row for row in own if (row.shape, row.dtype, row.mode) == (shape, dtype, mode)}
+            base = here.get(own[0].baseline)
+            floor = next((row.floor_ratio for row in here.values() if row.floor_ratio and row is not base), None)
+            target = next((row.target for row in here.values() if row.target), None)
+            ratios = [here[name].ratio if name in here else None for name in providers]
+            mine = here.get(SHOWN)
+            lines.append(
+                (
+                    f"{shape}, {dtype}" + ("" if mode == "eager" else f", {mode}"),
+                    "" if base is None or base.median_ms is None else f"{base.median_ms:.3f}",
+                    "" if floor is None else f"{floor:.2f}",
+                    *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+                    "" if target is None else f"{target:.2f}",
+                    _megabytes(base),
+                    _megabytes(mine),
+                )
+            )
+        headings = (
+            f"`{op}`", f"{own[0].baseline}, ms", "floor", *(f"`{name}`" for name in providers), "aimed at",
+            f"peak MB, {own[0].baseline}", "peak MB, this package",
+        )  # fmt: skip
+        parts.append(markdown(headings, lines))
+    return "\n\n".join(parts)
+
+
+def _megabytes(row: Row | None) -> str:
+    return "" if row is None or row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"
+
+
+def claims(rows: Sequence[SweepRow]) -> str:
+    """The sweep's figures: one line an optimizer and batch size."""
+    headings = (
+        "optimizer", "batch size", "best loss", "lr", "damping", "settings within twice the best",
+        "steps after which the loss rose", "std of a step's change of log10 loss",
+    )  # fmt: skip
+    lines = []
+    every = list(rows)
+    for optimizer in RATES:
+        for size in (size for size in BATCH_SIZES if any(row.batch_size == size for row in rows)):
+            chosen = best(every, optimizer, size)
+            lines.append(
+                (
+                    METHODS[optimizer].label,
+                    str(size),
+                    f"{chosen.loss:.2g}",
+                    f"{chosen.lr:.3g}",
+                    "" if chosen.damping is None else f"{chosen.damping:g}",
+                    f"{within_twice(every, optimizer, size):.0%}",
+                    f"{chosen.rises:.0%}",
+                    f"{chosen.jump:.2f}",
+                )
+            )
+    return markdown(headings, lines)
+
+
+def where(row: Environment | Row) -> str:
+    """Machine, versions and commit."""
+    cuda = f", CUDA {row.cuda}" if row.cuda else ""
+    return (
+        f"{row.device}, {row.threads} thread{'s' if row.threads > 1 else ''}, torch {row.torch}{cuda}, "
+        f"Python {row.python}, consequentialism {row.version} at commit {row.commit}"
+    )
+
+
+def folders(results: Path) -> list[Path]:
+    """The devices' folders."""
+    found = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
+    if not found:
+        raise UserError(f"{results} holds no results: make bench and make bench-train write them")
+    return found
+
+
+def report(results: Path) -> str:
+    """The text of docs/benchmarks.md."""
+    parts = [
+        "# Benchmarks",
+        "Written by `make report` from the CSV files in `bench/results`; nothing here is typed in by hand.",
+    ]
+    for folder in folders(results):
+        parts.append(f"# {folder.name}")
+        if (folder / "step_cost.csv").exists():
+            rows = table.read(folder / "step_cost.csv", Row)
+            parts += [
+                "## The cost of a step",
+                f"`make bench`; {where(rows[0])}. Ratios to the baseline in one run, in which providers take turns. "
+                "The floor is that of the ratio, from bytes and operations at the speeds that the device itself reached: "
+                f"{_speeds(rows)}.",
+                step_costs(rows),
+            ]
+        if (folder / "train").is_dir():
+            parts += _training(folder / "train")
+    return "\n\n".join(parts) + "\n"
+
+
+def _speeds(rows: Sequence[Row]) -> str:
+    speeds = {row.dtype: row for row in rows if row.bandwidth_gb_s and row.matrix_tflop_s}
+    return "; ".join(
+        f"{dtype}: a copy {row.bandwidth_gb_s:.3g} GB/s, a product {1e3 * (row.matrix_tflop_s or 0):.3g} GFLOP/s"
+        for dtype, row in speeds.items()
+    )
+
+
+def _training(folder: Path) -> list[str]:
+    tasks = show.lines(folder)
+    runs = table.read(folder / "runs.csv", RunRow)
+    skips = table.read(folder / "skipped.csv", SkipRow)
+    seeds = len({row.seed for row in runs})
+    pictures = f"benchmarks/{folder.parent.name}"
+    parts = [
+        "## Training",
+        f"`make bench-train`; {where(runs[0])}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
+        f"{VALIDATION:.0%} of the training samples held out and with another seed; then {seeds} seeds, the target "
+        "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row that "
+        "are as good. Seconds are steps times the cost of a step, which is measured for all optimizers of a task in "
+        "turns, on one thread. The grid search's cost is given the same way; a trial that was beaten stopped there.",
+        "### Summary",
+        summary(tasks),
+        "### Where emended updates win, tie and lose, in seconds",
+        verdicts(tasks),
+        f"![Test accuracy or loss over steps]({pictures}/curves.png)",
+        f"![Seconds to the target]({pictures}/seconds.png)",
+    ]
+    for name, lines in tasks.items():
+        task = TASKS[name]
+        parts += [
+            f"### {task.title}",
+            f"To {show.target(task)}; batches of {task.batch_size}, at most {task.steps} steps.",
+            markdown(show.HEADINGS, [show.cells(line, task) for line in lines]),
+        ]
+    reasons = dict.fromkeys(f"- {METHODS[s.optimizer].label}, {TASKS[s.task].title}: {s.reason}" for s in skips)
+    parts += ["### Who did not take part", "\n".join([*reasons, *(f"- {reason}" for reason in NEVER.values())])]
+    if (folder / "sweep.csv").exists():
+        sweep = table.read(folder / "sweep.csv", SweepRow)
+        parts += [
+            "### The paper's other claims",
+            f"Scikit-learn's digits, {STEPS} steps of the demo's network, {len(sweep)} runs; {where(sweep[0])}.",
+            claims(sweep),
+            _claims_text(sweep),
+            f"![Loss after every step]({pictures}/smooth.png)",
+            f"![Loss over the learning rate]({pictures}/settings.png)",
+            f"![With and without momentum]({pictures}/momentum.png)",
+        ]
+    return parts
+
+
+def _claims_text(rows: Sequence[SweepRow]) -> str:
+    """What the sweep says of each claim, whatever it says."""
+    every = list(rows)
+    sizes = [size for size in BATCH_SIZES if any(row.batch_size == size for row in rows)]
+
+    def each(figure: Callable[[str, int], float], names: Sequence[str], form: str) -> str:
+        return ", ".join(f"{METHODS[name].label} {median(figure(name, s) for s in sizes):{form}}" for name in names)
+
+    bases = ("sgd", "nag", "adam")
+
+    def momentum(prefix: str) -> float:
+        return median(best(every, prefix + "sgd", s).loss / best(every, prefix + "nag", s).loss for s in sizes)
+
+    pairs = [name for base in bases for name in (base, PREFIX + base)]
+    return "\n".join(
+        (
+            "Medians over batch sizes:",
+            "",
+            "- Smoother convergence. Steps after which the training loss rose: "
+            + each(lambda name, size: best(every, name, size).rises, pairs, ".0%")
+            + ".",
+            "- Less dependence on hyper-parameters. Settings whose final loss is within twice the best: "
+            + each(lambda name, size: within_twice(every, name, size), pairs, ".0%")
+            + ".",
+            "- Less need for momentum. The best final loss without momentum over that with it: "
+            + f"plain {momentum(''):.2g}, emended {momentum(PREFIX):.2g}.",
+        )
+    )
+
+
+def readme_figures(results: Path) -> str:
+    """What README quotes."""
+    parts = []
+    for folder in folders(results):
+        if (folder / "train").is_dir():
+            runs = table.read(folder / "train" / "runs.csv", RunRow)
+            tasks = show.lines(folder / "train")
+            parts += [f"Training, {where(runs[0])}:", summary(tasks)]
+        if (folder / "step_cost.csv").exists():
+            rows = table.read(folder / "step_cost.csv", Row)
+            parts += [f"Cost of a step, {where(rows[0])}:", step_costs(rows, ("linear", "conv2d"))]
+    return "\n\n".join(parts)
+
+
+def with_figures(readme: str, figures: str) -> str:
+    """README's text with the figures between its two marks.
+
+    Raises:
+        UserError: The marks are not there.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"README.md: the marks {BEGIN} and {END} are not there")
+    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the report, or check it.
+
+    Returns:
+        The exit code: 0; 1 where ``--check`` finds a difference; 2 after one line about what the user can mend.
+    """
+    parser = _Parser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the CSV files")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a text differs")
+    try:
+        chosen = parser.parse_args(arguments)
+        readme = chosen.root / "README.md"
+        texts = {
+            chosen.root / "docs" / "benchmarks.md": report(chosen.results),
+            readme: with_figures(readme.read_text(), readme_figures(chosen.results)),
+        }
+        if chosen.check:
+            stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+            for path in stale:
+                print(f"{path.name} is not what the CSV files give: make report", file=sys.stderr)
+            return 1 if stale else 0
+        for path, text in texts.items():
+            path.write_text(text)
+        for folder in folders(chosen.results):
+            if (folder / "train").is_dir():
+                draw.draw(folder / "train", chosen.root / "docs" / "benchmarks" / folder.name)
+    except UserError as error:
+        print(f"consequentialism report: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
