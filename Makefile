@@ -24,7 +24,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv --plot out/bench $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
 
 # The same optimizers, networks and data on every machine; QUICK=1 for a small version.
-bench-train: $(VENV)/.bench
+bench-train: $(VENV)/.test
 	$(BIN)/python -m consequentialism bench-train $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
 
 # docs/benchmarks.md, its pictures and README's figures, from the CSV files in bench/results.
@@ -90,11 +90,7 @@ $(VENV)/.demo: $(VENV)/.built
 	touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(PIP) "consequentialism[demo,mnist1d,mnist5k,test]"
-	touch $@
-
-$(VENV)/.bench: $(VENV)/.test
-	$(PIP) "consequentialism[bench]"
+	$(PIP) "consequentialism[bench,demo,mnist1d,mnist5k,test]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.built

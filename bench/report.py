@@ -222,7 +222,7 @@ def report(results: Path) -> str:
             parts += [
                 "## The cost of a step",
                 f"`make bench`; {where(rows[0])}. Ratios to the baseline in one run, in which providers take turns. "
-                "The floor is that of the ratio, from bytes and operations at the speeds that the device itself reached: "
+                "The floor is that of the ratio, from bytes and operations at the speeds that the device reached: "
                 f"{_speeds(rows)}.",
                 step_costs(rows),
             ]
@@ -249,9 +249,9 @@ def _training(folder: Path) -> list[str]:
         "## Training",
         f"`make bench-train`; {where(runs[0])}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
         f"{VALIDATION:.0%} of the training samples held out and with another seed; then {seeds} seeds, the target "
-        "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row that "
-        "are as good. Seconds are steps times the cost of a step, which is measured for all optimizers of a task in "
-        "turns, on one thread. The grid search's cost is given the same way; a trial that was beaten stopped there.",
+        "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row "
+        "that are as good. Seconds are steps times the cost of a step, measured for all optimizers of a task in turns, on "
+        "one thread. The grid search's cost is given the same way; a trial that was beaten stopped there.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",

@@ -13,7 +13,7 @@ from consequentialism.demo.errors import UserError, need
 from consequentialism.demo.report import prepare_folder
 
 from ..environment import slug
-from .methods import METHODS, NEVER
+from .methods import METHODS, NEVER, TRIALS
 from .rows import SkipRow
 from .show import print_tables
 from .tasks import PROFILES, QUICK
@@ -95,7 +95,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
         device=chosen.device,
         root=chosen.root,
         seeds=chosen.seeds or (1 if chosen.quick else 3),
-        grid=4 if chosen.quick else 12,
+        grid=4 if chosen.quick else TRIALS,
         blocks=3 if chosen.quick else 15,
         workers=chosen.workers or (1 if chosen.device == "cuda" else torch.get_num_threads()),
         out=chosen.out or Path("out/bench/train") / slug(chosen.device),
