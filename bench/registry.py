@@ -225,5 +225,6 @@ def _asked(choice: Choice, names: Iterable[str]) -> dict[str, list[Shape]]:
             forms = "; ".join(f"{name} takes {OPS[name].numbers}" for name in choice.ops or OPS)
             raise UserError(f"argument --shape: no op takes {','.join(map(str, numbers))!r}: {forms}")
         for name, shape in taken.items():
-            found.setdefault(name, []).append(shape)
+            alike = (one for one in OPS[name].shapes[choice.occasion] if one[:-1] == shape[:-1])
+            found.setdefault(name, []).append(next(alike, shape))  # that has its target
     return found

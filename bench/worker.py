@@ -16,7 +16,7 @@ from .timing import Device, Run, paired_ratio, quantiles
 
 TIMING = "all providers in turns"
 WARM_ROUNDS = 1
-CASE_SECONDS = 12.0  # of one case, unless the least rounds take longer
+CASE_SECONDS = 12.0  # of timing one case, at most, unless the least rounds take longer
 
 Turns = dict[tuple[str, str], list[list[float]]]  # milliseconds, by provider and mode, by round
 
@@ -25,9 +25,10 @@ class DeviceDead(Exception):
     """The device no longer computes for this process."""
 
 
-def run_case(case: Case, device: Device, reached: Reached, journal: Journal, end: float) -> None:
-    """A row for each provider of a case in the journal; timing stops at ``end``, by `time.time`."""
+def run_case(case: Case, device: Device, reached: Reached, journal: Journal, seconds: float) -> None:
+    """A row for each provider of a case in the journal. The timing alone takes about ``seconds``."""
     runs, known = _prepare(case, device, journal)
+    end = time.time() + seconds
     journal.begin(case.key, TIMING)
     turns: Turns = {key: [] for key in runs}
     order = list(runs)
@@ -135,7 +136,7 @@ def work_through(cases: list[Case], device: Device, reached: Reached, journal: J
             journal.end(case.key)
             continue
         share = (end - time.time()) / (1 + len(left))
-        run_case(case, device, reached, journal, time.time() + min(share, CASE_SECONDS))
+        run_case(case, device, reached, journal, min(share, CASE_SECONDS))
         del case
         gc.collect()
         if device.type == "cuda":

@@ -55,6 +55,8 @@ def test_a_choice() -> None:
     cases = plan(Choice("cpu", ops=("linear", "mlp"), shapes=((5, 6, 7, 8),)), host)
     assert [case.shape for case in cases if case.op == "mlp"] == ["5x6-7-8"]
     assert len([case for case in cases if case.op == "linear"]) == len(registry.LAYERS_CPU)
+    (known,) = plan(Choice("cpu", ops=("linear",), shapes=((64, 784, 1600),)), host)
+    assert known.aims, "a shape of the registry keeps its target"
     cases = plan(Choice("cpu", providers=("displaced", "naive")), host)
     assert {case.op for case in cases} == {"linear", "conv2d"}
     for case in cases:

@@ -177,7 +177,7 @@ def test_a_failure_is_its_providers_alone(journal: Journal) -> None:
     assert found["capture", "eager"] == OK
     assert found["late", "graph"] == found["late", "eager"] == "failed: RuntimeError: late"
     assert [found[name, mode] for name in ("plain", "own") for mode in ("graph", "eager")] == [OK] * 4
-    assert show.skipped(journal.rows) == ["peer: skipped: No module named 'peer' (linear)"]
+    assert show.skipped(journal.rows) == ["peer (linear): No module named 'peer'"]
     assert len(show.problems(journal.rows)) == 6
 
 
