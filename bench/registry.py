@@ -26,6 +26,7 @@ class Op:
     shapes: dict[str, Sequence[Any]]
     quick: dict[str, int] = field(default_factory=dict)  # so many of the shapes where it must be quick; else all
     dtypes: tuple[str, ...] | None = None  # measured unasked, where they are not the device's
+    not_quick: tuple[str, ...] = ("compiled",)  # providers left out where it must be quick, unless asked for
 
     def parse(self, numbers: Sequence[int]) -> Shape | None:
         """A shape of these numbers, or None where they are too few or too many."""
@@ -73,6 +74,7 @@ WHOLE = (  # around the thresholds between one launch and the separate kernels
 )
 ORDERS = (32, 64, 128, 256, 512, 1024)
 PARTS_QUICK = {"cpu": 1, "cuda": 4}
+OTHERS = ("reference", "triton")  # Triton compiles for each shape
 
 # The targets' ops first: what there is no time for stands last.
 OPS: dict[str, Op] = {
@@ -140,6 +142,7 @@ OPS: dict[str, Op] = {
             "N,I,O",
             {"cpu": WHOLE[1:2], "cuda": WHOLE, "rehearsal": SMALL},
             {"cuda": 4},
+            not_quick=OTHERS,
         ),
         Op(
             "factor",
@@ -153,6 +156,7 @@ OPS: dict[str, Op] = {
             },
             {"cpu": 1, "cuda": 4},
             dtypes=("float32",),
+            not_quick=OTHERS,
         ),
         Op(
             "factors",
@@ -162,13 +166,13 @@ OPS: dict[str, Op] = {
             {"cpu": (Batch(128),), "cuda": [Batch(n) for n in ORDERS], "rehearsal": (Batch(5), Batch(33))},
             {"cpu": 0, "cuda": 4},
             dtypes=("float32",),
+            not_quick=OTHERS,
         ),
-        Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK),
-        Op("emended_input", parts.emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK),
-        Op("weight_grad", parts.weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK),
+        Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op("emended_input", parts.emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op("weight_grad", parts.weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
     )
 }
-NOT_QUICK = ("compiled",)  # providers left out where it must be quick, unless asked for
 
 
 @dataclass(frozen=True)
@@ -202,10 +206,11 @@ def plan(choice: Choice, device: Device) -> list[Case]:
     for provider in choice.providers:
         if provider not in known:
             raise UserError(f"argument --provider: no chosen op has {provider!r}; there are {', '.join(known)}")
-    wanted = set(choice.providers) or set(known) - set(NOT_QUICK if choice.quick else ())
     for case in cases:
+        left_out = OPS[case.op].not_quick if choice.quick else ()
+        wanted = set(choice.providers) or case.providers.keys() - set(left_out)
         case.providers = {name: p for name, p in case.providers.items() if name == case.baseline or name in wanted}
-    return [case for case in cases if wanted & case.providers.keys()]
+    return [case for case in cases if not choice.providers or set(choice.providers) & case.providers.keys()]
 
 
 def _ops_of(shapes: tuple[tuple[int, ...], ...]) -> list[str]:
