@@ -222,6 +222,12 @@ def test_the_time_is_shared_by_the_cases(journal: Journal, monkeypatch: pytest.M
     assert 15 <= clock.now < 15.2
 
 
+def test_one_round_must_do_where_the_time_is_up(journal: Journal) -> None:
+    clock = Clock()
+    run_case(case({"plain": lambda: Work(clock.takes(300))}), Host(clock), REACHED, journal, 0.0, latest=0.0)
+    assert [row.calls for row in journal.rows] == [1]
+
+
 def test_journal_survives_a_line_cut_off(journal: Journal) -> None:
     journal.begin(("a", "b 1", "c"), "plain")
     journal.row(Row("a", "plain", "graph", "b 1", "c"))
