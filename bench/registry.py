@@ -11,6 +11,7 @@ from consequentialism.demo.errors import UserError
 
 from . import parts, whole
 from .case import Case
+from .roofline import DTYPES
 from .shapes import Batch, ConvShape, LinearShape, NetworkShape, Order, Shape
 from .timing import Device
 
@@ -26,6 +27,7 @@ class Op:
     shapes: dict[str, Sequence[Any]]
     quick: dict[str, int] = field(default_factory=dict)  # so many of the shapes where it must be quick; else all
     dtypes: tuple[str, ...] | None = None  # measured unasked, where they are not the device's
+    halves: bool = True  # whether it takes half types
     not_quick: tuple[str, ...] = ("compiled",)  # providers left out where it must be quick, unless asked for
 
     def parse(self, numbers: Sequence[int]) -> Shape | None:
@@ -156,6 +158,7 @@ OPS: dict[str, Op] = {
             },
             {"cpu": 1, "cuda": 4},
             dtypes=("float32",),
+            halves=False,
             not_quick=OTHERS,
         ),
         Op(
@@ -166,6 +169,7 @@ OPS: dict[str, Op] = {
             {"cpu": (Batch(128),), "cuda": [Batch(n) for n in ORDERS], "rehearsal": (Batch(5), Batch(33))},
             {"cpu": 0, "cuda": 4},
             dtypes=("float32",),
+            halves=False,
             not_quick=OTHERS,
         ),
         Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
@@ -191,17 +195,20 @@ def plan(choice: Choice, device: Device) -> list[Case]:
     """The cases of a choice, which hold no tensors yet.
 
     Raises:
-        UserError: No chosen op takes a shape, or has one of the chosen providers.
+        UserError: No chosen op takes a shape or a type, or has one of the chosen providers.
     """
     names = choice.ops or _ops_of(choice.shapes)
     asked = _asked(choice, names)
-    cases = []
+    cases: list[Case] = []
     for op in (OPS[name] for name in names):
         shapes = asked.get(op.name) or op.shapes[choice.occasion]
         if choice.quick and op.name not in asked:
             shapes = shapes[: op.quick.get(choice.occasion, len(shapes))]
-        for shape, dtype in itertools.product(shapes, choice.dtypes or op.dtypes or device.dtypes):
-            cases.append(op.make(op.name, shape, dtype, device))
+        dtypes = choice.dtypes or op.dtypes or device.dtypes
+        dtypes = tuple(name for name in dtypes if op.halves or DTYPES[name].itemsize > 2)
+        cases += [op.make(op.name, shape, dtype, device) for shape, dtype in itertools.product(shapes, dtypes)]
+    if not cases:
+        raise UserError(f"argument --dtype: no half types of {', '.join(names)}, got {', '.join(choice.dtypes)}")
     known = list(dict.fromkeys(provider for case in cases for provider in case.providers))
     for provider in choice.providers:
         if provider not in known:
