@@ -30,7 +30,7 @@ from .supervise import DEAD_EXIT, supervise
 from .timing import Cuda, Device, Host, Rehearsal
 from .worker import DeviceDead, work_through
 
-SECONDS = {("cpu", False): 200.0, ("cpu", True): 30.0, ("cuda", False): 300.0, ("cuda", True): 60.0}
+SECONDS = {("cpu", False): 240.0, ("cpu", True): 35.0, ("cuda", False): 300.0, ("cuda", True): 60.0}
 GRACE = {"cpu": 60.0, "cuda": 8.0}  # after which a case that was begun in time is broken off
 PATIENCE = 60.0  # seconds for one provider: its build, its check, and its compilation
 DEVICES: dict[str, type[Host] | type[Cuda]] = {"cpu": Host, "cuda": Cuda, "rehearsal": Rehearsal}
@@ -194,13 +194,10 @@ def _finish(
     if chosen.out is not None:
         table.write(rows, Row, chosen.out)
     show.table(rows)
-    print("\n".join(f"{name}: {value}" for name, value in meta.items() if value))
-    for line in show.skipped(rows):
-        print(f"skipped  {line}", file=sys.stderr)
     wrong = show.problems(rows)
-    print("\n".join([*(f"PROBLEM  {line}" for line in wrong), *show.verdicts(cases, rows)]))
-    if chosen.out is not None:
-        print(f"wrote {chosen.out}")
+    lines = [*show.about(meta), *(f"skipped  {line}" for line in show.skipped(rows))]
+    lines += [*(f"PROBLEM  {line}" for line in wrong), *show.verdicts(cases, rows)]
+    print("\n".join([*lines, *([f"wrote {chosen.out}"] if chosen.out is not None else [])]))
     if chosen.plot is not None:
         try:
             print("\n".join(f"drew {path}" for path in plot.save(rows, chosen.plot)))

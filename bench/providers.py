@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -143,6 +144,7 @@ def compiled(layer: Build, device: Device) -> Build:
         reason = no_compiler(device)
         if reason:
             raise Unavailable(reason)
+        warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)")  # of its own deprecations
         torch._dynamo.reset()  # else the layers of earlier shapes count as one function's recompilations
         module: Any = layer(*arguments, backend="reference", **make)
         module.compile(fullgraph=True, dynamic=False)

@@ -11,6 +11,7 @@ from consequentialism.demo.errors import UserError
 
 from . import parts, whole
 from .case import Case
+from .roofline import DTYPES
 from .shapes import Batch, ConvShape, LinearShape, NetworkShape, Order, Shape
 from .timing import Device
 
@@ -26,6 +27,8 @@ class Op:
     shapes: dict[str, Sequence[Any]]
     quick: dict[str, int] = field(default_factory=dict)  # so many of the shapes where it must be quick; else all
     dtypes: tuple[str, ...] | None = None  # measured unasked, where they are not the device's
+    halves: bool = True  # whether it takes half types
+    not_quick: tuple[str, ...] = ("compiled",)  # providers left out where it must be quick, unless asked for
 
     def parse(self, numbers: Sequence[int]) -> Shape | None:
         """A shape of these numbers, or None where they are too few or too many."""
@@ -73,6 +76,7 @@ WHOLE = (  # around the thresholds between one launch and the separate kernels
 )
 ORDERS = (32, 64, 128, 256, 512, 1024)
 PARTS_QUICK = {"cpu": 1, "cuda": 4}
+OTHERS = ("reference", "triton")  # Triton compiles for each shape
 
 # The targets' ops first: what there is no time for stands last.
 OPS: dict[str, Op] = {
@@ -140,6 +144,7 @@ OPS: dict[str, Op] = {
             "N,I,O",
             {"cpu": WHOLE[1:2], "cuda": WHOLE, "rehearsal": SMALL},
             {"cuda": 4},
+            not_quick=OTHERS,
         ),
         Op(
             "factor",
@@ -153,6 +158,8 @@ OPS: dict[str, Op] = {
             },
             {"cpu": 1, "cuda": 4},
             dtypes=("float32",),
+            halves=False,
+            not_quick=OTHERS,
         ),
         Op(
             "factors",
@@ -162,13 +169,14 @@ OPS: dict[str, Op] = {
             {"cpu": (Batch(128),), "cuda": [Batch(n) for n in ORDERS], "rehearsal": (Batch(5), Batch(33))},
             {"cpu": 0, "cuda": 4},
             dtypes=("float32",),
+            halves=False,
+            not_quick=OTHERS,
         ),
-        Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK),
-        Op("emended_input", parts.emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK),
-        Op("weight_grad", parts.weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK),
+        Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op("emended_input", parts.emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op("weight_grad", parts.weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
     )
 }
-NOT_QUICK = ("compiled",)  # providers left out where it must be quick, unless asked for
 
 
 @dataclass(frozen=True)
@@ -187,25 +195,29 @@ def plan(choice: Choice, device: Device) -> list[Case]:
     """The cases of a choice, which hold no tensors yet.
 
     Raises:
-        UserError: No chosen op takes a shape, or has one of the chosen providers.
+        UserError: No chosen op takes a shape or a type, or has one of the chosen providers.
     """
     names = choice.ops or _ops_of(choice.shapes)
     asked = _asked(choice, names)
-    cases = []
+    cases: list[Case] = []
     for op in (OPS[name] for name in names):
         shapes = asked.get(op.name) or op.shapes[choice.occasion]
         if choice.quick and op.name not in asked:
             shapes = shapes[: op.quick.get(choice.occasion, len(shapes))]
-        for shape, dtype in itertools.product(shapes, choice.dtypes or op.dtypes or device.dtypes):
-            cases.append(op.make(op.name, shape, dtype, device))
+        dtypes = choice.dtypes or op.dtypes or device.dtypes
+        dtypes = tuple(name for name in dtypes if op.halves or DTYPES[name].itemsize > 2)
+        cases += [op.make(op.name, shape, dtype, device) for shape, dtype in itertools.product(shapes, dtypes)]
+    if not cases:
+        raise UserError(f"argument --dtype: no half types of {', '.join(names)}, got {', '.join(choice.dtypes)}")
     known = list(dict.fromkeys(provider for case in cases for provider in case.providers))
     for provider in choice.providers:
         if provider not in known:
             raise UserError(f"argument --provider: no chosen op has {provider!r}; there are {', '.join(known)}")
-    wanted = set(choice.providers) or set(known) - set(NOT_QUICK if choice.quick else ())
     for case in cases:
+        left_out = OPS[case.op].not_quick if choice.quick else ()
+        wanted = set(choice.providers) or case.providers.keys() - set(left_out)
         case.providers = {name: p for name, p in case.providers.items() if name == case.baseline or name in wanted}
-    return [case for case in cases if wanted & case.providers.keys()]
+    return [case for case in cases if not choice.providers or set(choice.providers) & case.providers.keys()]
 
 
 def _ops_of(shapes: tuple[tuple[int, ...], ...]) -> list[str]:
@@ -225,5 +237,6 @@ def _asked(choice: Choice, names: Iterable[str]) -> dict[str, list[Shape]]:
             forms = "; ".join(f"{name} takes {OPS[name].numbers}" for name in choice.ops or OPS)
             raise UserError(f"argument --shape: no op takes {','.join(map(str, numbers))!r}: {forms}")
         for name, shape in taken.items():
-            found.setdefault(name, []).append(shape)
+            alike = (one for one in OPS[name].shapes[choice.occasion] if one[:-1] == shape[:-1])
+            found.setdefault(name, []).append(next(alike, shape))  # that has its target
     return found

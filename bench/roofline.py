@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,12 +37,17 @@ class Reached(NamedTuple):
         return max(1e-6 * least.bytes / self.bandwidth_gb_s, 1e-9 * least.flops / self.tflop_s.get(dtype, math.inf))
 
 
-def measure(device: Device, dtypes: tuple[str, ...], rounds: int = 10) -> Reached:
-    """The fastest of ``rounds`` copies, and products of each type."""
+def measure(device: Device, dtypes: tuple[str, ...], rounds: int = 10, seconds: float = 1.0) -> Reached:
+    """The fastest of ``rounds`` copies, and of products of each type; of fewer where ``seconds`` are not enough."""
 
     def fastest_ms(run: Run) -> float:
         run()
-        return min(min(device.turn(run, device.modes[0])) for _ in range(rounds))
+        times, end = device.turn(run, device.modes[0]), time.perf_counter() + seconds
+        for _ in range(rounds - 1):
+            if time.perf_counter() > end:
+                break
+            times += device.turn(run, device.modes[0])
+        return min(times)
 
     source = torch.ones(device.copy_bytes() // 4, device=device.type)
     target = torch.empty_like(source)

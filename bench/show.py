@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from .case import ALL_MODES, OK, Case, Row
 
@@ -82,8 +83,19 @@ def skipped(rows: Iterable[Row]) -> list[str]:
     places: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.state.startswith(SKIPPED):
-            places.setdefault((row.provider, row.state), []).append(row.op)
-    return [f"{name}: {state} ({', '.join(dict.fromkeys(ops))})" for (name, state), ops in places.items()]
+            reason = row.state.removeprefix(SKIPPED).lstrip(": ")
+            places.setdefault((row.provider, reason), []).append(row.op)
+    return [f"{name} ({', '.join(dict.fromkeys(ops))}): {reason}" for (name, reason), ops in places.items()]
+
+
+def about(meta: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that holds of the whole run."""
+    lines = []
+    for name, value in meta.items():
+        every = value.items() if isinstance(value, dict) else [("", value)]
+        texts = [f"{key} {one:.4g}" if isinstance(one, float) else f"{key} {one}" for key, one in every]
+        lines += [f"{name}: {', '.join(text.strip() for text in texts)}"] if value else []
+    return lines
 
 
 def verdicts(cases: Iterable[Case], rows: Iterable[Row]) -> list[str]:

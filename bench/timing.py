@@ -169,7 +169,7 @@ class Host:
         return 1 << 28
 
     def matrix_order(self) -> int:
-        return 2048
+        return 1024
 
 
 class Rehearsal(Host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from .timing import Device, Run, paired_ratio, quantiles
 
 TIMING = "all providers in turns"
 WARM_ROUNDS = 1
-CASE_SECONDS = 12.0  # of one case, unless the least rounds take longer
+CASE_SECONDS = 12.0  # of timing one case, at most, unless the least rounds take longer
 
 Turns = dict[tuple[str, str], list[list[float]]]  # milliseconds, by provider and mode, by round
 
@@ -25,14 +26,23 @@ class DeviceDead(Exception):
     """The device no longer computes for this process."""
 
 
-def run_case(case: Case, device: Device, reached: Reached, journal: Journal, end: float) -> None:
-    """A row for each provider of a case in the journal; timing stops at ``end``, by `time.time`."""
+def run_case(
+    case: Case, device: Device, reached: Reached, journal: Journal, seconds: float, latest: float = math.inf
+) -> None:
+    """A row for each provider of a case in the journal.
+
+    Args:
+        seconds: That timing takes, about, but for the device's least rounds.
+        latest: By `time.time`, after which one round must do.
+    """
     runs, known = _prepare(case, device, journal)
+    end = time.time() + seconds
     journal.begin(case.key, TIMING)
     turns: Turns = {key: [] for key in runs}
     order = list(runs)
     for round_ in range(WARM_ROUNDS + device.most_rounds):
-        if round_ >= WARM_ROUNDS + device.least_rounds and time.time() > end:
+        least = device.least_rounds if time.time() < latest else 1
+        if round_ >= WARM_ROUNDS + least and time.time() > end:
             break
         for key in [key for key in order if key in turns]:
             try:
@@ -135,7 +145,7 @@ def work_through(cases: list[Case], device: Device, reached: Reached, journal: J
             journal.end(case.key)
             continue
         share = (end - time.time()) / (1 + len(left))
-        run_case(case, device, reached, journal, time.time() + min(share, CASE_SECONDS))
+        run_case(case, device, reached, journal, min(share, CASE_SECONDS), end)
         del case
         gc.collect()
         if device.type == "cuda":

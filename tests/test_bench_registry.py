@@ -55,6 +55,8 @@ def test_a_choice() -> None:
     cases = plan(Choice("cpu", ops=("linear", "mlp"), shapes=((5, 6, 7, 8),)), host)
     assert [case.shape for case in cases if case.op == "mlp"] == ["5x6-7-8"]
     assert len([case for case in cases if case.op == "linear"]) == len(registry.LAYERS_CPU)
+    (known,) = plan(Choice("cpu", ops=("linear",), shapes=((64, 784, 1600),)), host)
+    assert known.aims, "a shape of the registry keeps its target"
     cases = plan(Choice("cpu", providers=("displaced", "naive")), host)
     assert {case.op for case in cases} == {"linear", "conv2d"}
     for case in cases:
@@ -64,12 +66,21 @@ def test_a_choice() -> None:
     assert set(case.providers) == {"plain", "compiled"}
 
 
+def test_factors_are_left_out_of_half_types() -> None:
+    ops = {case.op for case in plan(Choice("cpu", dtypes=("bfloat16",)), DEVICES["cpu"])}
+    assert ops == set(OPS) - {"factor", "factors"}
+
+
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
         (Choice("cpu", providers=("fast",)), "argument --provider: no chosen op has 'fast'; there are plain, "),
         (Choice("cpu", ops=("linear",), providers=("displaced",)), "no chosen op has 'displaced'; there are plain"),
         (Choice("cpu", shapes=((1, 2, 3, 4, 5, 6, 7), (3, 4))), "argument --shape: no op takes '3,4': linear takes "),
+        (
+            Choice("cpu", ops=("factor",), dtypes=("float16",)),
+            "argument --dtype: no half types of factor, got float16",
+        ),
         (Choice("cpu", ops=("conv2d",), shapes=((3, 4, 5),)), "'3,4,5': conv2d takes B,C,O,KERNEL,STRIDE,GROUPS,SIDE"),
     ],
     ids=str,

@@ -177,7 +177,7 @@ def test_a_failure_is_its_providers_alone(journal: Journal) -> None:
     assert found["capture", "eager"] == OK
     assert found["late", "graph"] == found["late", "eager"] == "failed: RuntimeError: late"
     assert [found[name, mode] for name in ("plain", "own") for mode in ("graph", "eager")] == [OK] * 4
-    assert show.skipped(journal.rows) == ["peer: skipped: No module named 'peer' (linear)"]
+    assert show.skipped(journal.rows) == ["peer (linear): No module named 'peer'"]
     assert len(show.problems(journal.rows)) == 6
 
 
@@ -222,6 +222,12 @@ def test_the_time_is_shared_by_the_cases(journal: Journal, monkeypatch: pytest.M
     assert 15 <= clock.now < 15.2
 
 
+def test_one_round_must_do_where_the_time_is_up(journal: Journal) -> None:
+    clock = Clock()
+    run_case(case({"plain": lambda: Work(clock.takes(300))}), Host(clock), REACHED, journal, 0.0, latest=0.0)
+    assert [row.calls for row in journal.rows] == [1]
+
+
 def test_journal_survives_a_line_cut_off(journal: Journal) -> None:
     journal.begin(("a", "b 1", "c"), "plain")
     journal.row(Row("a", "plain", "graph", "b 1", "c"))
@@ -242,11 +248,13 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_provider_that_kills_or_hangs_the_process_costs_itself_only(tmp_path: Path) -> None:
     out = tmp_path / "new" / "cost.csv"
-    done = run_script("--rehearse", "--out", out, "--cases", "bench_cases:cases", "--patience", "5", "--seconds", "250")
+    done = run_script(
+        "--rehearse", "--out", out, "--cases", "bench_cases:cases", "--patience", "10", "--seconds", "250"
+    )
     found = {(row.op, row.provider, row.mode): row.state for row in table.read(out, Row)}
     assert done.returncode == 1, done.stdout + done.stderr
     assert found["exits", "bad", ALL_MODES] == "died: exit code 5", found
-    assert found["hangs", "bad", ALL_MODES] == "died: hung for 5 s"
+    assert found["hangs", "bad", ALL_MODES] == "died: hung for 10 s"
     assert found["timing", TIMING, ALL_MODES] == "died: exit code 6"
     for op in ("exits", "hangs", "last"):
         assert found[op, "plain", "graph"] == found[op, "plain", "eager"] == OK

@@ -85,7 +85,7 @@ def test_bad_arguments(arguments: list[str]) -> None:
 def test_bench_writes_its_csv(tmp_path: Path) -> None:
     out = tmp_path / "new" / "cost.csv"
     peers = ("naive", "isaac", "consequentialism", "reference", "stock")
-    done = run("bench", "--shape", "16,20,12", "--seconds", "20", "--device", "cpu", "--out", out,
+    done = run("bench", "--shape", "16,20,12", "--seconds", "200", "--rehearse", "--dtype", "float32", "--out", out,
                *(part for name in peers for part in ("--provider", name)))  # fmt: skip
     assert done.returncode == 0, done.stderr
     with out.open() as file:
