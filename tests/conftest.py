@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch starts its threads: waiting threads sleep, or a busy neighbour makes every small call take seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -24,3 +25,10 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
