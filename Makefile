@@ -38,7 +38,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt.
+# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt; `make cuda-build` does it too.
 kernels:
 	$(PYTHON) tests/cuda_resources.py $(ARGS)
 
@@ -50,6 +50,7 @@ triton: $(VENV)/.test
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.
 cuda-build: $(CUDA_VENV)/.built
+	$(CUDA_PYTHON) tests/cuda_resources.py --built build/cuda
 	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
@@ -98,7 +99,8 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
-	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tests/cuda_resources.py --nvcc" \
+	  $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl
 	touch $@
