@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A process a core; one that has no tests left takes another's. ARGS="-n 0" runs all in this one.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 SOURCES := setup.py pyproject.toml consequentialism/version.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix tests/*/*.,cpp h cu))
 
@@ -18,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv $(ARGS)
@@ -54,7 +56,7 @@ cuda-build: $(CUDA_VENV)/.built
 	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
-	cd build/cuda && $(CUDA_PYTHON) -m pytest -q --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,test_cuda_build.py test_ops.py test_compile.py test_autograd.py test_factor_batch.py)
+	cd build/cuda && $(CUDA_PYTHON) $(PYTEST) -q --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,test_cuda_build.py test_ops.py test_compile.py test_autograd.py test_factor_batch.py)
 
 # On a machine with a GPU, with its own python3 and no network.
 gpu:
@@ -93,7 +95,7 @@ $(VENV)/.lint: $(VENV)/.built
 $(CUDA_VENV)/.torch: constraints-cuda.txt
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_PIP) torch
-	$(CUDA_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout hypothesis
+	$(CUDA_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 # Before torch starts its threads: waiting threads sleep, or a busy neighbour makes every small call take seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two threads run in parallel what can; more would wait for the other workers'
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
