@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A process a core; one that has no tests left takes another's. ARGS="-n 0" runs all in this one.
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 SOURCES := setup.py pyproject.toml consequentialism/version.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix tests/*/*.,cpp h cu))
 
@@ -18,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv --plot out/bench $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
@@ -46,7 +48,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt.
+# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt; `make cuda-build` does it too.
 kernels:
 	$(PYTHON) tests/cuda_resources.py $(ARGS)
 
@@ -58,10 +60,11 @@ triton: $(VENV)/.test
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.
 cuda-build: $(CUDA_VENV)/.built
+	$(CUDA_PYTHON) tests/cuda_resources.py --built build/cuda
 	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
-	cd build/cuda && $(CUDA_PYTHON) -m pytest -q --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,test_cuda_build.py test_ops.py test_compile.py test_autograd.py test_factor_batch.py)
+	cd build/cuda && $(CUDA_PYTHON) $(PYTEST) -q --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,test_cuda_build.py test_ops.py test_compile.py test_autograd.py test_factor_batch.py)
 
 # On a machine with a GPU, with its own python3 and no network.
 gpu:
@@ -100,13 +103,14 @@ $(VENV)/.lint: $(VENV)/.built
 $(CUDA_VENV)/.torch: constraints-cuda.txt
 	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_PIP) torch
-	$(CUDA_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout hypothesis
+	$(CUDA_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
-	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tests/cuda_resources.py --nvcc" \
+	  $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl
 	touch $@

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build import build
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -163,6 +164,20 @@ class BuildPython(build_py):
         (package / REASON_FILE).write_text(MISSING + "\n")
 
 
+def keep_objects(build_ext: type[Any]) -> type[Any]:
+    """An editable build keeps its objects where any other build does: what did not change is not compiled again."""
+
+    class BuildExtension(build_ext):  # type: ignore[misc]
+        def run(self) -> None:
+            if self.editable_mode:
+                usual = build(self.distribution)
+                usual.ensure_finalized()
+                self.build_temp = usual.build_temp
+            super().run()
+
+    return BuildExtension
+
+
 building = bool(BUILD_COMMANDS & set(sys.argv[1:]))
 MISSING = reason_for_none() if building else None
 arguments: dict[str, Any] = {}
@@ -170,7 +185,8 @@ if building and MISSING is None:
     from torch.utils.cpp_extension import BuildExtension
 
     (ROOT / "consequentialism" / REASON_FILE).unlink(missing_ok=True)
-    arguments = {"ext_modules": [extension()], "cmdclass": {"build_py": BuildPython, "build_ext": BuildExtension}}
+    commands = {"build_py": BuildPython, "build_ext": keep_objects(BuildExtension)}
+    arguments = {"ext_modules": [extension()], "cmdclass": commands}
 elif building:
     arguments = {"cmdclass": {"build_py": BuildPython}}
 

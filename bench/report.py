@@ -250,8 +250,8 @@ def _training(folder: Path) -> list[str]:
         f"`make bench-train`; {where(runs[0])}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
         f"{VALIDATION:.0%} of the training samples held out and with another seed; then {seeds} seeds, the target "
         "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row "
-        "that are as good. Seconds are steps times the cost of a step, measured for all optimizers of a task in turns, on "
-        "one thread. The grid search's cost is given the same way; a trial that was beaten stopped there.",
+        "that are as good. Seconds are steps times the cost of a step, measured on one thread for all optimizers of a "
+        "task in turns. The grid search's cost is given the same way; a trial that was beaten stopped there.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",

@@ -1,7 +1,9 @@
 """Compiles every CUDA kernel and holds its registers, spills and shared memory to a committed table.
 
-    python tests/cuda_resources.py            compile, print, compare with csrc/cuda/resources.txt
-    python tests/cuda_resources.py --update   write the table
+    python tests/cuda_resources.py                  compile, print, compare with csrc/cuda/resources.txt
+    python tests/cuda_resources.py --update         write the table
+    python tests/cuda_resources.py --built FOLDER   the same of a build's objects, which compiles nothing
+    PYTORCH_NVCC="python tests/cuda_resources.py --nvcc"    nvcc for that build: reports are kept beside the objects
 
 Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90a and as PTX. A kernel that is missing from the
 table or new to it, that takes more registers or that spills more than the table says, fails.
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +27,9 @@ CUDA = ROOT / "csrc" / "cuda"
 TABLE = CUDA / "resources.txt"
 CACHE = ROOT / "build" / "cuda_resources"
 ARCHITECTURES = ("sm_80", "sm_90a")
-FLAGS = ["-std=c++20", "-O3", f"-I{CUDA}", "-Werror", "all-warnings", "-Xptxas", "-v"]
+REPORT = ["-Xptxas", "-v"]
+FLAGS = ["-std=c++20", "-O3", f"-I{CUDA}", "-Werror", "all-warnings", *REPORT]
+SUFFIX = ".ptxas"  # of a report beside its object
 HEADER = "# kernel, architecture, registers, bytes of: stack, spill stores, spill loads, static shared memory"
 
 
@@ -101,6 +107,34 @@ def compile_source(source: Path, nvcc: str) -> Table:
     return parse(cached.read_text())
 
 
+def compile_sources(nvcc: str) -> list[Table]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda source: compile_source(source, nvcc), sorted(CUDA.glob("*.cu"))))
+
+
+def compile_and_keep(nvcc: str, arguments: list[str]) -> int:
+    """nvcc itself; what ptxas says goes to a file beside the object."""
+    done = subprocess.run([nvcc, *arguments, *REPORT], stderr=subprocess.PIPE, text=True)
+    target = arguments[arguments.index("-o") + 1]
+    Path(target + SUFFIX).write_text(done.stderr)
+    for line in done.stderr.splitlines():
+        if not line.startswith(("ptxas info", "    ")):
+            print(line, file=sys.stderr)
+    return done.returncode
+
+
+def built(folder: Path) -> list[Table]:
+    """What was kept, of the architectures in the table."""
+    tables = []
+    for source in sorted(CUDA.glob("*.cu")):
+        reports = list(folder.glob(f"**/{source.stem}.o{SUFFIX}"))
+        if len(reports) != 1:
+            raise SystemExit(f"{folder} has {len(reports)} reports of {source.name}: build it anew")
+        table = parse(reports[0].read_text())
+        tables.append({key: value for key, value in table.items() if key[1] in ARCHITECTURES})
+    return tables
+
+
 def read_table(text: str) -> Table:
     table: Table = {}
     for line in text.splitlines():
@@ -130,18 +164,20 @@ def compare(own: Table, allowed: Table) -> list[str]:
 
 
 def main() -> int:
+    nvcc = shutil.which("nvcc")
+    if nvcc and sys.argv[1:2] == ["--nvcc"]:
+        return compile_and_keep(nvcc, sys.argv[2:])
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
+    parser.add_argument("--built", metavar="FOLDER", type=Path, help="of a build with --nvcc, instead of compiling")
     arguments = parser.parse_args()
-    nvcc = shutil.which("nvcc")
     if nvcc is None:
         print("cuda_resources: skipped, there is no nvcc on the PATH")
         return 0
     own: Table = {}
-    for source in sorted(CUDA.glob("*.cu")):
-        compiled = compile_source(source, nvcc)
+    for compiled in built(arguments.built) if arguments.built else compile_sources(nvcc):
         if twice := own.keys() & compiled.keys():
-            raise SystemExit(f"{source.name} has a kernel of another source's name: {min(twice)[0]}")
+            raise SystemExit(f"two sources have a kernel of the same name: {min(twice)[0]}")
         own |= compiled
     text = write_table(own)
     print(text, end="")

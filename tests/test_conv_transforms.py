@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,14 +15,8 @@ from torch.func import functional_call, grad, vmap
 import consequentialism as cw
 from consequentialism import reference
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SOME = ("1d stride", "2d wide", "2d few rows", "depthwise", "2d same", "circular", "3d")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def gradients(layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:

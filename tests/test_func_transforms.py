@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,14 +12,8 @@ from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, stack
 
 import consequentialism as cw
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 BOUND = TRANSFORM[F64]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def loss(weight: Tensor, bias: Tensor, x: Tensor, target: Tensor) -> Tensor:

@@ -61,6 +61,39 @@ def test_the_committed_table_has_both_architectures_of_every_kernel() -> None:
     assert set(table) == {(kernel, arch) for kernel in kernels for arch in cuda_resources.ARCHITECTURES}
 
 
+NVCC = """#!/bin/bash
+echo "$@" > {folder}/arguments
+cat {folder}/report >&2
+exit ${{CODE:-0}}
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize("code", [0, 1])
+def test_nvcc_of_a_build_leaves_its_report_beside_the_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC.format(folder=tmp_path))
+    nvcc.chmod(0o755)
+    (tmp_path / "report").write_text(REPORT + "k.cu(3): warning #1: wrong\n")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "k.cu").touch()
+    monkeypatch.setattr(cuda_resources, "CUDA", tmp_path)
+    monkeypatch.setenv("CODE", str(code))
+    with pytest.raises(SystemExit, match=r"0 reports of k\.cu"):
+        cuda_resources.built(tmp_path / "cuda")
+    arguments = ["-c", "k.cu", "-o", str(tmp_path / "cuda" / "k.o"), "-gencode=arch=compute_80,code=sm_80"]
+    assert cuda_resources.compile_and_keep(str(nvcc), arguments) == code
+    assert (tmp_path / "arguments").read_text().split() == [*arguments, "-Xptxas", "-v"]
+    assert capfd.readouterr().err == "k.cu(3): warning #1: wrong\n"
+    (table,) = cuda_resources.built(tmp_path / "cuda")
+    assert [(arch, value) for (_, arch), value in table.items()] == [
+        ("sm_80", Resources(255, 64, 88, 296, 512)),
+        ("sm_90a", Resources(30, 0, 0, 0, 0)),
+    ]
+
+
 STAND_IN = """#!/bin/bash
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
