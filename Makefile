@@ -45,7 +45,8 @@ kernels:
 # Every case of the Triton backend in Triton's interpreter, and its self-test; `make test` runs a part of them.
 triton: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m consequentialism check
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton --ignore tests/test_triton_interpreter.py tests tests/triton_kernels.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton -o "python_files=test_*.py triton_kernels.py" \
+	  --ignore tests/test_triton_interpreter.py tests $(ARGS)
 
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.
