@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,13 +33,18 @@ WARPGROUPS = (
 )
 
 
-def selected() -> Iterator[Any]:
+# Of what the tuner may pick beside a plan's own numbers of warps and stages: the rest is in triton_candidates.py.
+TIMED = ("gram-bf16-fp32-dual-64-4w3s", "gram-fp32-fp32-primal-64-8w4s", "emend-fp32-fp32-dual-64-4w4s")
+
+
+def selected() -> Iterator[tuple[Case, str]]:
     """Everything for sm_90; elsewhere what differs most. Each takes seconds to compile the first time."""
     for target in SHARED_BYTES:
         for case in triton_aot.cases(target):
             few = ("primal" in case.name or "-32" in case.name or "fp16" in case.name) and target != "sm_90"
-            if not few:
-                yield pytest.param(case, target, id=f"{target}-{case.name}")
+            timed = case.name in TIMED and target == "sm_90"
+            if timed if case.first else not few:
+                yield case, target
 
 
 @functools.cache
@@ -47,8 +52,15 @@ def names(target: str) -> tuple[str, ...]:
     return tuple(case.name for case in triton_aot.cases(target))
 
 
-@pytest.mark.parametrize(("case", "target"), selected())
-def test_compiled(case: Case, target: str) -> None:
+def each(selection: Iterable[tuple[Case, str]]) -> Any:
+    """A mark that gives a test each of these cases."""
+    return pytest.mark.parametrize(
+        ("case", "target"), [pytest.param(case, target, id=f"{target}-{case.name}") for case, target in selection]
+    )
+
+
+def check_compiled(case: Case, target: str) -> None:
+    """No spills, shared memory within the chip's, tensor cores, and candidates that add in the same order."""
     compiled = compile_case(case, target)
     assert compiled.stack == 0 or target == "gfx942", (
         f"{compiled.stack} bytes a thread are spilled, with {compiled.registers} registers"
@@ -58,10 +70,28 @@ def test_compiled(case: Case, target: str) -> None:
     assert uses == case.name.startswith(PRODUCTS)
     if target == "sm_90" and case.name in WARPGROUPS:
         assert "wgmma.mma_async" in compiled.assembly
+    if case.first:
+        (first,) = (one for one in triton_aot.cases(target) if one.name == case.first)
+        assert compiled.order == compile_case(first, target).order, "the choice of a candidate would change bits"
+
+
+@each(selected())
+def test_compiled(case: Case, target: str) -> None:
+    check_compiled(case, target)
+
+
+def test_what_decides_the_order_of_sums_is_seen() -> None:
+    by_name = {case.name: case for case in triton_aot.cases("sm_90")}
+    primal, dual, narrow = (by_name[f"gram-bf16-fp32-{name}"] for name in ("primal-64", "dual-64", "dual-32"))
+    orders = [compile_case(case, "sm_90").order for case in (primal, dual, narrow)]
+    assert len(set(orders)) == 3  # with sums for the bias and without, by warpgroups and by warps
+    assert len(orders[0]) == 2
+    assert compile_case(primal._replace(warps=primal.warps // 2), "sm_90").order != orders[0]
+    assert compile_case(dual._replace(warps=dual.warps // 2), "sm_90").order == orders[1]
 
 
 def test_names_of_the_cases() -> None:
-    assert set(WARPGROUPS) <= set(names("sm_90"))
+    assert {*WARPGROUPS, *TIMED} <= set(names("sm_90"))
     for target in SHARED_BYTES:
         assert len(set(names(target))) == len(names(target))
 
@@ -85,7 +115,9 @@ def test_plans_are_candidates_and_cover_the_shape() -> None:
         assert plan.length % plan.depth == 0
         assert plans.plan_emend(outer, inner, size) in plans.EMEND_CANDIDATES[size]
         assert plan == plans.plan_gram(outer, inner, size)
+        assert plans.gram_candidates(plan, outer, inner, size, False)[0] == plan
         plan = plans.plan_conv_gram(4, outer, inner, size)
+        assert plans.conv_gram_candidates(plan, outer, inner, size)[0] == plan
         assert plan._replace(splits=1, length=0) == plans.CONV_GRAM[size]
         assert (plan.splits - 1) * plan.length < inner <= plan.splits * plan.length
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import consequentialism as cw
 from consequentialism import check, dispatch, ops, reference
-from consequentialism.triton import conv_gram, fused_weight_grad, launch, plans
+from consequentialism.triton import conv_gram, fused_weight_grad, launch, plans, tune
 
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
 OPS = torch.ops.consequentialism_triton
@@ -162,6 +163,74 @@ def test_splits_of_the_gram_add_up(form: str) -> None:
     gram = launch.input_gram(x, True, form)
     assert_close("gram", gram, reference.input_gram(x.double(), True, form), TOLERANCE[F32])
     assert_identical("gram^T", gram.T.contiguous(), gram)
+
+
+class Clock:
+    """A clock for `tune`, by which later candidates are faster; ``timed`` counts them."""
+
+    def __init__(self) -> None:
+        self.timed = 0
+
+    def __call__(self, call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        call()
+        self.timed += 1
+        return [1 / self.timed] * len(quantiles)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Candidates are timed as on a device, even those of the smallest launches."""
+    clock = Clock()
+    monkeypatch.setattr(tune, "INTERPRETED", False)
+    monkeypatch.setattr(tune, "_benchmark", clock)
+    monkeypatch.setattr(tune, "_chosen", {})
+    monkeypatch.setattr(plans, "TUNED_PRODUCTS", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return clock
+
+
+def test_a_candidate_is_chosen_once_for_sizes_that_round_alike(clock: Clock) -> None:
+    first = launch.input_gram(randn(33, 40, dtype=F32), True, "dual")
+    candidates = plans.gram_candidates(plans.plan_gram(33, 40, 4), 33, 40, 4, False)
+    assert clock.timed == len(candidates) == 4
+    assert list(tune._chosen.values()) == [candidates[-1]]
+    assert_identical("gram", launch.input_gram(randn(33, 40, dtype=F32), True, "dual"), first)
+    launch.input_gram(randn(60, 64, dtype=F32), True, "dual")
+    assert clock.timed == 4
+    launch.input_gram(randn(33, 65, dtype=F32), True, "dual")
+    launch.input_gram(randn(33, 40, dtype=F32), False, "dual")
+    assert len(tune._chosen) == 3
+
+
+def test_every_tuned_op_gives_the_same_bits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(40, 33, dtype=F32)
+    arguments = (randn(2, 3, 5, 5, dtype=F32), [3, 3], [1, 1], [1, 1], [1, 1], 1, True, 1, F32)
+    tuned = (*launch.emended_input(x, True, "primal", 1.0, "relative", "nlms"), conv_gram(*arguments))
+    assert len(tune._chosen) == 3
+    monkeypatch.setattr(plans, "TUNED_PRODUCTS", math.inf)
+    fixed = (*launch.emended_input(x, True, "primal", 1.0, "relative", "nlms"), conv_gram(*arguments))
+    for name, one, other in zip(("emended", "column", "gram"), tuned, fixed, strict=True):
+        assert_identical(name, one, other)
+
+
+def test_nothing_is_timed_in_a_capture_or_without_memory(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(33, 40, dtype=F32)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    gram = launch.input_gram(x, True, "dual")
+    assert clock.timed == len(tune._chosen) == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def no_memory(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tune, "_benchmark", no_memory)
+    assert_identical("gram", launch.input_gram(x, True, "dual"), gram)
+
+
+def test_small_launches_have_one_candidate() -> None:
+    for shape in SHAPES:
+        plan = plans.plan_gram(*shape[:2], 4)
+        assert plans.gram_candidates(plan, *shape[:2], 4, False) == (plan,)
 
 
 def test_duplicates_are_as_accurate_as_plain_float32() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..options import DampingMode, Form, Scale
 from ..reference import RETRIES, compute_dtype, emended_dtype, float32_is_enough
-from . import plans
+from . import plans, tune
 from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
 from .conv import conv_gram_kernel
 from .emend import emended_input_kernel
@@ -74,6 +74,19 @@ def _precision(dtype: torch.dtype) -> str:
     return _exact(dtype)
 
 
+def _tuned(
+    kernel: Any,
+    grid: tuple[int, ...],
+    candidates: Sequence[plans.Candidate],
+    sizes: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Launch with the candidate that `tune.fastest` knows."""
+    plan = tune.fastest(kernel, grid, candidates, sizes, arguments, constants)
+    kernel[grid](*arguments, **constants, num_warps=plan.warps, num_stages=plan.stages)
+
+
 def _gram_of(x: Tensor, bias: bool, form: Form, dtype: torch.dtype) -> Tensor:
     """The Gram in ``dtype``, float32 or float64."""
     primal = form == "primal"
@@ -86,12 +99,14 @@ def _gram_of(x: Tensor, bias: bool, form: Form, dtype: torch.dtype) -> Tensor:
     gram = x.new_empty(order, order, dtype=dtype)
     sums = gram if plan.splits == 1 else x.new_empty(plan.splits, order, order, dtype=dtype)
     stride_outer, stride_inner = (x.stride(1), x.stride(0)) if primal else x.stride()
+    candidates = plans.gram_candidates(plan, outer, inner, x.element_size(), primal)
+    arguments = (x, sums, outer, inner, stride_outer, stride_inner, order, plan.length)
+    constants = {
+        "BIAS": bias, "PRIMAL": primal, "MIRRORED": plan.splits == 1, "TILE": plan.tile, "DEPTH": plan.depth,
+        "PRECISION": _precision(x.dtype),
+    }  # fmt: skip
     with _on_device(x):
-        input_gram_kernel[along, along, plan.splits](
-            x, sums, outer, inner, stride_outer, stride_inner, order, plan.length,
-            BIAS=bias, PRIMAL=primal, MIRRORED=plan.splits == 1, TILE=plan.tile, DEPTH=plan.depth,
-            PRECISION=_precision(x.dtype), num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        _tuned(input_gram_kernel, (along, along, plan.splits), candidates, (outer, inner), arguments, constants)
         if plan.splits > 1:
             blocks = ceil_div(order, _REDUCE_TILE)
             reduce_gram_kernel[blocks, blocks](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
@@ -137,13 +152,18 @@ def conv_gram(
     along = max(_NONE, ceil_div(entries, plan.tile))
     gram = x.new_empty(groups, order, order, dtype=dtype)
     sums = gram if plan.splits == 1 else x.new_empty(plan.splits, groups, order, order, dtype=dtype)
+    candidates = plans.conv_gram_candidates(plan, entries, rows, x.element_size())
+    grid = (along, along, plan.splits * groups)
+    arguments = (
+        x, sums, entries, rows, order, plan.length, plan.splits, channels,
+        *positions, *d, *t, *pad, *size, *strides,
+    )  # fmt: skip
+    constants = {
+        "BIAS": bias, "MIRRORED": plan.splits == 1, "K0": k[0], "K1": k[1], "K2": k[2], "TILE": plan.tile,
+        "DEPTH": plan.depth, "PRECISION": _precision(x.dtype),
+    }  # fmt: skip
     with _on_device(x):
-        conv_gram_kernel[along, along, plan.splits * groups](
-            x, sums, entries, rows, order, plan.length, plan.splits, channels,
-            *positions, *d, *t, *pad, *size, *strides,
-            BIAS=bias, MIRRORED=plan.splits == 1, K0=k[0], K1=k[1], K2=k[2], TILE=plan.tile, DEPTH=plan.depth,
-            PRECISION=_precision(x.dtype), num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        _tuned(conv_gram_kernel, grid, candidates, (entries, rows, groups), arguments, constants)
         if plan.splits > 1:
             blocks = ceil_div(order, _REDUCE_TILE)
             reduce_gram_kernel[blocks, blocks, groups](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
@@ -242,13 +262,14 @@ def emended_input(
     multiplied = x.dtype if x.dtype == torch.bfloat16 else inverse.dtype
     plan = plans.plan_emend(rows, inputs, multiplied.itemsize)
     programs = ceil_div(rows, plan.rows) * max(_NONE, ceil_div(inputs, plan.inputs))
+    candidates = plans.emend_candidates(plan, rows, inputs, inverse.shape[0])
+    arguments = (inverse, x, emended, column, rows, inputs, *x.stride())
+    constants = {
+        "BIAS": bias, "PRIMAL": form == "primal", "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,
+        "PRECISION": _exact(dtype) if dtype == torch.float16 else _precision(multiplied),
+    }  # fmt: skip
     with _on_device(x):
-        emended_input_kernel[(programs,)](
-            inverse, x, emended, column, rows, inputs, *x.stride(),
-            BIAS=bias, PRIMAL=form == "primal", TILE_N=plan.rows, TILE_I=plan.inputs, DEPTH=plan.depth,
-            PRECISION=_exact(dtype) if dtype == torch.float16 else _precision(multiplied),
-            num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        _tuned(emended_input_kernel, (programs,), candidates, (rows, inputs), arguments, constants)
     return emended, column
 
 
