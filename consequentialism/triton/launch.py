@@ -1,4 +1,11 @@
-"""The ops on tensors: checks, allocation, plans and launches. Shapes and meanings are those of `reference`."""
+"""The ops on tensors: checks, allocation, plans and launches. Shapes and meanings are those of `reference`.
+
+They are registered whole, not as `torch.library.triton_op`, which traces through the launches: a plan's tiles, splits
+and grid branch on the shape, so a trace of one emended input guards a dozen such decisions, and each side of each is a
+graph more, where one serves every batch size now; the count of breakdowns is a tensor of the process, which a trace
+cannot own, nor may it time a candidate; and a call of a `triton_op` in eager mode takes four times as long as one of an
+op that is defined and implemented directly (37 against 9 microseconds on a CPU).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from torch import Tensor
 from ..options import DampingMode, Form, Scale
 from ..reference import RETRIES, compute_dtype, emended_dtype, float32_is_enough
 from . import plans, tune
-from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
+from .checks import check_form, check_fused, check_gram, check_lists, check_options, check_weight_grad, check_x
 from .conv import conv_gram_kernel
 from .emend import emended_input_kernel
 from .factor import factor_kernel, multiply_kernel
@@ -222,15 +229,22 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     return inverse
 
 
-def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    """The inverse in float64 where float32 is not enough, known from the arguments alone."""
+def _gram_and_ridge(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Ridge]:
+    """The Gram, in float64 where float32 is not enough, known from the arguments alone; and what to add to it."""
     check_x(x)
     check_form(form)
     rank = max(1, min(x.shape[0], x.shape[1] + bias))
     ridge = _ridge(damping, damping_mode, scale, rank, x.shape[0])
     narrow = x.dtype != torch.float64 and float32_is_enough(rank, damping, damping_mode)
     wide = torch.float32 if narrow else torch.float64
-    return inverse_of(_gram_of(x if narrow else x.double(), bias, form, wide)[None], ridge)[0]
+    return _gram_of(x if narrow else x.double(), bias, form, wide), ridge
+
+
+def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    gram, ridge = _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+    return inverse_of(gram[None], ridge)[0]
 
 
 def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
@@ -251,7 +265,11 @@ def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mod
 def emended_input(
     x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
 ) -> tuple[Tensor, Tensor]:
-    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    return _apply(_wide_inverse(x, bias, form, damping, damping_mode, scale), x, bias, form)
+
+
+def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
+    """The emended input and the bias's column, of the inverse that `_wide_inverse` gives."""
     rows, inputs = x.shape
     emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
     column = x.new_empty(rows if bias else 0, dtype=compute_dtype(x.dtype))
@@ -271,6 +289,41 @@ def emended_input(
     with _on_device(x):
         _tuned(emended_input_kernel, (programs,), candidates, (rows, inputs), arguments, constants)
     return emended, column
+
+
+def emended_inputs(
+    xs: Sequence[Tensor],
+    biases: Sequence[bool],
+    forms: Sequence[Form],
+    applied: Sequence[bool],
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Grams of one order, type, rank and number of rows are factored by one launch, where it holds them."""
+    check_lists(xs, biases, forms, applied)
+    damped = [
+        _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+        for x, bias, form in zip(xs, biases, forms, strict=True)
+    ]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (gram, ridge) in enumerate(damped):
+        alone = i if gram.shape[0] > plans.MAX_FACTOR_ORDER else -1  # stock operations batch with other bits
+        alike.setdefault((gram.shape[0], gram.dtype, ridge, alone), []).append(i)
+    inverses: dict[int, Tensor] = {}
+    for group in alike.values():
+        together = inverse_of(torch.stack([damped[i][0] for i in group]), damped[group[0]][1])
+        inverses.update(zip(group, together, strict=True))
+    kept, columns = [], []
+    for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
+        wide = compute_dtype(x.dtype)
+        if applied[i]:
+            pair = _apply(inverses[i], x, bias, form)
+        else:  # a copy, as what is kept must not hold all that was factored with it
+            pair = inverses[i].to(wide, copy=True), x.new_empty(0, dtype=wide)
+        kept.append(pair[0])
+        columns.append(pair[1])
+    return kept, columns
 
 
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

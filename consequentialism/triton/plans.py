@@ -6,11 +6,11 @@ warps where a kernel sums across threads. What is left to time are the stages of
 sums nothing across threads, the warps. `make test` and `make triton-compile` compile all that a rule or the tuner can
 pick, hold it to the chip's registers and shared memory, and hold the candidates of a launch to one order of sums.
 
-Not timed: launches below TUNED_PRODUCTS, which are over in microseconds, while to compile a candidate takes a second;
-factor and fused kernel, which trace the Gram across threads, so that their warps are fixed, have no pipeline (their
-loops wait for one another's memory), and count breakdowns, once a launch; a convolution's Gram of half types, which
-compiles to the same instructions for any number of stages; and a weight gradient, which is a stock product and two
-kernels that read and write once.
+Not timed: launches below TUNED_PRODUCTS or of small tiles, which are over in microseconds or bound by memory, while to
+compile a candidate takes a second; factor and fused kernel, which sum the Gram's trace across threads, so that their
+warps are fixed, have no pipeline (their loops wait for one another's memory), and count breakdowns, once a launch; a
+convolution's Gram of half types, which compiles to the same instructions for any number of stages; and a weight
+gradient, which is a stock product and two kernels that read and write once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 # By the bytes of what is multiplied: 2 (half types), 4 (float32), 8 (float64).
-GRAM_SMALL = {2: GramPlan(32, 64, 4, 3), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
+GRAM_SMALL = {2: GramPlan(32, 64, 4, 4), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
 GRAM_LARGE = {2: GramPlan(64, 64, 8, 3), 4: GramPlan(64, 32, 8, 3), 8: GramPlan(64, 32, 8, 2)}
 EMEND_SMALL = {2: EmendPlan(32, 32, 32, 4, 2), 4: EmendPlan(32, 32, 32, 4, 2), 8: EmendPlan(32, 32, 32, 4, 2)}
 EMEND_LARGE = {2: EmendPlan(64, 64, 32, 4, 2), 4: EmendPlan(64, 64, 32, 4, 2), 8: EmendPlan(64, 64, 32, 8, 2)}
@@ -118,7 +118,7 @@ CONV_STAGES = {2: (1,), 4: (1, 3), 8: (1, 3)}
 
 def gram_candidates(plan: GramPlan, outer: int, inner: int, element_bytes: int, primal: bool) -> tuple[GramPlan, ...]:
     """``plan``, of `plan_gram`, and what may be timed beside it."""
-    if outer * outer * inner < TUNED_PRODUCTS:
+    if plan.tile < 64 or outer * outer * inner < TUNED_PRODUCTS:
         return (plan,)
     others = [plan._replace(stages=stages) for stages in STAGES if stages != plan.stages]
     if not primal and plan.tile == 64 and element_bytes < 8:  # larger tiles of fewer warps spill
@@ -135,7 +135,7 @@ def conv_gram_candidates(plan: GramPlan, entries: int, rows: int, element_bytes:
 
 def emend_candidates(plan: EmendPlan, rows: int, inputs: int, order: int) -> tuple[EmendPlan, ...]:
     """``plan``, of `plan_emend`, and what may be timed beside it."""
-    if rows * inputs * order < TUNED_PRODUCTS:
+    if plan.rows < 64 or rows * inputs * order < TUNED_PRODUCTS:
         return (plan,)
     return (plan, *(plan._replace(stages=stages) for stages in STAGES if stages != plan.stages))
 
