@@ -14,7 +14,7 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
 CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
 
-.PHONY: demo test lint format bench bench-train report check wheel kernels triton cuda-build gpu clean
+.PHONY: demo test lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -55,7 +55,12 @@ kernels:
 # Every case of the Triton backend in Triton's interpreter, and its self-test; `make test` runs a part of them.
 triton: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m consequentialism check
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton --ignore tests/test_triton_interpreter.py tests tests/triton_kernels.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton -o "python_files=test_*.py triton_kernels.py" \
+	  --ignore tests/test_triton_interpreter.py tests $(ARGS)
+
+# Every configuration of a Triton kernel that the tuner may pick, compiled for chips that need not be here.
+triton-compile: $(VENV)/.test
+	$(BIN)/python -m pytest tests/triton_candidates.py $(ARGS)
 
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.

@@ -1,9 +1,9 @@
 """`FactorBatch`: the factors of many layers at once; see ``batch_factors`` of `convert`.
 
 Nothing needs a layer's inverse before backward. In forward a layer of a `FactorBatch` therefore only keeps its input,
-as `torch.nn.Linear` does. The first layer that a backward reaches prepares, in one call of a compiled op, itself and
-every other layer that this backward will reach, so that small matrices are factored beside one another: by one kernel
-launch on a GPU, on several cores of a CPU. The gradients are bit for bit those of layers on their own.
+as `torch.nn.Linear` does. The first layer that a backward reaches prepares, in one call of an op of its backend, itself
+and every other layer that this backward will reach, so that small matrices are factored beside one another: by one
+kernel launch on a GPU, on several cores of a CPU. The gradients are bit for bit those of layers on their own.
 
 What is put off belongs to the node of the autograd graph that waits for it and dies with it; a `FactorBatch` holds weak
 references only, and nothing between steps.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import autograd, cost, dispatch, ops
+from . import autograd, cost, dispatch, reference
 from .autograd import Prepared, full_precision, once_differentiable
 from .cost import Plan
 from .options import Options
@@ -157,20 +157,20 @@ class FactorBatch:
 
 
 def prepare_together(layers: Sequence[Deferred]) -> None:
-    """`autograd.prepare` for all layers, of those with equal options in one call of a compiled op."""
-    groups: dict[Options, list[tuple[Deferred, Plan]]] = {}
+    """`autograd.prepare` for all layers, of those with equal options and backend in one call of an op."""
+    groups: dict[tuple[Options, Any], list[tuple[Deferred, Plan]]] = {}
     alone: list[Deferred] = []
     for layer in layers:
         plan = layer.plan()
-        if layer.backend is ops and cost.has_factor(plan):
-            groups.setdefault(layer.options, []).append((layer, plan))
+        if layer.backend is not reference and cost.has_factor(plan):
+            groups.setdefault((layer.options, layer.backend), []).append((layer, plan))
         else:
             alone.append(layer)
-    for options, group in groups.items():
+    for (options, backend), group in groups.items():
         if len(group) == 1:
             alone.append(group[0][0])
         else:
-            _prepare_group(options, *zip(*group, strict=True))
+            _prepare_group(options, backend, *zip(*group, strict=True))
     for layer in alone:
         _prepare_alone(layer)
     for layer in layers:
@@ -185,9 +185,9 @@ def _prepare_alone(layer: Deferred) -> None:
     )
 
 
-def _prepare_group(options: Options, layers: Sequence[Deferred], plans: Sequence[Plan]) -> None:
+def _prepare_group(options: Options, backend: Any, layers: Sequence[Deferred], plans: Sequence[Plan]) -> None:
     xs = [layer.input() for layer in layers]
-    kept, columns = ops.emended_inputs(
+    kept, columns = backend.emended_inputs(
         xs,
         [layer.bias for layer in layers],
         [plan.form for plan in plans],

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,13 +33,30 @@ WARPGROUPS = (
 )
 
 
-def selected() -> Iterator[Any]:
-    """Everything for sm_90; elsewhere what differs most. Each takes seconds to compile the first time."""
+# Of what the tuner may pick beside a plan's own numbers of warps and stages: the rest is in triton_candidates.py.
+TIMED = ("gram-bf16-fp32-dual-64-4w3s", "gram-fp32-fp32-primal-64-8w4s", "emend-fp32-fp32-dual-64-4w4s")
+# For other chips, the largest of each kind; the rest is there too.
+ELSEWHERE = (
+    "gram-bf16-fp32-dual-128",
+    "emend-fp32-fp32-dual-64",
+    "conv-bf16-64",
+    "fused-fp32-fp32-64",
+    "factor-fp32-64",
+    "factor-fp64-32",
+)
+
+
+def selected() -> Iterator[tuple[Case, str]]:
+    """What every run of the suite compiles, seconds each the first time: for sm_90 all but float16's, which are like
+    bfloat16's or float32's."""
     for target in SHARED_BYTES:
         for case in triton_aot.cases(target):
-            few = ("primal" in case.name or "-32" in case.name or "fp16" in case.name) and target != "sm_90"
-            if not few:
-                yield pytest.param(case, target, id=f"{target}-{case.name}")
+            if target != "sm_90":
+                taken = case.name in ELSEWHERE
+            else:
+                taken = case.name in TIMED if case.first else "fp16" not in case.name
+            if taken:
+                yield case, target
 
 
 @functools.cache
@@ -47,8 +64,15 @@ def names(target: str) -> tuple[str, ...]:
     return tuple(case.name for case in triton_aot.cases(target))
 
 
-@pytest.mark.parametrize(("case", "target"), selected())
-def test_compiled(case: Case, target: str) -> None:
+def each(selection: Iterable[tuple[Case, str]]) -> Any:
+    """A mark that gives a test each of these cases."""
+    return pytest.mark.parametrize(
+        ("case", "target"), [pytest.param(case, target, id=f"{target}-{case.name}") for case, target in selection]
+    )
+
+
+def check_compiled(case: Case, target: str) -> None:
+    """No spills, shared memory within the chip's, tensor cores, and candidates that add in the same order."""
     compiled = compile_case(case, target)
     assert compiled.stack == 0 or target == "gfx942", (
         f"{compiled.stack} bytes a thread are spilled, with {compiled.registers} registers"
@@ -58,10 +82,28 @@ def test_compiled(case: Case, target: str) -> None:
     assert uses == case.name.startswith(PRODUCTS)
     if target == "sm_90" and case.name in WARPGROUPS:
         assert "wgmma.mma_async" in compiled.assembly
+    if case.first:
+        (first,) = (one for one in triton_aot.cases(target) if one.name == case.first)
+        assert compiled.order == compile_case(first, target).order, "the choice of a candidate would change bits"
+
+
+@each(selected())
+def test_compiled(case: Case, target: str) -> None:
+    check_compiled(case, target)
+
+
+def test_what_decides_the_order_of_sums_is_seen() -> None:
+    by_name = {case.name: case for case in triton_aot.cases("sm_90")}
+    primal, dual, narrow = (by_name[f"gram-bf16-fp32-{name}"] for name in ("primal-64", "dual-64", "dual-32"))
+    orders = [compile_case(case, "sm_90").order for case in (primal, dual, narrow)]
+    assert len(set(orders)) == 3  # with sums for the bias and without, by warpgroups and by warps
+    assert len(orders[0]) == 2
+    assert compile_case(primal._replace(warps=primal.warps // 2), "sm_90").order != orders[0]
+    assert compile_case(dual._replace(warps=dual.warps // 2), "sm_90").order == orders[1]
 
 
 def test_names_of_the_cases() -> None:
-    assert set(WARPGROUPS) <= set(names("sm_90"))
+    assert {*WARPGROUPS, *TIMED, *ELSEWHERE} <= set(names("sm_90"))
     for target in SHARED_BYTES:
         assert len(set(names(target))) == len(names(target))
 
@@ -85,7 +127,9 @@ def test_plans_are_candidates_and_cover_the_shape() -> None:
         assert plan.length % plan.depth == 0
         assert plans.plan_emend(outer, inner, size) in plans.EMEND_CANDIDATES[size]
         assert plan == plans.plan_gram(outer, inner, size)
+        assert plans.gram_candidates(plan, outer, inner, size, False)[0] == plan
         plan = plans.plan_conv_gram(4, outer, inner, size)
+        assert plans.conv_gram_candidates(plan, outer, inner, size)[0] == plan
         assert plan._replace(splits=1, length=0) == plans.CONV_GRAM[size]
         assert (plan.splits - 1) * plan.length < inner <= plan.splits * plan.length
 

@@ -6,7 +6,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ COUNTERS = ("breakdowns", "broken_before", "broken")
 
 
 class Case(NamedTuple):
-    """One kernel with the types of its pointers and its constants."""
+    """One kernel with the types of its pointers and its constants; ``first`` is the name of its first candidate."""
 
     name: str
     kernel: Any
@@ -42,6 +42,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     warps: int
     stages: int
+    first: str = ""
 
 
 class Compiled(NamedTuple):
@@ -51,11 +52,41 @@ class Compiled(NamedTuple):
     shared: int
     registers: int
     stack: int  # bytes a thread that did not fit into registers
+    order: tuple[str, ...]  # in which the kernel adds numbers: its sums and products, and how threads share them
 
 
 def precision(dtype: str, target: str) -> str:
     """As `launch` asks for it."""
     return "ieee" if dtype == "fp64" or target == "gfx942" else "tf32x3"
+
+
+def order_of_sums(ttgir: str) -> tuple[str, ...]:
+    """Each sum across a tile with its layout, then the kinds of products, whose rows and columns are free."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+
+    def resolved(text: str) -> str:
+        while (named := re.sub(r"#\w+(?!\.)\b", lambda found: layouts.get(found[0], found[0]), text)) != text:
+            text = named
+        return text
+
+    sums = re.findall(r'"tt\.reduce"\(.*?\}\) : \((tensor<.*?)\) ->', ttgir, re.DOTALL)
+    products = set()
+    for name, result in re.findall(r"(tt\.dot|ttng\.warp_group_dot) .*-> (tensor.*)$", ttgir, re.MULTILINE):
+        shape = re.findall(r"versionMajor = (\d+).*instrShape = \[([\d, ]+)\]", resolved(result))
+        # A warpgroup's shape ends with the depth of an instruction; a warp's has none.
+        products.add(f"{name} {[(version, s.split(', ')[2:]) for version, s in shape]}")
+    return (*(resolved(one) for one in sums), *sorted(products))
+
+
+def candidates_of(case: Case, candidates: Sequence[plans.Candidate]) -> Iterator[Case]:
+    """``case`` as each of its candidates, of which the first keeps the name."""
+    yield case
+    for one in candidates[1:]:
+        name = f"{case.name}-{one.warps}w{one.stages}s"
+        yield case._replace(name=name, warps=one.warps, stages=one.stages, first=case.name)
+
+
+HUGE = 2**12  # a size at which whatever can be timed is
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -68,7 +99,8 @@ def cases(target: str) -> Iterator[Case]:
                 "PRECISION": precision(x, target),
             }  # fmt: skip
             name = f"gram-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.tile}"
-            yield Case(name, input_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, plan.stages)
+            case = Case(name, input_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, plan.stages)
+            yield from candidates_of(case, plans.gram_candidates(plan, HUGE, HUGE, BYTES[x], primal))
         multiplied = x if x == "bf16" else wide
         for plan, primal in itertools.product(plans.EMEND_CANDIDATES[BYTES[multiplied]], (False, True)):
             constants = {
@@ -77,13 +109,16 @@ def cases(target: str) -> Iterator[Case]:
             }  # fmt: skip
             pointers = {"inverse": wide, "x": x, "emended": "fp32" if x == "fp16" else x, "column": wide}
             name = f"emend-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.rows}"
-            yield Case(name, emended_input_kernel, pointers, constants, plan.warps, plan.stages)
+            case = Case(name, emended_input_kernel, pointers, constants, plan.warps, plan.stages)
+            yield from candidates_of(case, plans.emend_candidates(plan, HUGE, HUGE, HUGE))
         plan = plans.CONV_GRAM[BYTES[x]]
         constants = {
             "BIAS": True, "MIRRORED": True, "K0": 1, "K1": 3, "K2": 3, "TILE": plan.tile, "DEPTH": plan.depth,
             "PRECISION": precision(x, target),
         }  # fmt: skip
-        yield Case(f"conv-{x}-{plan.tile}", conv_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, 1)
+        name = f"conv-{x}-{plan.tile}"
+        case = Case(name, conv_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, plan.stages)
+        yield from candidates_of(case, plans.conv_gram_candidates(plan, HUGE, HUGE, BYTES[x]))
         for plan in plans.FUSED_CANDIDATES[BYTES[wide]]:
             constants = {
                 "BIAS": True, "RELATIVE": True, "BY_RIDGE": False, "RETRIES": 3,
@@ -139,13 +174,14 @@ def compile_case(case: Case, target: str, aligned: bool = True) -> Compiled:
     source = ASTSource(case.kernel, signature, constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
+    order = order_of_sums(compiled.asm["ttgir"])
     if target == "gfx942":
         assembly = compiled.asm["amdgcn"]
         spills = [int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", assembly)]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[0])
-        return Compiled(assembly, compiled.metadata.shared, registers, sum(spills))
+        return Compiled(assembly, compiled.metadata.shared, registers, sum(spills), order)
     registers, stack = resources(compiled.asm["cubin"])
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack, order)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -28,7 +29,8 @@ from torch import Tensor
 
 import consequentialism as cw
 from consequentialism import check, dispatch, ops, reference
-from consequentialism.triton import conv_gram, fused_weight_grad, launch, plans
+from consequentialism import triton as triton_backend
+from consequentialism.triton import conv_gram, emended_inputs, fused_weight_grad, launch, plans, tune
 
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
 OPS = torch.ops.consequentialism_triton
@@ -116,6 +118,51 @@ def test_a_batch_of_matrices_in_one_launch() -> None:
     assert own[2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_emended_inputs_are_the_single_ones(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    launches = []
+    inverse_of = launch.inverse_of
+    monkeypatch.setattr(launch, "inverse_of", lambda gram, ridge: launches.append(len(gram)) or inverse_of(gram, ridge))
+    monkeypatch.setattr(plans, "MAX_FACTOR_ORDER", 20)
+    shapes = ((9, 12), (9, 40), (9, 5), (6, 5), (25, 30), (25, 40), (0, 3))
+    xs = [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    biases = [True, False, True, True, True, False, True]
+    forms = ["dual", "dual", "primal", "primal", "dual", "dual", "dual"]
+    applied = [True, False, True, False, False, True, True]
+    for options in ((1.0, "relative", "nlms"), (1e-5, "relative", "raw"), (0.5, "absolute", "gradient")):
+        kept, columns = emended_inputs(xs, biases, forms, applied, *options)
+        # Two of order 9, and of order 6 where the scale does not ask for the rows; those of 25 are alone.
+        assert sorted(launches) == ([1, 1, 1, 1, 1, 2] if options[2] == "nlms" else [1, 1, 1, 2, 2])
+        for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
+            if applied[i]:
+                one, column = launch.emended_input(x, bias, form, *options)
+                assert_identical(f"column {i}", columns[i], column)
+            else:
+                one = launch.input_inverse(x, bias, form, *options)
+                assert columns[i].shape == (0,)
+                assert kept[i].untyped_storage().nbytes() == kept[i].nbytes
+            assert_identical(f"kept {i}", kept[i], one)
+        launches.clear()
+
+
+def test_layers_are_factored_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    together = triton_backend.emended_inputs
+    monkeypatch.setattr(
+        triton_backend, "emended_inputs", lambda xs, *rest: calls.append(len(xs)) or together(xs, *rest)
+    )
+    gradients = []
+    for batched in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((12, 9), (9, 14), (14, 2))))
+        cw.convert(model, batch_factors=batched, backend="triton")
+        model(randn(6, 12, dtype=F32)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert calls == [3]
+    for own, other in zip(*gradients, strict=True):
+        assert_identical("gradient", own, other)
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_orders_beyond_one_program(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
     monkeypatch.setattr(plans, "MAX_FACTOR_ORDER", 20)  # as if a matrix were too large for our kernel
@@ -162,6 +209,75 @@ def test_splits_of_the_gram_add_up(form: str) -> None:
     gram = launch.input_gram(x, True, form)
     assert_close("gram", gram, reference.input_gram(x.double(), True, form), TOLERANCE[F32])
     assert_identical("gram^T", gram.T.contiguous(), gram)
+
+
+class Clock:
+    """A clock for `tune`, by which later candidates are faster; ``timed`` counts them."""
+
+    def __init__(self) -> None:
+        self.timed = 0
+
+    def __call__(self, call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        call()
+        self.timed += 1
+        return [1 / self.timed] * len(quantiles)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Candidates are timed as on a device, even those of the smallest launches."""
+    clock = Clock()
+    monkeypatch.setattr(tune, "INTERPRETED", False)
+    monkeypatch.setattr(tune, "_benchmark", clock)
+    monkeypatch.setattr(tune, "_chosen", {})
+    monkeypatch.setattr(plans, "TUNED_PRODUCTS", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return clock
+
+
+def test_a_candidate_is_chosen_once_for_sizes_that_round_alike(clock: Clock) -> None:
+    first = launch.input_gram(randn(33, 40, dtype=F32), True, "dual")
+    candidates = plans.gram_candidates(plans.plan_gram(33, 40, 4), 33, 40, 4, False)
+    assert clock.timed == len(candidates) == 4
+    assert list(tune._chosen.values()) == [candidates[-1]]
+    assert_identical("gram", launch.input_gram(randn(33, 40, dtype=F32), True, "dual"), first)
+    launch.input_gram(randn(60, 64, dtype=F32), True, "dual")
+    assert clock.timed == 4
+    launch.input_gram(randn(33, 65, dtype=F32), True, "dual")
+    launch.input_gram(randn(33, 40, dtype=F32), False, "dual")
+    assert len(tune._chosen) == 3
+
+
+def test_every_tuned_op_gives_the_same_bits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "PROCESSORS", 1)  # so that one tile is enough for the large ones
+    x = randn(40, 33, dtype=F32)
+    arguments = (randn(2, 3, 5, 5, dtype=F32), [3, 3], [1, 1], [1, 1], [1, 1], 1, True, 1, F32)
+    tuned = (*launch.emended_input(x, True, "primal", 1.0, "relative", "nlms"), conv_gram(*arguments))
+    assert len(tune._chosen) == 3
+    monkeypatch.setattr(plans, "TUNED_PRODUCTS", math.inf)
+    fixed = (*launch.emended_input(x, True, "primal", 1.0, "relative", "nlms"), conv_gram(*arguments))
+    for name, one, other in zip(("emended", "column", "gram"), tuned, fixed, strict=True):
+        assert_identical(name, one, other)
+
+
+def test_nothing_is_timed_in_a_capture_or_without_memory(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(33, 40, dtype=F32)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    gram = launch.input_gram(x, True, "dual")
+    assert clock.timed == len(tune._chosen) == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def no_memory(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tune, "_benchmark", no_memory)
+    assert_identical("gram", launch.input_gram(x, True, "dual"), gram)
+
+
+def test_small_launches_have_one_candidate() -> None:
+    for shape in SHAPES:
+        plan = plans.plan_gram(*shape[:2], 4)
+        assert plans.gram_candidates(plan, *shape[:2], 4, False) == (plan,)
 
 
 def test_duplicates_are_as_accurate_as_plain_float32() -> None:
@@ -224,6 +340,8 @@ def test_opcheck(form: str) -> None:
     arguments = ([2, 2], [1, 1], [1, 0], [1, 1], 1, form == "dual", 1, F32)
     torch.library.opcheck(OPS.conv_gram.default, (randn(2, 3, 4, 4, dtype=F32), *arguments), test_utils=checks)
     torch.library.opcheck(OPS.factor.default, (torch.eye(5), *options, 5, 9), test_utils=checks)
+    lists = ([randn(5, 7, dtype=F16), randn(3, 2, dtype=F16)], [True, False], [form, "dual"], [True, False])
+    torch.library.opcheck(OPS.emended_inputs.default, (*lists, *options), test_utils=checks)
 
 
 def test_bad_arguments() -> None:
@@ -238,6 +356,11 @@ def test_bad_arguments() -> None:
         (lambda: OPS.factor(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
         (lambda: OPS.factor(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "bfloat16")),
         (lambda: OPS.factor(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
+        (
+            lambda: OPS.emended_inputs([x], [], ["dual"], [True], 1.0, "relative", "raw"),
+            ValueError,
+            ("equally long", "1, 0, 1 and 1"),
+        ),
         (lambda: OPS.weight_grad(x, x[:2], x[:, 0]), ValueError, ("dy", "rows", "[4, 3]", "[2, 3]")),
         (lambda: OPS.weight_grad(x, x, x[:2, 0]), ValueError, ("column", "[2]", "[4, 3]")),
         (lambda: OPS.fused_weight_grad(x, x[:2], True, 1.0, "relative", "raw"), ValueError, ("dy", "[2, 3]")),

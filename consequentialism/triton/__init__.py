@@ -2,7 +2,7 @@
 
 Importing this imports Triton; `consequentialism.dispatch` does so where it is asked for. With ``TRITON_INTERPRET=1``
 the kernels run in Triton's interpreter, on CPU tensors too. torch.compile sees each op as one call, as it sees the
-compiled ones: that costs less a call than tracing into `torch.library.triton_op`, and the interpreter needs it.
+compiled ones; `launch` says why not through `torch.library.triton_op`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "breakdowns",
     "conv_gram",
     "emended_input",
+    "emended_inputs",
     "factor",
     "fused_weight_grad",
     "input_gram",
@@ -38,6 +39,8 @@ _SCHEMAS = (
     "factor(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) -> Tensor",
     "input_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) -> Tensor",
     "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) -> (Tensor, Tensor)",
+    "emended_inputs(Tensor[] xs, bool[] biases, str[] forms, bool[] applied, float damping, str damping_mode, "
+    "str scale) -> (Tensor[], Tensor[])",
     "weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)",
     "fused_weight_grad(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale) -> (Tensor, Tensor)",
     "conv_gram(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool bias, "
@@ -72,6 +75,18 @@ def emended_input(
     return _ops.emended_input(x, bias, form, damping, damping_mode, scale)
 
 
+def emended_inputs(
+    xs: Sequence[Tensor],
+    biases: Sequence[bool],
+    forms: Sequence[Form],
+    applied: Sequence[bool],
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return _ops.emended_inputs(xs, biases, forms, applied, damping, damping_mode, scale)
+
+
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     return _ops.weight_grad(dy, rows, column)
 
@@ -101,6 +116,11 @@ def _square(x: Tensor, bias: bool, form: str) -> Tensor:
     return x.new_empty((n, n), dtype=compute_dtype(x.dtype))
 
 
+def _emended(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    column = x.new_empty((x.shape[0] if bias else 0,), dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=emended_dtype(x.dtype)), column
+
+
 @torch.library.register_fake("consequentialism_triton::input_gram")
 def _(x: Tensor, bias: bool, form: str) -> Tensor:
     return _square(x, bias, form)
@@ -118,8 +138,24 @@ def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale
 
 @torch.library.register_fake("consequentialism_triton::emended_input")
 def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
-    column = x.new_empty((x.shape[0] if bias else 0,), dtype=compute_dtype(x.dtype))
-    return x.new_empty(x.shape, dtype=emended_dtype(x.dtype)), column
+    return _emended(x, bias)
+
+
+@torch.library.register_fake("consequentialism_triton::emended_inputs")
+def _(
+    xs: list[Tensor],
+    biases: list[bool],
+    forms: list[str],
+    applied: list[bool],
+    damping: float,
+    damping_mode: str,
+    scale: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = []
+    for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
+        square = _square(x, bias, form)
+        pairs.append(_emended(x, bias) if is_applied else (square, square.new_empty(0)))
+    return [kept for kept, _ in pairs], [column for _, column in pairs]
 
 
 @torch.library.register_fake("consequentialism_triton::weight_grad")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import add_product, element, helper, load, store
+from .language import add_product, element, helper, load, store, sum_over
 
 
 @helper
@@ -73,7 +73,7 @@ def conv_gram_kernel(
             )
             sums = add_product(sums, a, tl.trans(b), PRECISION)
             if BIAS:
-                line_sums += tl.sum(a.to(SUM), axis=1)
+                line_sums += sum_over(a.to(SUM), axis=1)
         gram += (split.to(tl.int64) * groups + group) * order * order
         upper = (line[:, None] <= column[None, :]) & (column < entries)[None, :]
         store(element(gram, line[:, None], column[None, :], order, 1), sums, upper)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import add_product, ceil_div, element, helper, load, round_to, store
+from .language import add_product, ceil_div, element, helper, load, round_to, store, sum_over
 
 
 @helper
@@ -75,7 +75,7 @@ def emended_input_kernel(
             sums = add_emended(sums, b, a, x.dtype.element_ty, False, PRECISION)
             if BIAS:
                 border = tl.load(element(inverse, inputs + 0 * k, k, order, 1), mask=k < inputs, other=0)
-                ones += tl.sum(a.to(SUM) * border[None, :], axis=1)
+                ones += sum_over(a.to(SUM) * border[None, :], axis=1)
         else:
             a = load(element(inverse, row[:, None], k[None, :], order, 1), (row < rows)[:, None] & (k < rows)[None, :])
             b = load(
@@ -84,7 +84,7 @@ def emended_input_kernel(
             )
             sums = add_emended(sums, a, b, x.dtype.element_ty, True, PRECISION)
             if BIAS:
-                ones += tl.sum(a, axis=1)
+                ones += sum_over(a, axis=1)
     if BIAS and PRIMAL:  # the column of ones meets P's last row
         last = inverse + inputs.to(tl.int64) * order
         sums += tl.load(last + input_, mask=input_ < inputs, other=0)[None, :]

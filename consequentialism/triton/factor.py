@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import add_product, ceil_div, element, helper, reciprocal_root, subtract_product
+from .language import add_product, ceil_div, element, helper, reciprocal_root, subtract_product, sum_over
 
 # What becomes of an inverse: `state` [3] holds one of these, the multiplier, and the ridge.
 INVERTED = tl.constexpr(0)
@@ -33,9 +33,9 @@ def factor_tile(tile, count, TILE: tl.constexpr):
     reciprocals = tl.full([TILE], 1, tile.dtype)
     works = 1
     for i in range(count):
-        row = tl.sum(tl.where(rows == i, tile, 0), axis=0)
-        column = tl.sum(tl.where(columns == i, tile, 0), axis=1)  # the same numbers: the tile stays symmetric
-        pivot = tl.sum(tl.where(line == i, row, 0), axis=0)
+        row = sum_over(tl.where(rows == i, tile, 0), axis=0)
+        column = sum_over(tl.where(columns == i, tile, 0), axis=1)  # the same numbers: the tile stays symmetric
+        pivot = sum_over(tl.where(line == i, row, 0), axis=0)
         works = tl.where((pivot > 0) & (pivot < float("inf")), works, 0)
         reciprocal = reciprocal_root(pivot)
         reciprocals = tl.where(line == i, reciprocal, reciprocals)
@@ -47,9 +47,9 @@ def factor_tile(tile, count, TILE: tl.constexpr):
     inverse = tl.where(rows == columns, 1, 0).to(tile.dtype)
     for step in range(count):
         i = count - 1 - step
-        reciprocal = tl.sum(tl.where(line == i, reciprocals, 0), axis=0)
-        row = tl.sum(tl.where(rows == i, inverse, 0), axis=0) * reciprocal
-        column = tl.sum(tl.where(columns == i, upper, 0), axis=1)
+        reciprocal = sum_over(tl.where(line == i, reciprocals, 0), axis=0)
+        row = sum_over(tl.where(rows == i, inverse, 0), axis=0) * reciprocal
+        column = sum_over(tl.where(columns == i, upper, 0), axis=1)
         inverse -= tl.where(rows < i, column[:, None], 0) * row[None, :]
         inverse = tl.where(rows == i, row[None, :], inverse)
     return inverse, works
@@ -167,7 +167,7 @@ def trace_of(gram, order, stride, LINE: tl.constexpr):
     for first in range(0, order, LINE):
         k = first + line
         sums += tl.load(element(gram, k, k, stride, 1), mask=k < order, other=0)
-    return tl.sum(sums, axis=0)
+    return sum_over(sums, axis=0)
 
 
 @helper

@@ -12,7 +12,7 @@ import triton.language as tl
 from .emend import add_emended
 from .factor import factor_with_retries, outcome_tile
 from .gram import input_gram_tile
-from .language import add_product, ceil_div, element, load, round_to, store
+from .language import add_product, ceil_div, element, load, round_to, store, sum_over
 
 
 @triton.jit(do_not_specialize=["rows", "inputs", "outputs", "groups"])
@@ -77,8 +77,8 @@ def fused_weight_grad_kernel(
             element(dy, row[:, None], output[None, :], dy_row, dy_column),
             (row < rows)[:, None] & (output < outputs)[None, :],
         ).to(SUM)
-        bad += tl.sum((errors - errors != 0).to(tl.int32), axis=1)
-    spoiled = tl.where(tl.sum(bad, axis=0) > 0, float("nan"), 0.0).to(SUM)
+        bad += sum_over((errors - errors != 0).to(tl.int32), axis=1)
+    spoiled = tl.where(sum_over(bad, axis=0) > 0, float("nan"), 0.0).to(SUM)
 
     column = (program % tiles) * TILE_I + tl.arange(0, TILE_I)
     own = load(
@@ -86,7 +86,7 @@ def fused_weight_grad_kernel(
         (row < rows)[:, None] & (column < inputs)[None, :],
     )
     emended = add_emended(tl.full([SIZE, TILE_I], 0, SUM), whole, own, x.dtype.element_ty, True, PRECISION)
-    ones = tl.sum(whole, axis=1)
+    ones = sum_over(whole, axis=1)
     for part in range(program // tiles, ceil_div(outputs, TILE_O), groups):
         output = part * TILE_O + tl.arange(0, TILE_O)
         errors = load(
@@ -104,5 +104,5 @@ def fused_weight_grad_kernel(
             (output < outputs)[:, None] & (column < inputs)[None, :],
         )
         if BIAS and program % tiles == 0:
-            total = tl.sum(errors.to(SUM) * ones[:, None], axis=0) + spoiled
+            total = sum_over(errors.to(SUM) * ones[:, None], axis=0) + spoiled
             store(db + output, total, output < outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import add_product, element, helper, load, store
+from .language import add_product, element, helper, load, store, sum_over
 
 
 @helper
@@ -44,7 +44,7 @@ def input_gram_tile(
             (columns < outer)[:, None] & valid,
         )
         sums = add_product(sums, a, tl.trans(b), PRECISION)
-        row_sums += tl.sum(a.to(SUM), axis=1)
+        row_sums += sum_over(a.to(SUM), axis=1)
     return sums, row_sums
 
 

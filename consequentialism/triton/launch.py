@@ -1,4 +1,11 @@
-"""The ops on tensors: checks, allocation, plans and launches. Shapes and meanings are those of `reference`."""
+"""The ops on tensors: checks, allocation, plans and launches. Shapes and meanings are those of `reference`.
+
+They are registered whole, not as `torch.library.triton_op`, which traces through the launches: a plan's tiles, splits
+and grid branch on the shape, so a trace of one emended input guards a dozen such decisions, and each side of each is a
+graph more, where one serves every batch size now; the count of breakdowns is a tensor of the process, which a trace
+cannot own, nor may it time a candidate; and a call of a `triton_op` in eager mode takes four times as long as one of an
+op that is defined and implemented directly (37 against 9 microseconds on a CPU).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +20,8 @@ from torch import Tensor
 
 from ..options import DampingMode, Form, Scale
 from ..reference import RETRIES, compute_dtype, emended_dtype, float32_is_enough
-from . import plans
-from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
+from . import plans, tune
+from .checks import check_form, check_fused, check_gram, check_lists, check_options, check_weight_grad, check_x
 from .conv import conv_gram_kernel
 from .emend import emended_input_kernel
 from .factor import factor_kernel, multiply_kernel
@@ -74,6 +81,19 @@ def _precision(dtype: torch.dtype) -> str:
     return _exact(dtype)
 
 
+def _tuned(
+    kernel: Any,
+    grid: tuple[int, ...],
+    candidates: Sequence[plans.Candidate],
+    sizes: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Launch with the candidate that `tune.fastest` knows."""
+    plan = tune.fastest(kernel, grid, candidates, sizes, arguments, constants)
+    kernel[grid](*arguments, **constants, num_warps=plan.warps, num_stages=plan.stages)
+
+
 def _gram_of(x: Tensor, bias: bool, form: Form, dtype: torch.dtype) -> Tensor:
     """The Gram in ``dtype``, float32 or float64."""
     primal = form == "primal"
@@ -86,12 +106,14 @@ def _gram_of(x: Tensor, bias: bool, form: Form, dtype: torch.dtype) -> Tensor:
     gram = x.new_empty(order, order, dtype=dtype)
     sums = gram if plan.splits == 1 else x.new_empty(plan.splits, order, order, dtype=dtype)
     stride_outer, stride_inner = (x.stride(1), x.stride(0)) if primal else x.stride()
+    candidates = plans.gram_candidates(plan, outer, inner, x.element_size(), primal)
+    arguments = (x, sums, outer, inner, stride_outer, stride_inner, order, plan.length)
+    constants = {
+        "BIAS": bias, "PRIMAL": primal, "MIRRORED": plan.splits == 1, "TILE": plan.tile, "DEPTH": plan.depth,
+        "PRECISION": _precision(x.dtype),
+    }  # fmt: skip
     with _on_device(x):
-        input_gram_kernel[along, along, plan.splits](
-            x, sums, outer, inner, stride_outer, stride_inner, order, plan.length,
-            BIAS=bias, PRIMAL=primal, MIRRORED=plan.splits == 1, TILE=plan.tile, DEPTH=plan.depth,
-            PRECISION=_precision(x.dtype), num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        _tuned(input_gram_kernel, (along, along, plan.splits), candidates, (outer, inner), arguments, constants)
         if plan.splits > 1:
             blocks = ceil_div(order, _REDUCE_TILE)
             reduce_gram_kernel[blocks, blocks](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
@@ -137,13 +159,18 @@ def conv_gram(
     along = max(_NONE, ceil_div(entries, plan.tile))
     gram = x.new_empty(groups, order, order, dtype=dtype)
     sums = gram if plan.splits == 1 else x.new_empty(plan.splits, groups, order, order, dtype=dtype)
+    candidates = plans.conv_gram_candidates(plan, entries, rows, x.element_size())
+    grid = (along, along, plan.splits * groups)
+    arguments = (
+        x, sums, entries, rows, order, plan.length, plan.splits, channels,
+        *positions, *d, *t, *pad, *size, *strides,
+    )  # fmt: skip
+    constants = {
+        "BIAS": bias, "MIRRORED": plan.splits == 1, "K0": k[0], "K1": k[1], "K2": k[2], "TILE": plan.tile,
+        "DEPTH": plan.depth, "PRECISION": _precision(x.dtype),
+    }  # fmt: skip
     with _on_device(x):
-        conv_gram_kernel[along, along, plan.splits * groups](
-            x, sums, entries, rows, order, plan.length, plan.splits, channels,
-            *positions, *d, *t, *pad, *size, *strides,
-            BIAS=bias, MIRRORED=plan.splits == 1, K0=k[0], K1=k[1], K2=k[2], TILE=plan.tile, DEPTH=plan.depth,
-            PRECISION=_precision(x.dtype), num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        _tuned(conv_gram_kernel, grid, candidates, (entries, rows, groups), arguments, constants)
         if plan.splits > 1:
             blocks = ceil_div(order, _REDUCE_TILE)
             reduce_gram_kernel[blocks, blocks, groups](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
@@ -202,15 +229,22 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     return inverse
 
 
-def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    """The inverse in float64 where float32 is not enough, known from the arguments alone."""
+def _gram_and_ridge(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Ridge]:
+    """The Gram, in float64 where float32 is not enough, known from the arguments alone; and what to add to it."""
     check_x(x)
     check_form(form)
     rank = max(1, min(x.shape[0], x.shape[1] + bias))
     ridge = _ridge(damping, damping_mode, scale, rank, x.shape[0])
     narrow = x.dtype != torch.float64 and float32_is_enough(rank, damping, damping_mode)
     wide = torch.float32 if narrow else torch.float64
-    return inverse_of(_gram_of(x if narrow else x.double(), bias, form, wide)[None], ridge)[0]
+    return _gram_of(x if narrow else x.double(), bias, form, wide), ridge
+
+
+def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    gram, ridge = _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+    return inverse_of(gram[None], ridge)[0]
 
 
 def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
@@ -231,7 +265,11 @@ def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mod
 def emended_input(
     x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
 ) -> tuple[Tensor, Tensor]:
-    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    return _apply(_wide_inverse(x, bias, form, damping, damping_mode, scale), x, bias, form)
+
+
+def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
+    """The emended input and the bias's column, of the inverse that `_wide_inverse` gives."""
     rows, inputs = x.shape
     emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
     column = x.new_empty(rows if bias else 0, dtype=compute_dtype(x.dtype))
@@ -242,14 +280,50 @@ def emended_input(
     multiplied = x.dtype if x.dtype == torch.bfloat16 else inverse.dtype
     plan = plans.plan_emend(rows, inputs, multiplied.itemsize)
     programs = ceil_div(rows, plan.rows) * max(_NONE, ceil_div(inputs, plan.inputs))
+    candidates = plans.emend_candidates(plan, rows, inputs, inverse.shape[0])
+    arguments = (inverse, x, emended, column, rows, inputs, *x.stride())
+    constants = {
+        "BIAS": bias, "PRIMAL": form == "primal", "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,
+        "PRECISION": _exact(dtype) if dtype == torch.float16 else _precision(multiplied),
+    }  # fmt: skip
     with _on_device(x):
-        emended_input_kernel[(programs,)](
-            inverse, x, emended, column, rows, inputs, *x.stride(),
-            BIAS=bias, PRIMAL=form == "primal", TILE_N=plan.rows, TILE_I=plan.inputs, DEPTH=plan.depth,
-            PRECISION=_exact(dtype) if dtype == torch.float16 else _precision(multiplied),
-            num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        _tuned(emended_input_kernel, (programs,), candidates, (rows, inputs), arguments, constants)
     return emended, column
+
+
+def emended_inputs(
+    xs: Sequence[Tensor],
+    biases: Sequence[bool],
+    forms: Sequence[Form],
+    applied: Sequence[bool],
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Grams of one order, type, rank and number of rows are factored by one launch, where it holds them."""
+    check_lists(xs, biases, forms, applied)
+    damped = [
+        _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+        for x, bias, form in zip(xs, biases, forms, strict=True)
+    ]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (gram, ridge) in enumerate(damped):
+        alone = i if gram.shape[0] > plans.MAX_FACTOR_ORDER else -1  # stock operations batch with other bits
+        alike.setdefault((gram.shape[0], gram.dtype, ridge, alone), []).append(i)
+    inverses: dict[int, Tensor] = {}
+    for group in alike.values():
+        together = inverse_of(torch.stack([damped[i][0] for i in group]), damped[group[0]][1])
+        inverses.update(zip(group, together, strict=True))
+    kept, columns = [], []
+    for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
+        wide = compute_dtype(x.dtype)
+        if applied[i]:
+            pair = _apply(inverses[i], x, bias, form)
+        else:  # a copy, as what is kept must not hold all that was factored with it
+            pair = inverses[i].to(wide, copy=True), x.new_empty(0, dtype=wide)
+        kept.append(pair[0])
+        columns.append(pair[1])
+    return kept, columns
 
 
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

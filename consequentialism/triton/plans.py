@@ -1,15 +1,32 @@
-"""How each kernel is launched: tiles, warps and stages, by shape and type alone.
+"""How each kernel is launched: tiles, warps and stages, by shape and type; and which of them `tune` may time.
 
-A plan follows a fixed rule instead of being timed at the first call: timing waits for the device, cannot be captured in
-a CUDA graph, and two runs that pick different depths or splits would not agree to the bit. The candidates of an op are
-all that its rule can pick; tests compile each and hold it to the chip's registers and shared memory.
+Whatever decides in which order numbers are added follows a fixed rule of shape and type, or two runs would not agree to
+the bit: splits, depths, tiles (64 rows of a product take a warpgroup's instruction on a Hopper chip, fewer do not), and
+warps where a kernel sums across threads. What is left to time are the stages of a pipeline and, in a dual Gram, which
+sums nothing across threads, the warps. `make test` and `make triton-compile` compile all that a rule or the tuner can
+pick, hold it to the chip's registers and shared memory, and hold the candidates of a launch to one order of sums.
+
+Not timed: launches below TUNED_PRODUCTS or of small tiles, which are over in microseconds or bound by memory, while to
+compile a candidate takes a second; factor and fused kernel, which sum the Gram's trace across threads, so that their
+warps are fixed, have no pipeline (their loops wait for one another's memory), and count breakdowns, once a launch; a
+convolution's Gram of half types, which compiles to the same instructions for any number of stages; and a weight
+gradient, which is a stock product and two kernels that read and write once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 PROCESSORS = 132  # of an H100; more or fewer only move the point at which tiles grow
+
+
+class Candidate(Protocol):
+    """What `tune` looks at of a plan."""
+
+    @property
+    def warps(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
 
 
 class GramPlan(NamedTuple):
@@ -39,7 +56,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 # By the bytes of what is multiplied: 2 (half types), 4 (float32), 8 (float64).
-GRAM_SMALL = {2: GramPlan(32, 64, 4, 3), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
+GRAM_SMALL = {2: GramPlan(32, 64, 4, 4), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
 GRAM_LARGE = {2: GramPlan(64, 64, 8, 3), 4: GramPlan(64, 32, 8, 3), 8: GramPlan(64, 32, 8, 2)}
 EMEND_SMALL = {2: EmendPlan(32, 32, 32, 4, 2), 4: EmendPlan(32, 32, 32, 4, 2), 8: EmendPlan(32, 32, 32, 4, 2)}
 EMEND_LARGE = {2: EmendPlan(64, 64, 32, 4, 2), 4: EmendPlan(64, 64, 32, 4, 2), 8: EmendPlan(64, 64, 32, 8, 2)}
@@ -92,6 +109,35 @@ def plan_emend(rows: int, inputs: int, element_bytes: int) -> EmendPlan:
     large = EMEND_LARGE[element_bytes]
     enough = ceil_div(rows, large.rows) * ceil_div(inputs, large.inputs) >= PROCESSORS
     return large if enough else EMEND_SMALL[element_bytes]
+
+
+TUNED_PRODUCTS = 2**26  # multiplications of a launch
+STAGES = (2, 3, 4)
+CONV_STAGES = {2: (1,), 4: (1, 3), 8: (1, 3)}
+
+
+def gram_candidates(plan: GramPlan, outer: int, inner: int, element_bytes: int, primal: bool) -> tuple[GramPlan, ...]:
+    """``plan``, of `plan_gram`, and what may be timed beside it."""
+    if plan.tile < 64 or outer * outer * inner < TUNED_PRODUCTS:
+        return (plan,)
+    others = [plan._replace(stages=stages) for stages in STAGES if stages != plan.stages]
+    if not primal and plan.tile == 64 and element_bytes < 8:  # larger tiles of fewer warps spill
+        others.append(plan._replace(warps=plan.warps // 2))
+    return (plan, *others)
+
+
+def conv_gram_candidates(plan: GramPlan, entries: int, rows: int, element_bytes: int) -> tuple[GramPlan, ...]:
+    """``plan``, of `plan_conv_gram`, and what may be timed beside it."""
+    if entries * entries * rows < TUNED_PRODUCTS:
+        return (plan,)
+    return tuple(plan._replace(stages=stages) for stages in CONV_STAGES[element_bytes])
+
+
+def emend_candidates(plan: EmendPlan, rows: int, inputs: int, order: int) -> tuple[EmendPlan, ...]:
+    """``plan``, of `plan_emend`, and what may be timed beside it."""
+    if plan.rows < 64 or rows * inputs * order < TUNED_PRODUCTS:
+        return (plan,)
+    return (plan, *(plan._replace(stages=stages) for stages in STAGES if stages != plan.stages))
 
 
 class FactorPlan(NamedTuple):

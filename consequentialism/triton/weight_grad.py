@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .language import ceil_div, element, load, store
+from .language import ceil_div, element, load, store, sum_over
 
 
 @triton.jit(do_not_specialize=["rows", "outputs"])
@@ -33,11 +33,11 @@ def bias_grad_kernel(
             element(dy, row[:, None], output[None, :], stride_row, stride_column),
             (row < rows)[:, None] & (output < outputs)[None, :],
         ).to(SUM)
-        bad += tl.sum((errors - errors != 0).to(tl.int32), axis=0)
+        bad += sum_over((errors - errors != 0).to(tl.int32), axis=0)
         if HAS_COLUMN:
             weight = tl.load(column + row, mask=row < rows, other=0)
-            sums += tl.sum(errors * weight[:, None], axis=0)
-    tl.store(broken + tl.program_id(0), tl.sum(bad, axis=0))
+            sums += sum_over(errors * weight[:, None], axis=0)
+    tl.store(broken + tl.program_id(0), sum_over(bad, axis=0))
     if HAS_COLUMN:
         store(db + output, sums, output < outputs)
 
@@ -60,7 +60,7 @@ def poison_kernel(
     for first in range(0, flags, FLAGS):
         flag = first + tl.arange(0, FLAGS)
         bad |= (tl.load(broken + flag, mask=flag < flags, other=0) != 0).to(tl.int32)
-    if tl.sum(bad, axis=0) > 0:
+    if sum_over(bad, axis=0) > 0:
         values = tl.full([LINE], float("nan"), tl.float32)
         for part in range(tl.program_id(0), ceil_div(entries, LINE), programs):
             entry = tl.cast(part, tl.int64) * LINE + tl.arange(0, LINE)
