@@ -118,13 +118,18 @@ def _verdict(own: float, other: float) -> str:
 
 def _why(own: Line, other: Line) -> str:
     names = METHODS[own.optimizer].label, METHODS[other.optimizer].label
-    if not math.isfinite(own.seconds) or not math.isfinite(other.seconds):
-        return ""
-    if not own.steps or not other.steps:
-        return ""
-    return (
-        f"{names[0]} takes {own.steps / other.steps:.2f} of {names[1]}'s steps ({own.steps:g} and {other.steps:g}), "
-        f"each of them at {own.ms / other.ms:.2f} times the cost, {own.seconds / other.seconds:.2f} of the time."
+    text = ""
+    if math.isfinite(own.seconds) and math.isfinite(other.seconds) and own.steps and other.steps:
+        text = (
+            f"{names[0]} takes {own.steps / other.steps:.2f} of {names[1]}'s steps, {own.steps:g} and {other.steps:g}, "
+            f"each of them at {own.ms / other.ms:.2f} times the cost, {own.seconds / other.seconds:.2f} of the time. "
+        )
+    score = (
+        (lambda line: f"{line.score:.3f}") if TASKS[own.task].by_loss else (lambda line: f"{100 * line.score:.1f} %")
+    )
+    return text + (
+        f"At the end of the budget the training loss is {own.train_loss:.2g} and {other.train_loss:.2g}, the test "
+        f"{'loss' if TASKS[own.task].by_loss else 'accuracy'} {score(own)} and {score(other)}."
     )
 
 

@@ -32,6 +32,7 @@ class Line:
         fewest: Of the seeds.
         most: Of the seeds.
         score: At the end.
+        train_loss: At the end.
         ms: A step.
         ratio: Of a step to plain SGD's.
         grid_steps: Steps that the grid search took.
@@ -46,6 +47,7 @@ class Line:
     fewest: float
     most: float
     score: float
+    train_loss: float
     ms: float
     ratio: float
     grid_steps: int
@@ -96,6 +98,7 @@ def _line(group: Sequence[RunRow], time: TimeRow, grid_steps: int) -> Line:
         fewest=min(steps),
         most=max(steps),
         score=median(row.score for row in group),
+        train_loss=median(row.train_loss for row in group),
         ms=time.ms,
         ratio=time.ratio,
         grid_steps=grid_steps,
@@ -112,6 +115,7 @@ HEADINGS = (
     "ms a step",
     "to SGD's",
     "at the end",
+    "training loss",
     "grid search, s",
 )
 
@@ -130,6 +134,7 @@ def cells(line: Line, task: Task) -> tuple[str, ...]:
         f"{line.ms:.2f}",
         f"{line.ratio:.2f}",
         score,
+        f"{line.train_loss:.2g}" if math.isfinite(line.train_loss) else "diverged",
         f"{line.grid_seconds:.1f}",
     )
 
