@@ -129,6 +129,14 @@ def test_a_factor_that_breaks_down_ends_a_run() -> None:
     assert outcome.end == "diverged"
 
 
+def test_weights_that_are_not_finite_end_a_run_of_kfac() -> None:
+    method = METHODS["kfac"]
+    if missing(method, frozenset()) is not None:
+        pytest.skip("asdl is not installed")
+    outcome = train(task(), method, samples(), Trial("kfac", 1e38, 1e-9), 0)
+    assert outcome.end == "diverged"
+
+
 def test_jump_of_a_loss() -> None:
     assert jump([3.0, 2.0, 1.0]) == 0.0
     assert jump([0.0, 1.0, 0.0]) == 1.0

@@ -161,7 +161,12 @@ def _kfac(model: nn.Module, trial: Trial, loss: Loss) -> Step:
         maker.setup_loss_call(_Loss(loss), scores, y)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _, value = maker.forward_and_backward()
+            try:
+                _, value = maker.forward_and_backward()
+            except ValueError:  # it draws targets from the scores
+                if all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+                    raise
+                raise FloatingPointError("the weights are not finite") from None
         optimizer.step()
         return value
 

@@ -94,7 +94,7 @@ def train(
     while len(losses) < task.steps:
         try:
             losses.append(next(progress))
-        except torch.linalg.LinAlgError:  # what some peers make of weights that are not finite
+        except (torch.linalg.LinAlgError, FloatingPointError):  # some peers' answer to weights that are not finite
             losses.append(math.inf)
         if not math.isfinite(losses[-1]):
             end = "diverged"
