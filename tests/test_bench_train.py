@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from bench import report, table
 from bench.environment import environment
-from bench.train import claims, show
+from bench.train import claims, show, work
 from bench.train.__main__ import main
 from bench.train.methods import METHODS, TRIALS, Method, missing
 from bench.train.rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
 from bench.train.tasks import PROFILES, Task
 from bench.train.text import ALPHABET, python_help
 from bench.train.tune import final_score, first_reached, jump, search, train
+from bench.train.work import Plan
 from consequentialism.demo.data import Samples
 from consequentialism.demo.methods import Loss, Step
 from consequentialism.demo.settings import PREFIX, Trial
@@ -133,7 +134,8 @@ def test_weights_that_are_not_finite_end_a_run_of_kfac() -> None:
     method = METHODS["kfac"]
     if missing(method, frozenset()) is not None:
         pytest.skip("asdl is not installed")
-    outcome = train(task(), method, samples(), Trial("kfac", 1e38, 1e-9), 0)
+    problem = Problem(lambda seed: nn.Sequential(nn.Linear(3, 2)))
+    outcome = train(task(problem=lambda data: problem), method, samples(), Trial("kfac", 1e38, 1e-9), 0)
     assert outcome.end == "diverged"
 
 
@@ -310,3 +312,18 @@ def test_a_report_without_results_is_one_line(tmp_path: Path, capsys: pytest.Cap
 def test_files_have_a_schema_each() -> None:
     assert FILES["skipped.csv"] is SkipRow
     assert len(set(FILES.values())) == len(FILES)
+
+
+def _fails(plan: Plan, task: str, optimizer: str) -> list[GridRow]:
+    raise ValueError("a peer's bug\nwith details")
+
+
+def test_an_optimizer_that_raises_is_skipped_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(work, "_tune", _fails)
+    arguments = ["--stage", "tune", "--task", "digits", "--optimizer", "sgd", "--workers", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    (row,) = table.read(tmp_path / "skipped.csv", SkipRow)
+    assert (row.optimizer, row.reason) == ("sgd", "failed: ValueError: a peer's bug")
+    assert row.reason in capsys.readouterr().err

@@ -8,9 +8,11 @@ to the target are steps times that cost.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -84,11 +86,17 @@ def skipped(plan: Plan) -> list[SkipRow]:
 
 
 def tune(plan: Plan) -> None:
-    """The grid search; writes ``grid.csv`` and ``skipped.csv``."""
+    """The grid search; writes ``grid.csv`` and ``skipped.csv``. An optimizer that raises is named there with its error,
+    and the others go on without it."""
     skips = skipped(plan)
     _write(plan, "skipped.csv", skips)
     rows: list[GridRow] = []
-    for found in _spread(plan, _tune, _jobs(plan, skips), "grid search"):
+    for job, found in _spread(plan, _tune, _jobs(plan, skips), "grid search"):
+        if isinstance(found, Exception):
+            skips.append(SkipRow(job[0], job[1], f"failed: {type(found).__name__}: {str(found).splitlines()[0][:200]}"))
+            print(f"skipped: {job[1]} on {job[0]}: {skips[-1].reason}", file=sys.stderr)
+            _write(plan, "skipped.csv", skips)
+            continue
         rows += found
         _write(plan, "grid.csv", sorted(rows, key=_order(plan)))
 
@@ -99,7 +107,10 @@ def run(plan: Plan) -> None:
     rows: list[RunRow] = []
     curves: list[CurveRow] = []
     jobs = [(task, optimizer, trial) for (task, optimizer), trial in best.items()]
-    for some, evaluations in _spread(plan, _run, jobs, "runs"):
+    for job, found in _spread(plan, _run, jobs, "runs"):
+        if isinstance(found, Exception):
+            raise RuntimeError(f"{job[1]} on {job[0]} failed") from found
+        some, evaluations = found
         rows += some
         curves += evaluations
         _write(plan, "runs.csv", sorted(rows, key=_order(plan)))
@@ -143,7 +154,9 @@ def claims(plan: Plan) -> None:
         jobs = [(trial, batch_size) for trial, batch_size in jobs if batch_size == sweep.SHOWN_BATCH]
     order = {job: index for index, job in enumerate(jobs)}
     rows: dict[int, sweep.SweepRow] = {}
-    for row in _spread(plan, _sweep, jobs, "sweep"):
+    for (trial, _), row in _spread(plan, _sweep, jobs, "sweep"):
+        if isinstance(row, Exception):
+            raise RuntimeError(f"{trial} failed") from row
         rows[order[Trial(row.optimizer, row.lr, row.damping), row.batch_size]] = row
     found = [rows[index] for index in sorted(rows)]
     _write(plan, "sweep.csv", found)
@@ -246,19 +259,23 @@ def _write(plan: Plan, name: str, rows: Sequence[Any]) -> None:
     table.write(rows, FILES[name], plan.out / name)
 
 
-def _spread(plan: Plan, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], label: str) -> Iterator[Any]:
-    """What ``work`` gives for each job, as it comes; a job that raises ends all, and names itself."""
-    with ProcessPoolExecutor(plan.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
+def _spread(
+    plan: Plan, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], label: str
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Each job as it is done, with what ``work`` gave for it, or with the exception that it ended in.
+
+    Raises:
+        UserError: A job raised it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(plan.workers, mp_context=spawn, initializer=_alone) as pool:
         futures = {pool.submit(work, plan, *job): job for job in jobs}
         try:
             for future in _progress(as_completed(futures), label, len(futures)):
-                try:
-                    yield future.result()
-                except UserError:
-                    raise
-                except Exception as error:
-                    job = ", ".join(map(str, futures[future]))
-                    raise RuntimeError(f"{label}: {job} failed") from error
+                error = future.exception()
+                if isinstance(error, (UserError, BrokenProcessPool)):
+                    raise error
+                yield futures[future], future.result() if error is None else error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
