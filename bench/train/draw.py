@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from consequentialism.demo.errors import UserError, need
@@ -82,9 +81,8 @@ def curves(rows: Sequence[CurveRow]) -> Any:
         task = TASKS[name]
         for optimizer in dict.fromkeys(row.optimizer for row in rows if row.task == name):
             mine = [row for row in rows if row.task == name and row.optimizer == optimizer]
-            steps = sorted({row.step for row in mine})
-            scores = [median(row.score for row in mine if row.step == step) for step in steps]
-            panel.plot(steps, [score if task.by_loss else 100 * score for score in scores], **style(optimizer))
+            scores = [row.score if task.by_loss else 100 * row.score for row in mine]
+            panel.plot([row.step for row in mine], scores, **style(optimizer))
         goal = task.target if task.by_loss else 100 * task.target
         panel.axhline(goal, color="black", linewidth=1, linestyle=":")
         panel.set_ylim((0.7 * goal, 2.5 * goal) if task.by_loss else (goal - 15, min(goal + 6, 100)))

@@ -41,11 +41,10 @@ class RunRow(Environment):
 
 @dataclass(frozen=True)
 class CurveRow:
-    """One evaluation of such a run."""
+    """One evaluation of such runs: medians over the seeds."""
 
     task: str
     optimizer: str
-    seed: int
     step: int
     train_loss: float
     score: float

@@ -23,6 +23,7 @@ import torch
 from consequentialism.demo.data import Samples
 from consequentialism.demo.errors import UserError, need
 from consequentialism.demo.settings import Trial
+from consequentialism.demo.train import Run
 
 from .. import table
 from ..environment import environment
@@ -225,7 +226,7 @@ def _run(plan: Plan, task_name: str, optimizer: str, trial: Trial) -> tuple[list
     task, method = plan.task(task_name), METHODS[optimizer]
     data = plan.data(task).without_validation(VALIDATION)
     here = asdict(environment(torch.device(plan.device).type))
-    rows, curves = [], []
+    rows, runs = [], []
     for seed in range(plan.seeds):
         found = train(task, method, data, trial, seed)
         rows.append(
@@ -243,16 +244,23 @@ def _run(plan: Plan, task_name: str, optimizer: str, trial: Trial) -> tuple[list
                 jump=jump(found.losses),
             )
         )
-        curves += [
-            CurveRow(task_name, optimizer, seed, step, found.run.train_loss[index], task.score(found.run, index))
-            for index, step in enumerate(found.run.steps)
-        ]
-    return rows, curves
+        runs.append(found.run)
+    return rows, curve(task, optimizer, runs)
+
+
+def curve(task: Task, optimizer: str, runs: Sequence[Run]) -> list[CurveRow]:
+    """Medians over the runs that got as far."""
+    found = []
+    for index, step in enumerate(max((run.steps for run in runs), key=lambda steps: len(steps))):
+        some = [run for run in runs if len(run.steps) > index]
+        loss, score = median(run.train_loss[index] for run in some), median(task.score(run, index) for run in some)
+        found.append(CurveRow(task.name, optimizer, step, loss, score))
+    return found
 
 
 def _order(plan: Plan) -> Callable[[Any], tuple[object, ...]]:
     """Of rows: as tasks and optimizers are listed."""
-    return lambda row: (plan.tasks.index(row.task), list(METHODS).index(row.optimizer), row.seed)
+    return lambda row: (plan.tasks.index(row.task), list(METHODS).index(row.optimizer))
 
 
 def _write(plan: Plan, name: str, rows: Sequence[Any]) -> None:
