@@ -251,7 +251,8 @@ def _run(plan: Plan, task_name: str, optimizer: str, trial: Trial) -> tuple[list
 def curve(task: Task, optimizer: str, runs: Sequence[Run]) -> list[CurveRow]:
     """Medians over the runs that got as far."""
     found = []
-    for index, step in enumerate(max((run.steps for run in runs), key=lambda steps: len(steps))):
+    longest = max(runs, key=lambda run: len(run.steps))
+    for index, step in enumerate(longest.steps):
         some = [run for run in runs if len(run.steps) > index]
         loss, score = median(run.train_loss[index] for run in some), median(task.score(run, index) for run in some)
         found.append(CurveRow(task.name, optimizer, step, loss, score))
