@@ -96,7 +96,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
         root=chosen.root,
         seeds=chosen.seeds or (1 if chosen.quick else 3),
         grid=4 if chosen.quick else TRIALS,
-        blocks=3 if chosen.quick else 15,
+        blocks=3 if chosen.quick else 8,
         workers=chosen.workers or (1 if chosen.device == "cuda" else torch.get_num_threads()),
         out=chosen.out or Path("out/bench/train") / slug(chosen.device),
     )
