@@ -257,8 +257,9 @@ def _training(folder: Path) -> list[str]:
         "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row "
         "that are as good. Seconds are steps times the cost of a step, measured on one thread for all optimizers of a "
         "task in turns. The grid search's cost is given the same way; a trial that was beaten stopped there.",
-        "Muon takes the weights of linear layers but the last, AdamW the rest: without such layers, as in `cnn`, `resnet` "
-        "and `conv1d`, it is AdamW. ISAAC has linear layers alone. K-FAC and SINGD leave other layers to SGD with momentum.",
+        "Muon takes the weights of linear layers but the last, AdamW the rest: without such layers, as in the "
+        "convolutional networks, it is AdamW. ISAAC has linear layers alone. K-FAC and SINGD leave other layers to SGD "
+        "with momentum.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",
