@@ -208,7 +208,8 @@ def test_the_validation_split_leaves_the_test_samples_out() -> None:
         (["--task", "nope"], "--task"),
         (["--optimizer", "nope"], "--optimizer"),
         (["--seeds", "0"], "--seeds"),
-        (["--stage", "run"], "grid.csv"),
+        (["--stage", "run", "--task", "digits"], "grid.csv"),
+        (["--task", "mnist", "--root", "no/such/folder"], "no/such/folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -279,7 +280,16 @@ def test_within_twice_is_a_share_of_an_optimizers_own_settings() -> None:
         for lr, loss in ((1.0, 0.1), (2.0, 0.2), (4.0, 0.21), (8.0, math.inf))
     ]
     assert claims.best(rows, "sgd", 32).lr == 1.0
-    assert claims.within_twice(rows, "sgd", 32) == 0.5
+    assert claims.within_twice(rows, "sgd", 32, ("sgd",)) == 0.5
+    better = dataclasses.replace(rows[0], optimizer="nag", loss=1e-9)  # counts as what is learnt
+    assert claims.within_twice([*rows, better], "sgd", 32, ("nag",)) == 0
+    assert claims.within_twice([*rows, better], "nag", 32, ("nag",)) == 1
+
+
+def test_unevenness_is_that_of_the_logarithm() -> None:
+    assert claims.unevenness([1.0, 0.1, 0.01]) == pytest.approx(0)
+    assert claims.unevenness([1.0, 0.1, 0.1]) == pytest.approx(0.5)
+    assert claims.unevenness([1e-9, 0.0]) == 0
 
 
 def test_the_sweep_follows_the_training_loss() -> None:

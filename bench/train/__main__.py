@@ -16,7 +16,7 @@ from ..environment import slug
 from .methods import METHODS, NEVER, TRIALS
 from .rows import SkipRow
 from .show import print_tables
-from .tasks import PROFILES, QUICK
+from .tasks import PROFILES, QUICK, TASKS
 from .work import STAGES, Plan, skipped
 
 
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         for module in ("rich", "tqdm"):
             need(module)
         prepare_folder(plan.out)
+        for name in plan.tasks:  # what is missing is said before any work
+            plan.data(plan.task(name))
         _announce(skipped(plan))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -74,8 +76,8 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
     add("--optimizer", action="append", choices=list(METHODS), metavar="NAME",
         help="repeatable; default: all of " + ", ".join(METHODS))  # fmt: skip
     add("--stage", action="append", choices=list(STAGES), help="repeatable; run and cost read --out (default: all)")
-    add("--device", choices=list(PROFILES), default="cpu", help="cuda has larger tasks (default: cpu)")
-    add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files, for cuda (default: data)")
+    add("--device", choices=list(PROFILES), default="cpu", help="its tasks are larger on cuda (default: cpu)")
+    add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--seeds", type=_whole, help="runs with the best trial (default: 3; 1 with --quick)")
     add("--quick", action="store_true", help=f"tasks {' and '.join(QUICK)}, 4 trials an optimizer, one seed")
     add("--workers", type=_whole, help="processes for grid search and runs (default: the cores; 1 for cuda)")
@@ -83,13 +85,12 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
     chosen = parser.parse_args(arguments)
     names = tasks[chosen.device]
     for name in chosen.task or ():
-        if name not in names:
-            raise UserError(f"argument --task: {name!r} is none of {', '.join(names)}")
+        if name not in TASKS:
+            raise UserError(f"argument --task: {name!r} is none of {', '.join(TASKS)}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device")
     default = [name for name in names if name in QUICK] or names[:1] if chosen.quick else names
     plan = Plan(
-        profile=chosen.device,
         tasks=tuple(dict.fromkeys(chosen.task or default)),
         optimizers=tuple(dict.fromkeys(chosen.optimizer or METHODS)),
         device=chosen.device,

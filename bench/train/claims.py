@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import pstdev
@@ -29,6 +30,7 @@ SHOWN_BATCH = 128  # of the curves that are kept
 RATES = {"sgd": 8.0, "nag": 2.0, "adam": 0.128, "emended-sgd": 16.0, "emended-nag": 4.0, "emended-adam": 0.128}
 OCTAVES = 12
 SEED = 300
+LEARNT = 1e-3  # below this a training loss is as good as any other
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class SweepRow(Environment):
     steps: int
     loss: float  # over all training samples, at the end; infinity where it diverged
     rises: float  # share of the steps after which that loss was higher than before
-    jump: float  # standard deviation of the change of its logarithm (base 10) from one step to the next
+    jump: float  # `unevenness`
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,7 @@ def sweep_row(trial: Trial, batch_size: int) -> SweepRow:
     """One run and what it showed."""
     found = losses(trial, batch_size)
     finished = len(found) == STEPS + 1 and math.isfinite(found[-1])
-    logs = [math.log10(max(loss, 1e-30)) for loss in found] if finished else []
-    changes = [after - before for before, after in itertools.pairwise(logs)]
+    changes = [after - before for before, after in itertools.pairwise(found)] if finished else []
     return SweepRow(
         **asdict(environment()),
         optimizer=trial.optimizer,
@@ -109,7 +110,7 @@ def sweep_row(trial: Trial, batch_size: int) -> SweepRow:
         steps=len(found) - 1,
         loss=found[-1] if finished else math.inf,
         rises=sum(change > 0 for change in changes) / len(changes) if changes else 1.0,
-        jump=pstdev(changes) if changes else math.inf,
+        jump=unevenness(found) if finished else math.inf,
     )
 
 
@@ -119,11 +120,23 @@ def best(rows: list[SweepRow], optimizer: str, batch_size: int) -> SweepRow:
     return min(mine, key=lambda row: row.loss)
 
 
-def within_twice(rows: list[SweepRow], optimizer: str, batch_size: int) -> float:
-    """The share of an optimizer's settings at a batch size whose final loss is at most twice its best."""
+def best_loss(rows: list[SweepRow], optimizer: str, batch_size: int) -> float:
+    """Its loss, at least `LEARNT`."""
+    return max(best(rows, optimizer, batch_size).loss, LEARNT)
+
+
+def within_twice(rows: list[SweepRow], optimizer: str, batch_size: int, of: Sequence[str]) -> float:
+    """The share of an optimizer's settings at a batch size whose final loss is at most twice the best of ``of``."""
     mine = [row for row in rows if row.optimizer == optimizer and row.batch_size == batch_size]
-    bound = 2 * best(rows, optimizer, batch_size).loss
+    bound = 2 * min(best_loss(rows, other, batch_size) for other in of)
     return sum(row.loss <= bound for row in mine) / len(mine)
+
+
+def unevenness(losses: Sequence[float]) -> float:
+    """Standard deviation of the change of the loss's logarithm (base 10) from one step to the next; losses below `LEARNT`
+    count as that."""
+    logs = [math.log10(max(loss, LEARNT)) for loss in losses]
+    return pstdev(after - before for before, after in itertools.pairwise(logs))
 
 
 def smooth_rows(rows: list[SweepRow]) -> list[SmoothRow]:

@@ -11,7 +11,7 @@ from consequentialism.demo.errors import UserError, need
 from consequentialism.demo.settings import PREFIX
 
 from .. import table
-from .claims import BATCH_SIZES, RATES, SmoothRow, SweepRow, best
+from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
 from .methods import METHODS
 from .rows import CurveRow
 from .show import TASKS, Line, lines
@@ -125,7 +125,7 @@ def smooth(rows: Sequence[SmoothRow]) -> Any:
     for panel, base in zip(panels, ("sgd", "nag", "adam"), strict=True):
         for optimizer in (base, PREFIX + base):
             mine = [row for row in rows if row.optimizer == optimizer]
-            panel.plot([row.step for row in mine], [row.loss for row in mine], **style(optimizer))
+            panel.plot([row.step for row in mine], [max(row.loss, LEARNT) for row in mine], **style(optimizer))
         panel.set_yscale("log")
         panel.set_xlabel("steps")
         panel.set_ylabel("training loss")
@@ -144,7 +144,7 @@ def settings(rows: Sequence[SweepRow]) -> Any:
             chosen = best(mine, optimizer, size)
             shown = sorted((row for row in mine if row.damping == chosen.damping), key=lambda row: row.lr)
             octaves = [math.log2(row.lr / chosen.lr) for row in shown]
-            panel.plot(octaves, [min(row.loss, CEILING) for row in shown], **style(optimizer))
+            panel.plot(octaves, [min(max(row.loss, LEARNT), CEILING) for row in shown], **style(optimizer))
         panel.set_yscale("log")
         panel.set_title(f"batch size {size}", fontsize=10)
         panel.set_xlabel("octaves of the learning rate from the best")
@@ -159,7 +159,7 @@ def momentum(rows: Sequence[SweepRow]) -> Any:
     figure, panels = _figure(1, 1, 7, 4)
     sizes = [size for size in BATCH_SIZES if any(row.batch_size == size for row in rows)]
     for place, optimizer in enumerate(("sgd", "nag", "emended-sgd", "emended-nag")):
-        heights = [best(list(rows), optimizer, size).loss for size in sizes]
+        heights = [best_loss(list(rows), optimizer, size) for size in sizes]
         colour = style(optimizer)["color"]
         alpha = 1.0 if optimizer.startswith(PREFIX) else 0.45
         left = [index + 0.2 * place for index in range(len(sizes))]

@@ -13,9 +13,7 @@ from consequentialism.demo.errors import need
 from .. import table
 from .methods import METHODS
 from .rows import GridRow, RunRow, TimeRow
-from .tasks import PROFILES, Task
-
-TASKS: dict[str, Task] = {task.name: task for profile in PROFILES.values() for task in profile}
+from .tasks import TASKS, Task
 
 
 @dataclass(frozen=True)

@@ -196,5 +196,6 @@ CUDA = (
         kinds=frozenset({"regression"}),
     ),
 )
-PROFILES: dict[str, tuple[Task, ...]] = {"cpu": CPU, "cuda": CUDA}
+PROFILES: dict[str, tuple[Task, ...]] = {"cpu": CPU, "cuda": CUDA}  # what a device trains by default
+TASKS: dict[str, Task] = {task.name: task for task in (*CPU, *CUDA)}
 QUICK = ("digits", "mnist5k")

@@ -31,7 +31,7 @@ from . import claims as sweep
 from .cost import step_costs
 from .methods import METHODS, TRIALS, missing
 from .rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
-from .tasks import PROFILES, VALIDATION, Task
+from .tasks import TASKS, VALIDATION, Task
 from .tune import GRID_SEED, final_score, jump, search, train
 
 
@@ -40,7 +40,6 @@ class Plan:
     """What is asked for.
 
     Attributes:
-        profile: "cpu" or "cuda", the set of tasks.
         tasks: Names of tasks.
         optimizers: Names of optimizers; SGD is always timed, for the ratios.
         device: To train on.
@@ -52,7 +51,6 @@ class Plan:
         out: Folder of the CSV files.
     """
 
-    profile: str
     tasks: tuple[str, ...]
     optimizers: tuple[str, ...]
     device: str
@@ -65,7 +63,7 @@ class Plan:
 
     def task(self, name: str) -> Task:
         """By its name."""
-        return next(task for task in PROFILES[self.profile] if task.name == name)
+        return TASKS[name]
 
     def data(self, task: Task) -> Samples:
         """On the device."""
