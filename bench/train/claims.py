@@ -133,8 +133,8 @@ def within_twice(rows: list[SweepRow], optimizer: str, batch_size: int, of: Sequ
 
 
 def unevenness(losses: Sequence[float]) -> float:
-    """Standard deviation of the change of the loss's logarithm (base 10) from one step to the next; losses below `LEARNT`
-    count as that."""
+    """Standard deviation of the change of the loss's logarithm (base 10) from one step to the next; losses below
+    `LEARNT` count as that."""
     logs = [math.log10(max(loss, LEARNT)) for loss in losses]
     return pstdev(after - before for before, after in itertools.pairwise(logs))
 
