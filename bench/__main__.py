@@ -15,11 +15,11 @@ import tempfile
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from consequentialism.demo.errors import UserError
+from consequentialism.demo.errors import Parser, UserError
 
 from . import against, plot, registry, show, table
 from .case import Case, Row
@@ -34,13 +34,6 @@ SECONDS = {("cpu", False): 240.0, ("cpu", True): 35.0, ("cuda", False): 300.0, (
 GRACE = {"cpu": 60.0, "cuda": 8.0}  # after which a case that was begun in time is broken off
 PATIENCE = 60.0  # seconds for one provider: its build, its check, and its compilation
 DEVICES: dict[str, type[Host] | type[Cuda]] = {"cpu": Host, "cuda": Cuda, "rehearsal": Rehearsal}
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for an error, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -6,15 +6,13 @@ whether the texts are what the CSV files give.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NoReturn
 
-from consequentialism.demo.errors import UserError
+from consequentialism.demo.errors import Parser, UserError
 from consequentialism.demo.settings import PREFIX
 
 from . import table
@@ -352,18 +350,13 @@ def with_figures(readme: str, figures: str) -> str:
     return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Write the report, or check it.
 
     Returns:
         The exit code: 0; 1 where ``--check`` finds a difference; 2 after one line about what the user can mend.
     """
-    parser = _Parser(prog="python -m bench.report", description=__doc__)
+    parser = Parser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the CSV files")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a text differs")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from consequentialism.demo.errors import UserError, need
+from consequentialism.demo.errors import Parser, UserError, need
 from consequentialism.demo.report import prepare_folder
 
 from ..environment import slug
@@ -18,11 +17,6 @@ from .rows import SkipRow
 from .show import print_tables
 from .tasks import PROFILES, QUICK, TASKS
 from .work import STAGES, Plan, skipped
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +62,7 @@ def _whole(text: str) -> int:
 
 
 def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
-    parser = _Parser(prog="consequentialism bench-train", description=__doc__)
+    parser = Parser(prog="consequentialism bench-train", description=__doc__)
     add = parser.add_argument
     tasks = {name: [task.name for task in profile] for name, profile in PROFILES.items()}
     listing = "; ".join(f"{name}: {', '.join(names)}" for name, names in tasks.items())

@@ -57,8 +57,3 @@ def step_costs(task: Task, data: Samples, trials: Mapping[str, Trial], blocks: i
         name: Cost(own, median(mine / other for mine, other in zip(own, plain, strict=True)))
         for name, own in ms.items()
     }
-
-
-def median_ms(cost: Cost) -> float:
-    """Of the blocks."""
-    return median(cost.ms)

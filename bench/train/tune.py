@@ -57,19 +57,19 @@ def search(task: Task, method: Method, data: Samples, trials: Sequence[Trial]) -
         limit = None if best is None else best.steps
         outcome = train(task, method, split, trials[index], GRID_SEED, limit=limit, stop=True)
         outcomes.append(outcome)
-        if best is None or _better(task, outcome, best):
+        if best is None or rank(task, outcome.steps, task.score(outcome.run, -1)) < rank(
+            task, best.steps, task.score(best.run, -1)
+        ):
             best = outcome
     assert best is not None
     return best.run.trial, outcomes
 
 
-def _better(task: Task, one: Outcome, other: Outcome) -> bool:
-    if one.steps is not None or other.steps is not None:
-        return (math.inf if one.steps is None else one.steps) < (math.inf if other.steps is None else other.steps)
-    scores = [task.score(outcome.run, -1) for outcome in (one, other)]
-    if not all(map(math.isfinite, scores)):
-        return math.isfinite(scores[0])
-    return scores[0] < scores[1] if task.by_loss else scores[0] > scores[1]
+def rank(task: Task, steps: int | None, score: float) -> tuple[float, float]:
+    """What a grid's winner has the least of: steps to the target or, where it was missed, how bad the score is."""
+    if steps is not None:
+        return steps, 0.0
+    return math.inf, score if task.by_loss else -score
 
 
 def train(

@@ -32,7 +32,7 @@ from .cost import step_costs
 from .methods import METHODS, TRIALS, missing
 from .rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
 from .tasks import TASKS, VALIDATION, Task
-from .tune import GRID_SEED, final_score, jump, search, train
+from .tune import GRID_SEED, final_score, jump, rank, search, train
 
 
 @dataclass(frozen=True)
@@ -176,19 +176,12 @@ def winners(plan: Plan) -> dict[Job, Trial]:
     for row in table.read(plan.out / "grid.csv", GridRow):
         if row.task in plan.tasks and row.optimizer in plan.optimizers:
             key = (row.task, row.optimizer)
-            if key not in found or _beats(plan.task(row.task), row, found[key]):
+            task, best = TASKS[row.task], found.get(key)
+            if best is None or rank(task, row.steps, row.score) < rank(task, best.steps, best.score):
                 found[key] = row
     if not found:
         raise UserError(f"{plan.out / 'grid.csv'} has no row of these tasks and optimizers: run the stage tune first")
     return {key: Trial(row.optimizer, row.lr, row.damping) for key, row in found.items()}
-
-
-def _beats(task: Task, one: GridRow, other: GridRow) -> bool:
-    def key(row: GridRow) -> tuple[float, float]:
-        score = row.score if task.by_loss else -row.score
-        return (float("inf") if row.steps is None else row.steps, 0.0 if row.steps is not None else score)
-
-    return key(one) < key(other)
 
 
 def _jobs(plan: Plan, skips: Iterable[SkipRow]) -> list[Job]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
     """A mistake that the user can mend; the message is the one line shown on stderr."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments; what is wrong with them is one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def need(module: str) -> Any:

