@@ -55,7 +55,7 @@ kernels:
 # Every case of the Triton backend in Triton's interpreter, and its self-test; `make test` runs a part of them.
 triton: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m consequentialism check
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton -o "python_files=test_*.py triton_kernels.py" \
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -k triton -o "python_files=test_*.py triton_kernels.py" \
 	  --ignore tests/test_triton_interpreter.py tests $(ARGS)
 
 # Every configuration of a Triton kernel that the tuner may pick, compiled for chips that need not be here.

@@ -164,8 +164,8 @@ class System(NamedTuple):
 
     def wide(self, x: Tensor) -> Tensor:
         """``x [N, I]`` in the type that Gram and iterates need: float64 where the direct solution would take it too."""
-        rank = max(min(x.shape[0], x.shape[1] + self.bias), 1)
-        enough = float32_is_enough(rank, self.options.damping, self.options.damping_mode)
+        rows, inputs = x.shape[0], x.shape[1] + self.bias
+        enough = float32_is_enough(rows, inputs, x.dtype, self.options.damping, self.options.damping_mode)
         return x.to(compute_dtype(x.dtype) if enough or x.device.type == "mps" else torch.float64)
 
     def gram(self, x: Tensor, backend: Any) -> Tensor:

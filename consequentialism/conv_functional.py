@@ -215,7 +215,8 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
         rows, batch = counts.tolist()
     rank = max(min(rows, inputs), 1)
     dtype = compute_dtype(x.dtype)
-    if not float32_is_enough(rank, options.damping, options.damping_mode) and x.device.type != "mps":
+    enough = float32_is_enough(rows, inputs, x.dtype, options.damping, options.damping_mode)
+    if not enough and x.device.type != "mps":
         dtype = torch.float64
     if form == "dual":
         patches = reference.conv_patches(x, *geometry).to(dtype)  # [groups, N, I], smaller than the primal Gram

@@ -92,7 +92,7 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     sizes = (rows, inputs, outputs)
     if options.solver == "cg":
         return _cheapest(_CG_PLANS, sizes, options.iterations)
-    enough = float32_is_enough(min(rows, inputs), options.damping, options.damping_mode)
+    enough = float32_is_enough(rows, inputs, dtype, options.damping, options.damping_mode)
     well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
     direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
     if not _may_pay(inputs, dtype, options):
@@ -137,7 +137,7 @@ def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) 
         and inputs * outputs <= FUSED_WEIGHTS
         and (
             x.dtype == torch.float64
-            or float32_is_enough(min(rows, inputs + bias), options.damping, options.damping_mode)
+            or float32_is_enough(rows, inputs + bias, x.dtype, options.damping, options.damping_mode)
         )
     )
 

@@ -23,8 +23,12 @@ MAX_FUSED_ROWS = 128  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
 
 
-# Up to this condition number Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
+# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
 MAX_FLOAT32_CONDITION = 2e3
+# With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
+MAX_FLOAT32_CONDITION_TALL = 6e3
+# Where x and dw have been rounded to half types, which costs more.
+MAX_FLOAT32_CONDITION_HALF = 5e4
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,13 +36,26 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def float32_is_enough(rank: int, damping: float, damping_mode: DampingMode) -> bool:
-    """Whether a float32 Gram keeps the digits that its inverse needs.
+def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
+    """``trace(G) / c``, the largest that the condition number can be, up to which ``x`` needs no wider Gram.
 
-    ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing bounds an absolutely damped one
+    That is float32 for all types but float64, which has no wider one.
+    """
+    if dtype == torch.float64:
+        return math.inf
+    if dtype in (torch.float16, torch.bfloat16):
+        return MAX_FLOAT32_CONDITION_HALF
+    return MAX_FLOAT32_CONDITION_TALL if rows > inputs else MAX_FLOAT32_CONDITION
+
+
+def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
+    """Whether a Gram in x's own type, or float32 for half types, keeps the digits that its inverse needs.
+
+    ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing bounds an absolutely damped one
     before it is there.
     """
-    return damping_mode == "relative" and rank <= MAX_FLOAT32_CONDITION * damping
+    enough = max_float32_condition(rows, inputs, dtype)
+    return damping_mode == "relative" and min(rows, inputs) <= enough * damping
 
 
 def _rows(x: Tensor, bias: bool) -> Tensor:
@@ -105,7 +122,7 @@ def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mod
     """`input_inverse` in the type that Gram and factor need: float64 where float32 would lose the inverse's digits."""
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)
-    if not float32_is_enough(rank, damping, damping_mode) and x.device.type != "mps":
+    if not float32_is_enough(rows, inputs, x.dtype, damping, damping_mode) and x.device.type != "mps":
         x = x.double()
     return factor(input_gram(x, bias, form), damping, damping_mode, scale, rank, rows)
 

@@ -9,9 +9,16 @@
 
 namespace consequentialism {
 
-// Above this trace(G) / c, the largest the condition number can be, a float32 Gram has lost the digits
-// that its inverse needs and the work is done in float64. reference.py knows the same number.
+// Above these trace(G) / c, the largest the condition number can be, a float32 Gram has lost the digits that its
+// inverse needs and the work is done in float64. reference.py knows the same numbers, and the reasons.
 constexpr double kMaxFloat32Condition = 2e3;
+constexpr double kMaxFloat32ConditionTall = 6e3;  // more rows than inputs
+constexpr double kMaxFloat32ConditionHalf = 5e4;  // float16, bfloat16
+
+inline double max_float32_condition(int64_t rows, int64_t rank, at::ScalarType dtype) {
+  if (dtype == at::kHalf || dtype == at::kBFloat16) return kMaxFloat32ConditionHalf;
+  return rows > rank ? kMaxFloat32ConditionTall : kMaxFloat32Condition;
+}
 
 // (G + c I)^-1 times the scale's multiplier; what `factor` returns.
 struct FactorArguments {
@@ -20,9 +27,10 @@ struct FactorArguments {
   Scale scale;
   int64_t rank;  // min(N, I), what a relative damping is relative to
   int64_t rows;  // N, the multiplier of Scale::kNlms
+  double max_float32_condition = kMaxFloat32Condition;
 
   // A relative damping tells the condition before the Gram is there.
-  bool float32_is_enough() const { return relative && static_cast<double>(rank) <= kMaxFloat32Condition * damping; }
+  bool float32_is_enough() const { return relative && static_cast<double>(rank) <= max_float32_condition * damping; }
 };
 
 inline FactorArguments factor_arguments(
@@ -37,7 +45,9 @@ inline FactorArguments factor_arguments_of(
     const at::Tensor& x, bool bias, double damping, std::string_view damping_mode, std::string_view scale) {
   check_x(x);
   const int64_t rank = std::max<int64_t>(1, std::min(x.size(0), x.size(1) + bias));
-  return factor_arguments(damping, damping_mode, scale, rank, x.size(0));
+  FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, x.size(0));
+  arguments.max_float32_condition = max_float32_condition(x.size(0), rank, x.scalar_type());
+  return arguments;
 }
 
 }  // namespace consequentialism

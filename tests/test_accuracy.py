@@ -11,6 +11,7 @@ import torch
 from cases import (
     ACCURACY_SHAPES,
     BACKENDS,
+    BF16,
     CONDITION_FACTOR,
     DAMPINGS,
     DTYPES,
@@ -78,9 +79,14 @@ def test_types(backend: str, dtype: torch.dtype, shape: Shape, scale: str) -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_error_against_plain_pytorch(backend: str, dtype: torch.dtype, kind: str, damping: float) -> None:
+    check_error(backend, dtype, kind, [(shape, damping) for shape in ACCURACY_SHAPES])
+
+
+def check_error(backend: str, dtype: torch.dtype, kind: str, cases: list[tuple[Shape, float]]) -> None:
+    """Off by at most twice what plain PyTorch is, and rounding, at each shape and relative damping."""
     misses = []
     draws = DRAWS_INTERPRETED if device_of(backend) == "cpu" and backend == "triton" else DRAWS
-    for rows, inputs, outputs in ACCURACY_SHAPES:
+    for (rows, inputs, outputs), damping in cases:
         for bias in (True, False):
             own_errors, plain_errors = [], []
             for draw in range(draws):
@@ -95,6 +101,26 @@ def test_error_against_plain_pytorch(backend: str, dtype: torch.dtype, kind: str
             if not rms(own_errors) <= allowed:
                 misses.append(f"{rows}x{inputs}x{outputs} bias={bias}: {rms(own_errors):.2g}, allowed {allowed:.2g}")
     assert not misses, "dw: " + "; ".join(misses)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shapes"),
+    [(F32, ACCURACY_SHAPES[1:3]), (BF16, ACCURACY_SHAPES), (F16, ACCURACY_SHAPES)],
+    ids=["float32", "bfloat16", "float16"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_where_float32_is_just_enough(
+    backend: str, dtype: torch.dtype, shapes: tuple[Shape, ...], kind: str
+) -> None:
+    # float32 with fewer rows than inputs is off by up to 2.6 times the allowed on exact duplicates, some 1e-5.
+    cases = []
+    for shape in shapes:
+        rows, inputs, _ = shape
+        damping = (min(rows, inputs) + 1) / cw.reference.max_float32_condition(rows, inputs, dtype)
+        assert cw.reference.float32_is_enough(rows, inputs + 1, dtype, damping, "relative")
+        cases.append((shape, damping))
+    check_error(backend, dtype, kind, cases)
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)

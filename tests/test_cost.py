@@ -51,8 +51,29 @@ def test_the_inverse_is_applied_to_the_input_where_rounding_would_be_amplified(
     assert cost.choose(8192, 256, 16, dtype, options).applied_to == "input"
 
 
-def test_the_kernel_knows_the_same_condition_limit() -> None:
+def test_the_kernels_know_the_same_condition_limits() -> None:
     header = (ROOT / "csrc/factor_arguments.h").read_text()
-    match = re.search(r"kMaxFloat32Condition = ([\d.e+]+);", header)
-    assert match is not None
-    assert float(match[1]) == reference.MAX_FLOAT32_CONDITION
+    limits = dict(re.findall(r"kMaxFloat32Condition(\w*) = ([\d.e+]+);", header))
+    assert {name: float(limit) for name, limit in limits.items()} == {
+        "": reference.MAX_FLOAT32_CONDITION,
+        "Tall": reference.MAX_FLOAT32_CONDITION_TALL,
+        "Half": reference.MAX_FLOAT32_CONDITION_HALF,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "dtype", "limit"),
+    [
+        (100, 100, torch.float32, 2e3),
+        (101, 100, torch.float32, 6e3),
+        (100, 101, torch.float32, 2e3),
+        (100, 200, torch.bfloat16, 5e4),
+        (200, 100, torch.float16, 5e4),
+    ],
+    ids=str,
+)
+def test_where_float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, limit: float) -> None:
+    damping = min(rows, inputs) / limit
+    assert reference.float32_is_enough(rows, inputs, dtype, 1.001 * damping, "relative")
+    assert not reference.float32_is_enough(rows, inputs, dtype, 0.999 * damping, "relative")
+    assert not reference.float32_is_enough(rows, inputs, dtype, damping, "absolute")

@@ -177,7 +177,7 @@ def inverted(x: Tensor, dy: Tensor, c: float) -> Tensor:
 def test_error_against_plain_pytorch(shim: cuda_shim.Library, dtype: torch.dtype, kind: str, variant: int) -> None:
     """Down to the damping below which the work is done in float64, by other kernels."""
     rows, inputs = 24, 40
-    for damping in (1.0, rows / cw.reference.MAX_FLOAT32_CONDITION):
+    for damping in (1.0, rows / cw.reference.max_float32_condition(rows, inputs, dtype)):
         squares = {"own": 0.0, "plain": 0.0}
         for draw in range(3):
             x = make_input(kind, rows, inputs, seed=10 * draw).to(dtype)

@@ -229,6 +229,11 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     return inverse
 
 
+def _float32_is_enough(x: Tensor, bias: bool, damping: float, damping_mode: DampingMode) -> bool:
+    enough = float32_is_enough(x.shape[0], x.shape[1] + bias, x.dtype, damping, damping_mode)
+    return enough and x.dtype != torch.float64
+
+
 def _gram_and_ridge(
     x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
 ) -> tuple[Tensor, Ridge]:
@@ -237,7 +242,7 @@ def _gram_and_ridge(
     check_form(form)
     rank = max(1, min(x.shape[0], x.shape[1] + bias))
     ridge = _ridge(damping, damping_mode, scale, rank, x.shape[0])
-    narrow = x.dtype != torch.float64 and float32_is_enough(rank, damping, damping_mode)
+    narrow = _float32_is_enough(x, bias, damping, damping_mode)
     wide = torch.float32 if narrow else torch.float64
     return _gram_of(x if narrow else x.double(), bias, form, wide), ridge
 
@@ -361,7 +366,7 @@ def fused_weight_grad(
     ridge = _ridge(damping, damping_mode, scale, rank, rows)
     if rows == 0 or outputs == 0:
         return dy.new_zeros(outputs, inputs), dy.new_zeros(outputs if bias else 0)
-    narrow = x.dtype != torch.float64 and float32_is_enough(rank, damping, damping_mode)
+    narrow = _float32_is_enough(x, bias, damping, damping_mode)
     wide = torch.float32 if narrow else torch.float64
     plan = plans.plan_fused(rows, wide.itemsize)
     if plan is None:  # too many rows for one program to hold

@@ -142,7 +142,7 @@ bool try_factor_float32_(const at::Tensor& gram, const FactorArguments& argument
   // Also false for NaN.
   if (!(trace > kMinFloat32Trace && trace < std::numeric_limits<float>::max())) return false;
   const double c = ridge_of(arguments, trace);
-  if (!(c > kMinFloat32Trace && trace <= kMaxFloat32Condition * c)) return false;
+  if (!(c > kMinFloat32Trace && trace <= arguments.max_float32_condition * c)) return false;
   add_to_diagonal_(gram, c);
   return invert_(gram, multiplier_of(arguments, c));
 }
