@@ -60,7 +60,7 @@ triton: $(VENV)/.test
 
 # Every configuration of a Triton kernel that the tuner may pick, compiled for chips that need not be here.
 triton-compile: $(VENV)/.test
-	$(BIN)/python -m pytest tests/triton_candidates.py $(ARGS)
+	$(BIN)/python $(PYTEST) -q tests/triton_candidates.py $(ARGS)
 
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.

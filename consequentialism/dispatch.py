@@ -6,6 +6,7 @@ that cannot serve the call raises.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -64,10 +65,26 @@ def _load_triton() -> str:
     if not interpreted and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} has no tensor cores for these types, compute capability 8.0 is needed"
     try:
+        if not interpreted and (reason := _launch_error()):
+            return f"Triton {version} cannot launch kernels: {reason}"
         _triton = importlib.import_module(f"{__package__}.triton")
     except ImportError as error:
         return f"Triton {version} cannot be loaded: {error}"
     return AVAILABLE
+
+
+@functools.cache
+def _launch_error() -> str:
+    """Why Triton cannot start a kernel on this machine, or nothing.
+
+    It compiles its launcher with the machine's C compiler, which wants Python's headers.
+    """
+    driver = importlib.import_module("triton.runtime").driver
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # a missing compiler, a failing one, a driver that is not found: each raises its own
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 # torch.compiler.assume_constant_result, which would import all of Dynamo: a first call may come while it traces.

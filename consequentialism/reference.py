@@ -51,8 +51,8 @@ def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
 def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
     """Whether a Gram in x's own type, or float32 for half types, keeps the digits that its inverse needs.
 
-    ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing bounds an absolutely damped one
-    before it is there.
+    ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing
+    bounds an absolutely damped one before it is there.
     """
     enough = max_float32_condition(rows, inputs, dtype)
     return damping_mode == "relative" and min(rows, inputs) <= enough * damping

@@ -18,12 +18,21 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton_aot
-from triton_aot import SHARED_BYTES, Case, compile_case
+from triton_aot import MAIN_TARGETS, SHARED_BYTES, Case, compile_case
 
 from consequentialism.triton import plans
 
 PRODUCTS = ("gram", "conv", "emend", "fused", "factor", "multiply")
-TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("mma.sync", "wgmma.mma_async"), "gfx942": ("v_mfma",)}
+TENSOR_CORES = {
+    "sm_80": ("mma.sync",),
+    "sm_90": ("mma.sync", "wgmma.mma_async"),
+    "sm_86": ("mma.sync",),
+    "sm_100": ("mma.sync", "tcgen05.mma"),
+    "sm_120": ("mma.sync",),
+    "gfx942": ("v_mfma",),
+}
+WITHOUT_FLOAT64 = ("sm_86", "sm_100", "sm_120")  # there Triton multiplies float64 without them
+MAY_SPILL = ("sm_86", "sm_100", "sm_120", "gfx942")  # nothing was chosen for them; some kernels spill a few bytes
 # A warpgroup's instruction needs 64 rows of a product of the chip's narrow types.
 WARPGROUPS = (
     "gram-bf16-fp32-dual-64",
@@ -49,7 +58,7 @@ ELSEWHERE = (
 def selected() -> Iterator[tuple[Case, str]]:
     """What every run of the suite compiles, seconds each the first time: for sm_90 all but float16's, which are like
     bfloat16's or float32's."""
-    for target in SHARED_BYTES:
+    for target in MAIN_TARGETS:
         for case in triton_aot.cases(target):
             if target != "sm_90":
                 taken = case.name in ELSEWHERE
@@ -74,12 +83,12 @@ def each(selection: Iterable[tuple[Case, str]]) -> Any:
 def check_compiled(case: Case, target: str) -> None:
     """No spills, shared memory within the chip's, tensor cores, and candidates that add in the same order."""
     compiled = compile_case(case, target)
-    assert compiled.stack == 0 or target == "gfx942", (
+    assert compiled.stack == 0 or target in MAY_SPILL, (
         f"{compiled.stack} bytes a thread are spilled, with {compiled.registers} registers"
     )
     assert compiled.shared <= SHARED_BYTES[target]
     uses = any(instruction in compiled.assembly for instruction in TENSOR_CORES[target])
-    assert uses == case.name.startswith(PRODUCTS)
+    assert uses == (case.name.startswith(PRODUCTS) and not ("fp64" in case.name and target in WITHOUT_FLOAT64))
     if target == "sm_90" and case.name in WARPGROUPS:
         assert "wgmma.mma_async" in compiled.assembly
     if case.first:

@@ -73,6 +73,37 @@ def test_chips_without_the_tensor_cores_are_refused(monkeypatch: pytest.MonkeyPa
     assert "8.0" in state
 
 
+def test_a_machine_that_cannot_launch_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Triton's own message where it finds no C compiler for its launcher.
+    message = "Failed to find C compiler."
+
+    class NoCompiler:
+        @property
+        def active(self) -> object:
+            raise RuntimeError(message)
+
+    asked = []
+
+    def load(name: str) -> object:
+        asked.append(name)
+        return SimpleNamespace(driver=NoCompiler())
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.metadata, "version", lambda name: "3.7.1")
+    monkeypatch.setattr(dispatch.importlib, "import_module", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(ops, "device_types", ("cpu",))
+    dispatch._launch_error.cache_clear()
+    try:
+        assert dispatch.select("auto", OnCuda()) is reference
+        with pytest.raises(RuntimeError, match=rf"cannot launch kernels: RuntimeError: {message}"):
+            dispatch.select("triton", OnCuda())
+    finally:
+        dispatch._launch_error.cache_clear()
+    assert asked == ["triton.runtime"]  # once, not at every call
+
+
 def test_triton_is_imported_only_where_it_can_run() -> None:
     code = "import sys, consequentialism as cw; cw.backends(); print('triton' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -26,9 +26,21 @@ from consequentialism.triton.weight_grad import bias_grad_kernel, poison_kernel
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # that a block may have
+MAIN_TARGETS = ("sm_80", "sm_90", "gfx942")  # of the others only the launches that need most are compiled
+# That a block may have.
+SHARED_BYTES = {
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_86": 101376,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 COUNTERS = ("breakdowns", "broken_before", "broken")
 
@@ -110,7 +122,7 @@ def cases(target: str) -> Iterator[Case]:
             pointers = {"inverse": wide, "x": x, "emended": "fp32" if x == "fp16" else x, "column": wide}
             name = f"emend-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.rows}"
             case = Case(name, emended_input_kernel, pointers, constants, plan.warps, plan.stages)
-            yield from candidates_of(case, plans.emend_candidates(plan, HUGE, HUGE, HUGE))
+            yield from candidates_of(case, plans.emend_candidates(plan, HUGE, HUGE, HUGE, BYTES[multiplied]))
         plan = plans.CONV_GRAM[BYTES[x]]
         constants = {
             "BIAS": True, "MIRRORED": True, "K0": 1, "K1": 3, "K2": 3, "TILE": plan.tile, "DEPTH": plan.depth,

@@ -285,7 +285,7 @@ def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, 
     multiplied = x.dtype if x.dtype == torch.bfloat16 else inverse.dtype
     plan = plans.plan_emend(rows, inputs, multiplied.itemsize)
     programs = ceil_div(rows, plan.rows) * max(_NONE, ceil_div(inputs, plan.inputs))
-    candidates = plans.emend_candidates(plan, rows, inputs, inverse.shape[0])
+    candidates = plans.emend_candidates(plan, rows, inputs, inverse.shape[0], multiplied.itemsize)
     arguments = (inverse, x, emended, column, rows, inputs, *x.stride())
     constants = {
         "BIAS": bias, "PRIMAL": form == "primal", "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,

@@ -112,7 +112,8 @@ def plan_emend(rows: int, inputs: int, element_bytes: int) -> EmendPlan:
 
 
 TUNED_PRODUCTS = 2**26  # multiplications of a launch
-STAGES = (2, 3, 4)
+# By bytes; four of float64 would not fit into the 99 KB that a block has on the smallest of the chips (8.6, 8.9, 12.0).
+STAGES = {2: (2, 3, 4), 4: (2, 3, 4), 8: (2, 3)}
 CONV_STAGES = {2: (1,), 4: (1, 3), 8: (1, 3)}
 
 
@@ -120,7 +121,7 @@ def gram_candidates(plan: GramPlan, outer: int, inner: int, element_bytes: int, 
     """``plan``, of `plan_gram`, and what may be timed beside it."""
     if plan.tile < 64 or outer * outer * inner < TUNED_PRODUCTS:
         return (plan,)
-    others = [plan._replace(stages=stages) for stages in STAGES if stages != plan.stages]
+    others = [plan._replace(stages=stages) for stages in STAGES[element_bytes] if stages != plan.stages]
     if not primal and plan.tile == 64 and element_bytes < 8:  # larger tiles of fewer warps spill
         others.append(plan._replace(warps=plan.warps // 2))
     return (plan, *others)
@@ -133,11 +134,11 @@ def conv_gram_candidates(plan: GramPlan, entries: int, rows: int, element_bytes:
     return tuple(plan._replace(stages=stages) for stages in CONV_STAGES[element_bytes])
 
 
-def emend_candidates(plan: EmendPlan, rows: int, inputs: int, order: int) -> tuple[EmendPlan, ...]:
+def emend_candidates(plan: EmendPlan, rows: int, inputs: int, order: int, element_bytes: int) -> tuple[EmendPlan, ...]:
     """``plan``, of `plan_emend`, and what may be timed beside it."""
     if plan.rows < 64 or rows * inputs * order < TUNED_PRODUCTS:
         return (plan,)
-    return (plan, *(plan._replace(stages=stages) for stages in STAGES if stages != plan.stages))
+    return (plan, *(plan._replace(stages=stages) for stages in STAGES[element_bytes] if stages != plan.stages))
 
 
 class FactorPlan(NamedTuple):
