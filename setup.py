@@ -39,6 +39,7 @@ CPU_SOURCES = [
     "csrc/cpu/conv_gram_direct.cpp",
     "csrc/cpu/conv_gram_displaced.cpp",
     "csrc/cpu/small_gram.cpp",
+    "csrc/cpu/dot_products.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/bindings.cpp",

@@ -170,8 +170,9 @@ def conv_solver(
     return "cholesky"
 
 
-# Channels from which on BLAS multiplies blocks [C, C] as fast as whole Grams; below, in proportion (two cores).
-_FULL_SPEED_CHANNELS = 32
+# To a multiple of which the kernel for displaced products multiplies; what is too much costs less than in proportion.
+_TILE_CHANNELS = 4
+_TILE_COST = 1.5  # measured: the exponent of its ratio to the channels
 
 
 def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]) -> ConvMethod:
@@ -183,7 +184,8 @@ def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], pos
     """
     if any(s != 1 for s in stride) or math.prod(kernel) == 1:
         return "direct"
-    displaced = displaced_flops(channels, kernel, positions) * max(1.0, _FULL_SPEED_CHANNELS / channels)
+    multiplied = -(-channels // _TILE_CHANNELS) * _TILE_CHANNELS
+    displaced = displaced_flops(channels, kernel, positions) * (multiplied / channels) ** _TILE_COST
     return "displaced" if displaced < direct_flops(channels, kernel, positions) else "direct"
 
 
@@ -193,9 +195,12 @@ def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int])
 
 
 def displaced_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
-    """The same where taps with the same displacement share a product, but for two strips at the border each."""
+    """The same where taps with the same displacement share a product, but for a strip at the border each.
+
+    There are two, of which one lies in the padding where that keeps the size.
+    """
     taps = math.prod(kernel)
     unique = (math.prod([2 * k - 1 for k in kernel]) + 1) // 2
-    padded = math.prod([p + k - 1 for p, k in zip(positions, kernel, strict=True)])
-    strips = (taps * (taps + 1) // 2 - unique) * 2 * math.prod(positions) / min(positions)
-    return 2.0 * channels**2 * (unique * padded + strips)
+    lines = math.prod(positions[:-1]) * (positions[-1] + kernel[-1] - 1)
+    strips = (taps * (taps + 1) // 2 - unique) * math.prod(positions) / min(positions)
+    return 2.0 * channels**2 * (unique * lines + strips)

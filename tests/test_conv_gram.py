@@ -28,6 +28,7 @@ GRAMS: dict[str, tuple[Any, ...]] = {
     "depthwise": ((3, 8, 7, 9), (3, 3), (1, 1), (1, 1), (1, 1), 8),
     "groups": ((3, 20, 6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
     "pointwise": ((3, 40, 5, 5), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "many channels": ((5, 68, 4, 5), (3, 2), (1, 1), (1, 0), (1, 1), 1),
     "3d": ((2, 5, 4, 5, 6), (2, 3, 2), (1, 1, 1), (1, 1, 0), (2, 1, 1), 1),
     "3d stride": ((2, 4, 4, 5, 6), (2, 2, 2), (2, 1, 1), (0, 1, 0), (1, 1, 1), 4),
 }
@@ -128,7 +129,9 @@ def test_the_cheaper_way_is_chosen() -> None:
     assert cost.conv_method(64, (3, 3), (1, 1), (32, 32)) == "displaced"
     assert cost.conv_method(64, (3, 3), (2, 2), (32, 32)) == "direct"  # only a stride of 1 has displacements
     assert cost.conv_method(64, (1, 1), (1, 1), (32, 32)) == "direct"
-    assert cost.conv_method(3, (3, 3), (1, 1), (32, 32)) == "direct"  # blocks [3, 3] are nothing for BLAS
+    assert cost.conv_method(2, (3, 3), (1, 1), (32, 32)) == "direct"  # the kernel would multiply four channels
+    assert cost.conv_method(3, (3, 3), (1, 1), (32, 32)) == "displaced"
+    assert cost.conv_method(64, (7, 7), (1, 1), (1, 1)) == "direct"  # all border
     # 13 products instead of 45 of 3x3, where the border costs nothing.
     huge = (10**6, 10**6)
     ratio = cost.displaced_flops(64, (3, 3), huge) / cost.direct_flops(64, (3, 3), huge)

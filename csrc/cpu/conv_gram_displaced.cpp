@@ -3,10 +3,10 @@
 // which one step of s changes by the window's border alone:
 //   W(s + e, d) = W(s, d) + (the positions that the window gains) - (those that it loses).
 // So every displacement d costs one product over all positions, and every other pair of taps with it two strips.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <map>
@@ -15,6 +15,7 @@
 
 #include "../guards.h"
 #include "conv_gram.h"
+#include "dot_products.h"
 #include "input_gram.h"
 
 namespace consequentialism::cpu {
@@ -23,7 +24,10 @@ namespace {
 
 using Offset = std::array<int64_t, 3>;
 
-constexpr int64_t kBlockBytes = 4 << 20;  // of padded samples: what stays in the cache that the cores share
+constexpr int64_t kOwnChannels = 64;           // up to which the own products are faster than BLAS
+constexpr int64_t kTaskRows = 4;               // of an own product that a thread takes at a time
+constexpr int64_t kOwnBlockBytes = 256 << 10;  // of padded samples: what stays in a core's cache
+constexpr int64_t kBlockBytes = 4 << 20;       // for BLAS: what stays in the cache that the cores share
 
 struct Pair {
   int64_t s, t;  // taps, s <= t
@@ -46,9 +50,11 @@ int64_t tap_index(const ConvGeometry& g, const Offset& tap) {
   return (tap[0] * g.kernel[1] + tap[1]) * g.kernel[2] + tap[2];
 }
 
-// All displacements, by the first tap of their pairs.
-std::map<Offset, std::vector<Displacement>> displacements(const ConvGeometry& g) {
-  std::map<Offset, std::vector<Displacement>> all;
+// By the first tap of their pairs.
+using Displacements = std::map<Offset, std::vector<Displacement>>;
+
+Displacements displacements(const ConvGeometry& g) {
+  Displacements all;
   const auto [kd, kh, kw] = g.kernel;
   for (int64_t a = 0; a < kd; ++a) {
     for (int64_t b = a == 0 ? 0 : 1 - kh; b < kh; ++b) {
@@ -85,14 +91,79 @@ std::map<Offset, std::vector<Displacement>> displacements(const ConvGeometry& g)
   return all;
 }
 
-// The rows of x [c, b, D, H, W] at some positions, displaced; [c, positions].
-at::Tensor window(const at::Tensor& x, const ConvGeometry& g, Offset tap, int64_t along, int64_t begin, int64_t count) {
-  at::Tensor view = x;
-  for (int64_t i = 0; i < 3; ++i) {
-    const int64_t shift = tap[i] * g.dilation[i];
-    view = i == along ? view.narrow(2 + i, shift + begin, count) : view.narrow(2 + i, shift, g.positions[i]);
+// Padded samples of one group, [C, b, D, H, W], and how to step through them.
+template <typename scalar_t>
+struct Samples {
+  const scalar_t* data;
+  int64_t channels, count;
+  Offset strides;  // of one depth, row and column
+  int64_t plane;   // numbers of one channel of one sample
+
+  const scalar_t* at(int64_t channel, int64_t sample) const { return data + (channel * count + sample) * plane; }
+
+  // From a position's number to that which the tap reads there.
+  int64_t shift(const ConvGeometry& g, const Offset& tap) const {
+    int64_t sum = 0;
+    for (int i = 0; i < 3; ++i) sum += tap[i] * g.dilation[i] * strides[i];
+    return sum;
   }
-  return view.reshape({x.size(0), -1});
+};
+
+// x at the positions, displaced by a tap; the numbers between lines of positions are left as they are.
+template <typename scalar_t>
+void copy_window(scalar_t* to, int64_t to_plane, const Samples<scalar_t>& x, const ConvGeometry& g, const Offset& tap) {
+  at::parallel_for(0, x.channels, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t b = 0; b < x.count; ++b) {
+        const scalar_t* from = x.at(c, b) + x.shift(g, tap);
+        scalar_t* out = to + (c * x.count + b) * to_plane;
+        for (int64_t d = 0; d < g.positions[0]; ++d) {
+          for (int64_t h = 0; h < g.positions[1]; ++h) {
+            const int64_t line = d * x.strides[0] + h * x.strides[1];
+            std::copy_n(from + line, g.positions[2], out + line);
+          }
+        }
+      }
+    }
+  });
+}
+
+int64_t rounded_up(int64_t columns) {
+  return (columns + kDotColumns - 1) / kDotColumns * kDotColumns;
+}
+
+// A strip of positions, as one tap reads it: `count` layers along a dimension, all positions along the others.
+struct Strip {
+  Offset first, size;
+
+  Strip(const ConvGeometry& g, const Offset& tap, int64_t along, int64_t begin) : size(g.positions) {
+    for (int i = 0; i < 3; ++i) first[i] = tap[i] * g.dilation[i];
+    first[along] += begin;
+    size[along] = g.dilation[along];
+  }
+  int64_t numbers() const { return size[0] * size[1] * size[2]; }
+};
+
+// out [C, columns] <- the strip of every sample, zero behind its numbers.
+template <typename scalar_t>
+void copy_strip(scalar_t* out, int64_t columns, const Samples<scalar_t>& x, const Strip& strip) {
+  for (int64_t c = 0; c < x.channels; ++c) {
+    scalar_t* to = out + c * columns;
+    scalar_t* const end = to + columns;
+    for (int64_t b = 0; b < x.count; ++b) {
+      for (int64_t d = 0; d < strip.size[0]; ++d) {
+        const scalar_t* from =
+            x.at(c, b) + (strip.first[0] + d) * x.strides[0] + strip.first[1] * x.strides[1] + strip.first[2];
+        if (strip.size[2] == 1) {
+          for (int64_t h = 0; h < strip.size[1]; ++h) to[h] = from[h * x.strides[1]];
+          to += strip.size[1];
+          continue;
+        }
+        for (int64_t h = 0; h < strip.size[1]; ++h, from += x.strides[1]) to = std::copy_n(from, strip.size[2], to);
+      }
+    }
+    std::fill(to, end, scalar_t(0));
+  }
 }
 
 // Whether the strip lies in the padding, where x is zero.
@@ -102,51 +173,162 @@ bool in_padding(const ConvGeometry& g, int64_t tap, int64_t along, int64_t begin
   return last <= g.padding[along] || first >= g.padding[along] + g.size[along];
 }
 
-// strips [C, C] <- strips + sign * the product over `dilation` layers of positions from `begin` on.
-void add_strip(
-    at::Tensor strips, const at::Tensor& x, const ConvGeometry& g, const Displacement& own, const Step& step,
-    int64_t begin, double sign) {
+// block [C, C] <- block + what the step's window gains - what it loses.
+template <typename scalar_t>
+void add_strips(
+    scalar_t* block, const Samples<scalar_t>& x, const ConvGeometry& g, const Offset& d, const Step& step,
+    std::vector<scalar_t>& space) {
   Offset t = step.previous;
-  for (int i = 0; i < 3; ++i) t[i] += own.d[i];
+  for (int i = 0; i < 3; ++i) t[i] += d[i];
   const int64_t along = step.along;
-  if (in_padding(g, step.previous[along], along, begin) || in_padding(g, t[along], along, begin)) return;
-  const int64_t count = g.dilation[along];
-  const at::Tensor left = window(x, g, step.previous, along, begin, count);
-  at::addmm_out(strips, strips, left, window(x, g, t, along, begin, count).t(), 1, sign);
+  for (const bool gained : {true, false}) {
+    const int64_t begin = gained ? g.positions[along] : 0;
+    if (in_padding(g, step.previous[along], along, begin) || in_padding(g, t[along], along, begin)) continue;
+    const Strip left(g, step.previous, along, begin);
+    const int64_t columns = rounded_up(x.count * left.numbers());
+    space.resize(static_cast<size_t>(2 * x.channels * columns));
+    scalar_t* rows = space.data();
+    scalar_t* others = rows + x.channels * columns;
+    copy_strip(rows, columns, x, left);
+    copy_strip(others, columns, x, Strip(g, t, along, begin));
+    if (!gained) std::transform(rows, others, rows, [](scalar_t value) { return -value; });
+    add_dot_products(block, x.channels, {rows, x.channels, columns}, {others, x.channels, columns}, {1, 0, 0, columns});
+  }
 }
 
-// blocks [taps, taps, C, C] <- blocks + those of some samples of one group, padded: x [C, b, D, H, W].
+// blocks [taps, taps, C, C] <- blocks + those of some samples of one group, padded. `left` is zero where it is not
+// written: x at the positions, displaced by a first tap, [C, b] planes of `left_plane` numbers.
+template <typename scalar_t>
 void add_samples(
-    const at::Tensor& blocks, const at::Tensor& x, const ConvGeometry& g,
-    const std::map<Offset, std::vector<Displacement>>& all) {
-  const at::Tensor flat = x.reshape({x.size(0), -1});
-  const at::Tensor masked = at::zeros_like(x);  // x at the positions, displaced by a first tap, and zero elsewhere
-  const at::Tensor left = masked.reshape({x.size(0), -1});
-  for (const auto& [low, own] : all) {
-    at::Tensor to = masked, from = x;
-    for (int i = 0; i < 3; ++i) {
-      to = to.narrow(2 + i, 0, g.positions[i]);
-      from = from.narrow(2 + i, low[i] * g.dilation[i], g.positions[i]);
-    }
-    to.copy_(from);
-    const std::vector<Displacement>& some = own;
-    at::parallel_for(0, static_cast<int64_t>(some.size()), 1, [&](int64_t begin, int64_t end) {
+    const at::Tensor& blocks, const at::Tensor& samples, const at::Tensor& left, const ConvGeometry& g,
+    const Displacements& all) {
+  const int64_t channels = samples.size(0);
+  const int64_t left_plane = left.size(2);
+  const Samples<scalar_t> x{
+      samples.const_data_ptr<scalar_t>(),
+      channels,
+      samples.size(1),
+      {samples.stride(2), samples.stride(3), 1},
+      samples.stride(1)};
+  scalar_t* numbers = blocks.mutable_data_ptr<scalar_t>();
+  const auto block_of = [&](const Pair& pair) { return numbers + (pair.s * g.taps() + pair.t) * channels * channels; };
+  scalar_t* rows = left.mutable_data_ptr<scalar_t>();
+  int64_t window = 1;  // from the first position's number to behind the last one's
+  for (int i = 0; i < 3; ++i) window += (g.positions[i] - 1) * x.strides[i];
+  const Runs runs = {x.count, left_plane, x.plane, rounded_up(window)};
+  const bool own = channels <= kOwnChannels;
+  const int64_t tasks = own ? (channels + kTaskRows - 1) / kTaskRows : 1;  // of a product
+  const at::Tensor flat = samples.flatten(1);
+  for (const auto& [low, some] : all) {
+    copy_window(rows, left_plane, x, g, low);
+    at::parallel_for(0, static_cast<int64_t>(some.size()) * tasks, 1, [&, &some = some](int64_t begin, int64_t end) {
       const PlainKernelGuard guard;
-      for (int64_t k = begin; k < end; ++k) {
-        int64_t shift = 0;
-        for (int i = 0; i < 3; ++i) shift += std::max<int64_t>(0, some[k].d[i]) * g.dilation[i] * x.stride(2 + i);
-        const int64_t length = flat.size(1) - shift;
-        for (const Step& step : some[k].steps) {
-          at::Tensor block = blocks.select(0, step.pair.s).select(0, step.pair.t);
-          if (step.from < 0) {
-            at::addmm_out(block, block, left.narrow(1, 0, length), flat.narrow(1, shift, length).t());
-          } else {
-            add_strip(block, x, g, some[k], step, g.positions[step.along], 1);
-            add_strip(block, x, g, some[k], step, 0, -1);
-          }
+      for (int64_t task = begin; task < end; ++task) {
+        const Displacement& one = some[task / tasks];
+        const Pair& first = one.steps[0].pair;
+        Offset to;
+        for (int i = 0; i < 3; ++i) to[i] = std::max<int64_t>(0, one.d[i]);
+        const int64_t shift = x.shift(g, to);
+        if (own) {
+          const int64_t row = task % tasks * kTaskRows;
+          const int64_t row_stride = x.count * left_plane;
+          const Rows<scalar_t> some_rows = {rows + row * row_stride, std::min(kTaskRows, channels - row), row_stride};
+          const Rows<scalar_t> displaced = {x.data + shift, channels, x.count * x.plane};
+          add_dot_products(block_of(first) + row * channels, channels, some_rows, displaced, runs);
+        } else {
+          const int64_t length = flat.size(1) - shift;
+          at::Tensor block = blocks.select(0, first.s).select(0, first.t);
+          at::addmm_out(block, block, left.flatten(1).narrow(1, 0, length), flat.narrow(1, shift, length).t());
         }
       }
     });
+  }
+  std::vector<const Displacement*> every;
+  for (const auto& [low, some] : all) {
+    for (const Displacement& one : some) every.push_back(&one);
+  }
+  at::parallel_for(0, static_cast<int64_t>(every.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<scalar_t> space;
+    for (int64_t k = begin; k < end; ++k) {
+      for (const Step& step : every[k]->steps) {
+        if (step.from >= 0) add_strips(block_of(step.pair), x, g, every[k]->d, step, space);
+      }
+    }
+  });
+}
+
+// blocks: each pair of taps from the earlier one that it follows from. Then gram [n, n] <- blocks, [s, t, c, c'] to
+// [c, s, c', t].
+template <typename scalar_t>
+void assemble(const at::Tensor& gram, const at::Tensor& blocks, const ConvGeometry& g, const Displacements& all) {
+  const int64_t taps = g.taps();
+  const int64_t channels = g.group_channels();
+  scalar_t* numbers = blocks.mutable_data_ptr<scalar_t>();
+  scalar_t* out = gram.mutable_data_ptr<scalar_t>();
+  const int64_t n = gram.size(1);
+  for (const auto& [low, some] : all) {
+    for (const Displacement& one : some) {
+      for (const Step& step : one.steps) {
+        const auto [s, t] = step.pair;
+        scalar_t* block = numbers + (s * taps + t) * channels * channels;
+        if (step.from >= 0) {
+          const Pair& earlier = one.steps[step.from].pair;
+          const scalar_t* from = numbers + (earlier.s * taps + earlier.t) * channels * channels;
+          for (int64_t i = 0; i < channels * channels; ++i) block[i] += from[i];
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t other = 0; other < channels; ++other) {
+            const scalar_t value = block[c * channels + other];
+            out[(c * taps + s) * n + other * taps + t] = value;
+            out[(other * taps + t) * n + c * taps + s] = value;
+          }
+        }
+      }
+    }
+  }
+}
+
+// What some samples of one group add up to.
+struct Sums {
+  at::Tensor blocks;   // [taps, taps, C, C]
+  at::Tensor samples;  // [C, D, H, W], padded, with a bias: what its row of the Gram is summed from
+};
+
+// sums <- sums + those of x [b, C, D, H, W], of one group, `step` samples at a time.
+void add_group(const Sums& sums, const at::Tensor& x, const ConvGeometry& g, const Displacements& all, int64_t step) {
+  const int64_t channels = x.size(1);
+  const Offset padded = g.padded();
+  const int64_t plane = padded[0] * padded[1] * padded[2];
+  const int64_t left_plane = plane + (channels <= kOwnChannels ? kDotColumns : 0);
+  const auto options = sums.blocks.options();
+  const at::Tensor left = at::zeros({channels * step * left_plane}, options);
+  const at::Tensor space = at::zeros({channels * step * plane + kDotColumns}, options);
+  for (int64_t first = 0; first < x.size(0); first += step) {
+    const int64_t count = std::min(step, x.size(0) - first);
+    if (count < step && first > 0) {  // the last planes are elsewhere than those before them
+      space.zero_();
+      left.zero_();
+    }
+    const at::Tensor samples =
+        space.narrow(0, 0, channels * count * plane).view({channels, count, padded[0], padded[1], padded[2]});
+    at::Tensor inner = samples;
+    for (int i = 0; i < 3; ++i) inner = inner.narrow(2 + i, g.padding[i], g.size[i]);
+    inner.copy_(x.narrow(0, first, count).transpose(0, 1));
+    const at::Tensor own = left.narrow(0, 0, channels * count * left_plane).view({channels, count, left_plane});
+    AT_DISPATCH_FLOATING_TYPES(
+        samples.scalar_type(), "conv_gram", [&] { add_samples<scalar_t>(sums.blocks, samples, own, g, all); });
+    if (sums.samples.defined()) sums.samples.add_(samples.sum(1));
+  }
+}
+
+// The bias's row of a Gram, [I], from padded samples that are summed up.
+void sum_windows_(const at::Tensor& row, const at::Tensor& samples, const ConvGeometry& g) {
+  at::Tensor by_tap = row.unflatten(0, {g.group_channels(), g.taps()});
+  for (int64_t k = 0; k < g.taps(); ++k) {
+    const Offset tap = {k / (g.kernel[1] * g.kernel[2]), k / g.kernel[2] % g.kernel[1], k % g.kernel[2]};
+    at::Tensor window = samples;
+    for (int i = 0; i < 3; ++i) window = window.narrow(1 + i, tap[i] * g.dilation[i], g.positions[i]);
+    by_tap.select(1, k).copy_(window.sum({1, 2, 3}));
   }
 }
 
@@ -156,52 +338,48 @@ void conv_gram_displaced_(
     const at::Tensor& gram, const at::Tensor& x, const ConvGeometry& g, bool bias, int64_t patch_bytes) {
   const int64_t channels = g.group_channels();
   const int64_t inputs = g.inputs();
-  Offset padded;
-  for (int i = 0; i < 3; ++i) padded[i] = g.size[i] + 2 * g.padding[i];
-  const int64_t sample_bytes = channels * padded[0] * padded[1] * padded[2] * static_cast<int64_t>(gram.element_size());
-  constexpr int64_t kCopies = 3;  // x padded, x masked, strips
+  const auto element_bytes = static_cast<int64_t>(gram.element_size());
+  const Offset padded = g.padded();
+  const int64_t sample_bytes = channels * padded[0] * padded[1] * padded[2] * element_bytes;
+  constexpr int64_t kCopies = 4;  // x padded, x at the positions, strips
   if (kCopies * sample_bytes > patch_bytes) return conv_gram_direct_(gram, x, g, bias, patch_bytes);
-  const auto all = displacements(g);
-  const int64_t step = std::max<int64_t>(1, std::min(kBlockBytes, patch_bytes / kCopies) / sample_bytes);
+  // Every thread sums up whole groups, or a share of the samples, on its own, unless that takes too much memory.
+  const int64_t threads = at::get_num_threads();
+  const int64_t wanted_shares = std::min((threads + g.groups - 1) / g.groups, g.batch);
+  const int64_t at_once = std::min(threads, g.groups * wanted_shares);
+  const int64_t sums_bytes = g.groups * wanted_shares * inputs * inputs * element_bytes;
+  const bool alone = at_once * kCopies * sample_bytes <= patch_bytes / 2 && sums_bytes <= patch_bytes / 2;
+  const int64_t shares = alone ? wanted_shares : 1;
+  const int64_t budget = alone ? patch_bytes / 2 / at_once : patch_bytes;
+  const int64_t wanted = channels <= kOwnChannels ? kOwnBlockBytes : kBlockBytes;
+  const int64_t step = std::clamp<int64_t>(std::min(wanted, budget / kCopies) / sample_bytes, 1, g.batch);
+  const Displacements all = displacements(g);
+  const at::Tensor blocks = at::zeros({g.groups * shares, g.taps(), g.taps(), channels, channels}, gram.options());
+  const at::Tensor samples =
+      at::zeros({bias ? g.groups * shares : 0, channels, padded[0], padded[1], padded[2]}, gram.options());
+  const auto run = [&](int64_t begin, int64_t end) {
+    const PlainKernelGuard guard;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t share = task % shares;
+      const int64_t first = share * g.batch / shares;
+      const at::Tensor some = x.narrow(0, first, (share + 1) * g.batch / shares - first);
+      const at::Tensor own = some.narrow(1, task / shares * channels, channels);
+      add_group({blocks.select(0, task), bias ? samples.select(0, task) : at::Tensor()}, own, g, all, step);
+    }
+  };
+  if (alone && at_once > 1) {
+    at::parallel_for(0, g.groups * shares, 1, run);
+  } else {
+    run(0, g.groups * shares);  // the threads share each block of samples
+  }
   for (int64_t group = 0; group < g.groups; ++group) {
-    const at::Tensor blocks = at::zeros({g.taps(), g.taps(), channels, channels}, gram.options());
-    at::Tensor sums = at::zeros({channels, padded[0], padded[1], padded[2]}, gram.options());
-    for (int64_t first = 0; first < g.batch; first += step) {
-      const at::Tensor some = x.narrow(0, first, std::min(step, g.batch - first)).narrow(1, group * channels, channels);
-      const at::Tensor samples = at::zeros({channels, some.size(0), padded[0], padded[1], padded[2]}, gram.options());
-      at::Tensor inner = samples;
-      for (int i = 0; i < 3; ++i) inner = inner.narrow(2 + i, g.padding[i], g.size[i]);
-      inner.copy_(some.transpose(0, 1));
-      add_samples(blocks, samples, g, all);
-      if (bias) sums.add_(samples.sum(1));
-    }
-    // Each pair of taps follows from an earlier one.
-    for (const auto& [low, some] : all) {
-      for (const Displacement& own : some) {
-        for (const Step& step : own.steps) {
-          if (step.from < 0) continue;
-          const Pair earlier = own.steps[step.from].pair;
-          blocks.select(0, step.pair.s).select(0, step.pair.t).add_(blocks.select(0, earlier.s).select(0, earlier.t));
-        }
-      }
-    }
-    // [s, t, c, c'] to [c, s, c', t]; the lower triangle takes the transposed blocks.
-    at::Tensor own = gram.select(0, group).narrow(0, 0, inputs).narrow(1, 0, inputs);
-    const at::Tensor square = own.unflatten(1, {channels, g.taps()}).unflatten(0, {channels, g.taps()});
-    for (int64_t s = 0; s < g.taps(); ++s) {
-      for (int64_t t = s; t < g.taps(); ++t) {
-        const at::Tensor block = blocks.select(0, s).select(0, t);
-        square.select(3, t).select(1, s).copy_(block);
-        if (t > s) square.select(3, s).select(1, t).copy_(block.t());
-      }
-    }
-    if (!bias) continue;
-    at::Tensor border = gram.select(0, group).select(0, inputs).narrow(0, 0, inputs).unflatten(0, {channels, g.taps()});
-    const at::Tensor one = sums.unsqueeze(1);
-    for (int64_t k = 0; k < g.taps(); ++k) {
-      const Offset tap = {k / (g.kernel[1] * g.kernel[2]), k / g.kernel[2] % g.kernel[1], k % g.kernel[2]};
-      border.select(1, k).copy_(window(one, g, tap, -1, 0, 0).sum(1));
-    }
+    const at::Tensor own = gram.select(0, group);
+    const auto sum = [&](const at::Tensor& of) {
+      const at::Tensor parts = of.narrow(0, group * shares, shares);
+      return shares == 1 ? parts.select(0, 0) : parts.sum(0);
+    };
+    AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "conv_gram", [&] { assemble<scalar_t>(own, sum(blocks), g, all); });
+    if (bias) sum_windows_(own.select(0, inputs).narrow(0, 0, inputs), sum(samples), g);
   }
 }
 

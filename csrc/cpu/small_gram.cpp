@@ -10,13 +10,6 @@ namespace {
 
 constexpr int64_t kSide = 3;  // of a square of accumulators: nine of them and six operands fill sixteen registers
 
-template <typename scalar_t>
-CONSEQUENTIALISM_INLINE scalar_t sum_of(const Vec<scalar_t>& v) {
-  scalar_t sum = 0;
-  for (int64_t i = 0; i < kLanes<scalar_t>; ++i) sum += v[i];
-  return sum;
-}
-
 // sums[i][j] = the product of x's row i and y's row j over all lines, of three rows each.
 template <typename scalar_t>
 CONSEQUENTIALISM_INLINE void dot_products(

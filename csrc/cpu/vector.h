@@ -6,16 +6,36 @@
 // One binary for every x86 processor: the loader picks the widest instruction set that is there.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CONSEQUENTIALISM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CONSEQUENTIALISM_AVX512 __attribute__((target("arch=x86-64-v4")))
 #else
 #define CONSEQUENTIALISM_CLONES
+#define CONSEQUENTIALISM_AVX512
 #endif
 #if defined(__GNUC__)
 #define CONSEQUENTIALISM_INLINE inline __attribute__((always_inline))
 #else
 #define CONSEQUENTIALISM_INLINE __forceinline
 #endif
+// So that compilers keep small arrays of vectors in registers.
+#if defined(__clang__)
+#define CONSEQUENTIALISM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define CONSEQUENTIALISM_UNROLL _Pragma("GCC unroll 8")
+#else
+#define CONSEQUENTIALISM_UNROLL
+#endif
 
 namespace consequentialism::cpu {
+
+// Whether what is marked CONSEQUENTIALISM_AVX512 may run, with its 32 registers.
+inline bool has_avx512() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
 
 constexpr int64_t kVectorBytes = 32;
 
@@ -41,6 +61,10 @@ struct Vector {
       for (int64_t i = 0; i < kLanes<scalar_t>; ++i) a.lanes[i] -= b.lanes[i];
       return a;
     }
+    friend Type operator*(Type a, const Type& b) {
+      for (int64_t i = 0; i < kLanes<scalar_t>; ++i) a.lanes[i] *= b.lanes[i];
+      return a;
+    }
     friend Type operator*(scalar_t factor, Type a) {
       for (int64_t i = 0; i < kLanes<scalar_t>; ++i) a.lanes[i] *= factor;
       return a;
@@ -60,6 +84,16 @@ CONSEQUENTIALISM_INLINE const Vec<scalar_t>& load(const scalar_t* p) {
 template <typename scalar_t>
 CONSEQUENTIALISM_INLINE void store(scalar_t* p, const Vec<scalar_t>& value) {
   *reinterpret_cast<Vec<scalar_t>*>(p) = value;
+}
+
+template <typename scalar_t>
+CONSEQUENTIALISM_INLINE scalar_t sum_of(const Vec<scalar_t>& v) {
+  scalar_t lanes[kLanes<scalar_t>];
+  for (int64_t i = 0; i < kLanes<scalar_t>; ++i) lanes[i] = v[i];
+  for (int64_t half = kLanes<scalar_t> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 }  // namespace consequentialism::cpu
