@@ -24,10 +24,10 @@ namespace {
 
 using Offset = std::array<int64_t, 3>;
 
-constexpr int64_t kOwnChannels = 64;           // up to which the own products are faster than BLAS
-constexpr int64_t kTaskRows = 4;               // of an own product that a thread takes at a time
-constexpr int64_t kOwnBlockBytes = 256 << 10;  // of padded samples: what stays in a core's cache
-constexpr int64_t kBlockBytes = 4 << 20;       // for BLAS: what stays in the cache that the cores share
+constexpr int64_t kOwnChannels = 64;         // up to which the own products are faster than BLAS
+constexpr int64_t kTaskRows = 4;             // of an own product that a thread takes at a time
+constexpr int64_t kOwnBlockBytes = 1 << 20;  // of samples and what is copied of them: what stays in a core's cache
+constexpr int64_t kBlockBytes = 12 << 20;    // for BLAS: what stays in the cache that the cores share
 
 struct Pair {
   int64_t s, t;  // taps, s <= t
@@ -53,7 +53,7 @@ int64_t tap_index(const ConvGeometry& g, const Offset& tap) {
 // By the first tap of their pairs.
 using Displacements = std::map<Offset, std::vector<Displacement>>;
 
-Displacements displacements(const ConvGeometry& g) {
+Displacements all_displacements(const ConvGeometry& g) {
   Displacements all;
   const auto [kd, kh, kw] = g.kernel;
   for (int64_t a = 0; a < kd; ++a) {
@@ -132,68 +132,124 @@ int64_t rounded_up(int64_t columns) {
   return (columns + kDotColumns - 1) / kDotColumns * kDotColumns;
 }
 
-// A strip of positions, as one tap reads it: `count` layers along a dimension, all positions along the others.
+// What one tap reads at a strip of positions: `dilation` layers along a dimension, all positions along the others.
 struct Strip {
-  Offset first, size;
+  Offset tap;
+  int64_t along;
+  bool gained;  // behind the last position, or at the first ones
 
-  Strip(const ConvGeometry& g, const Offset& tap, int64_t along, int64_t begin) : size(g.positions) {
-    for (int i = 0; i < 3; ++i) first[i] = tap[i] * g.dilation[i];
-    first[along] += begin;
-    size[along] = g.dilation[along];
+  auto operator<=>(const Strip&) const = default;
+
+  Offset size(const ConvGeometry& g) const {
+    Offset all = g.positions;
+    all[along] = g.dilation[along];
+    return all;
   }
-  int64_t numbers() const { return size[0] * size[1] * size[2]; }
+  int64_t numbers(const ConvGeometry& g) const { return size(g)[0] * size(g)[1] * size(g)[2]; }  // of a sample
+
+  // In padded x.
+  Offset first(const ConvGeometry& g) const {
+    Offset begin;
+    for (int i = 0; i < 3; ++i) begin[i] = tap[i] * g.dilation[i];
+    if (gained) begin[along] += g.positions[along];
+    return begin;
+  }
+
+  // Whether x is zero there.
+  bool in_padding(const ConvGeometry& g) const {
+    const int64_t begin = first(g)[along];
+    return begin + g.dilation[along] <= g.padding[along] || begin >= g.padding[along] + g.size[along];
+  }
+};
+
+// block <- block + (or -) the product of two strips.
+struct StripProduct {
+  Pair pair;
+  Strip left, right;
+};
+
+// For what each step's window gains and loses.
+std::vector<StripProduct> strip_products(const ConvGeometry& g, const Displacements& all) {
+  std::vector<StripProduct> products;
+  for (const auto& [low, some] : all) {
+    for (const Displacement& one : some) {
+      for (const Step& step : one.steps) {
+        if (step.from < 0) continue;
+        Offset t = step.previous;
+        for (int i = 0; i < 3; ++i) t[i] += one.d[i];
+        for (const bool gained : {true, false}) {
+          const StripProduct product{step.pair, {step.previous, step.along, gained}, {t, step.along, gained}};
+          if (!product.left.in_padding(g) && !product.right.in_padding(g)) products.push_back(product);
+        }
+      }
+    }
+  }
+  return products;
+}
+
+// Products that are summed up sample by sample, and where in a copy of all strips each begins, per channel and sample.
+struct Plan {
+  Displacements displacements;
+  std::vector<StripProduct> products;
+  std::map<Strip, int64_t> strips;
+  int64_t strip_numbers = 0;
+
+  explicit Plan(const ConvGeometry& g) : displacements(all_displacements(g)) {
+    products = strip_products(g, displacements);
+    for (const StripProduct& product : products) {
+      for (const Strip& strip : {product.left, product.right}) {
+        if (strips.emplace(strip, strip_numbers).second) strip_numbers += strip.numbers(g);
+      }
+    }
+  }
 };
 
 // out [C, columns] <- the strip of every sample, zero behind its numbers.
 template <typename scalar_t>
-void copy_strip(scalar_t* out, int64_t columns, const Samples<scalar_t>& x, const Strip& strip) {
+void copy_strip(scalar_t* out, int64_t columns, const Samples<scalar_t>& x, const ConvGeometry& g, const Strip& strip) {
+  const Offset first = strip.first(g);
+  const Offset size = strip.size(g);
   for (int64_t c = 0; c < x.channels; ++c) {
     scalar_t* to = out + c * columns;
     scalar_t* const end = to + columns;
     for (int64_t b = 0; b < x.count; ++b) {
-      for (int64_t d = 0; d < strip.size[0]; ++d) {
-        const scalar_t* from =
-            x.at(c, b) + (strip.first[0] + d) * x.strides[0] + strip.first[1] * x.strides[1] + strip.first[2];
-        if (strip.size[2] == 1) {
-          for (int64_t h = 0; h < strip.size[1]; ++h) to[h] = from[h * x.strides[1]];
-          to += strip.size[1];
+      for (int64_t d = 0; d < size[0]; ++d) {
+        const scalar_t* from = x.at(c, b) + (first[0] + d) * x.strides[0] + first[1] * x.strides[1] + first[2];
+        if (size[2] == 1) {
+          for (int64_t h = 0; h < size[1]; ++h) to[h] = from[h * x.strides[1]];
+          to += size[1];
           continue;
         }
-        for (int64_t h = 0; h < strip.size[1]; ++h, from += x.strides[1]) to = std::copy_n(from, strip.size[2], to);
+        for (int64_t h = 0; h < size[1]; ++h, from += x.strides[1]) to = std::copy_n(from, size[2], to);
       }
     }
     std::fill(to, end, scalar_t(0));
   }
 }
 
-// Whether the strip lies in the padding, where x is zero.
-bool in_padding(const ConvGeometry& g, int64_t tap, int64_t along, int64_t begin) {
-  const int64_t first = tap * g.dilation[along] + begin;
-  const int64_t last = first + g.dilation[along];
-  return last <= g.padding[along] || first >= g.padding[along] + g.size[along];
-}
-
-// block [C, C] <- block + what the step's window gains - what it loses.
+// blocks [taps, taps, C, C] <- blocks + the products of strips.
 template <typename scalar_t>
-void add_strips(
-    scalar_t* block, const Samples<scalar_t>& x, const ConvGeometry& g, const Offset& d, const Step& step,
-    std::vector<scalar_t>& space) {
-  Offset t = step.previous;
-  for (int i = 0; i < 3; ++i) t[i] += d[i];
-  const int64_t along = step.along;
-  for (const bool gained : {true, false}) {
-    const int64_t begin = gained ? g.positions[along] : 0;
-    if (in_padding(g, step.previous[along], along, begin) || in_padding(g, t[along], along, begin)) continue;
-    const Strip left(g, step.previous, along, begin);
-    const int64_t columns = rounded_up(x.count * left.numbers());
-    space.resize(static_cast<size_t>(2 * x.channels * columns));
-    scalar_t* rows = space.data();
-    scalar_t* others = rows + x.channels * columns;
-    copy_strip(rows, columns, x, left);
-    copy_strip(others, columns, x, Strip(g, t, along, begin));
-    if (!gained) std::transform(rows, others, rows, [](scalar_t value) { return -value; });
-    add_dot_products(block, x.channels, {rows, x.channels, columns}, {others, x.channels, columns}, {1, 0, 0, columns});
+void add_strips(scalar_t* blocks, const Samples<scalar_t>& x, const ConvGeometry& g, const Plan& plan) {
+  const auto room = plan.strip_numbers * x.count + static_cast<int64_t>(plan.strips.size()) * kDotColumns;
+  std::vector<scalar_t> space(static_cast<size_t>(x.channels * room));
+  const auto columns_of = [&](const Strip& strip) { return rounded_up(x.count * strip.numbers(g)); };
+  std::map<Strip, scalar_t*> copies;
+  scalar_t* next = space.data();
+  for (const auto& [strip, begin] : plan.strips) {
+    copies[strip] = next;
+    copy_strip(next, columns_of(strip), x, g, strip);
+    next += x.channels * columns_of(strip);
   }
+  at::parallel_for(0, static_cast<int64_t>(plan.products.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const auto& [pair, left, right] = plan.products[k];
+      const int64_t columns = columns_of(left);
+      scalar_t* block = blocks + (pair.s * g.taps() + pair.t) * x.channels * x.channels;
+      const Rows<scalar_t> rows = {copies.at(left), x.channels, columns};
+      const Rows<scalar_t> others = {copies.at(right), x.channels, columns};
+      add_dot_products(block, x.channels, rows, others, {1, 0, 0, columns}, left.gained ? 1 : -1);
+    }
+  });
 }
 
 // blocks [taps, taps, C, C] <- blocks + those of some samples of one group, padded. `left` is zero where it is not
@@ -201,7 +257,7 @@ void add_strips(
 template <typename scalar_t>
 void add_samples(
     const at::Tensor& blocks, const at::Tensor& samples, const at::Tensor& left, const ConvGeometry& g,
-    const Displacements& all) {
+    const Plan& plan) {
   const int64_t channels = samples.size(0);
   const int64_t left_plane = left.size(2);
   const Samples<scalar_t> x{
@@ -219,7 +275,7 @@ void add_samples(
   const bool own = channels <= kOwnChannels;
   const int64_t tasks = own ? (channels + kTaskRows - 1) / kTaskRows : 1;  // of a product
   const at::Tensor flat = samples.flatten(1);
-  for (const auto& [low, some] : all) {
+  for (const auto& [low, some] : plan.displacements) {
     copy_window(rows, left_plane, x, g, low);
     at::parallel_for(0, static_cast<int64_t>(some.size()) * tasks, 1, [&, &some = some](int64_t begin, int64_t end) {
       const PlainKernelGuard guard;
@@ -243,18 +299,7 @@ void add_samples(
       }
     });
   }
-  std::vector<const Displacement*> every;
-  for (const auto& [low, some] : all) {
-    for (const Displacement& one : some) every.push_back(&one);
-  }
-  at::parallel_for(0, static_cast<int64_t>(every.size()), 1, [&](int64_t begin, int64_t end) {
-    std::vector<scalar_t> space;
-    for (int64_t k = begin; k < end; ++k) {
-      for (const Step& step : every[k]->steps) {
-        if (step.from >= 0) add_strips(block_of(step.pair), x, g, every[k]->d, step, space);
-      }
-    }
-  });
+  add_strips(numbers, x, g, plan);
 }
 
 // blocks: each pair of taps from the earlier one that it follows from. Then gram [n, n] <- blocks, [s, t, c, c'] to
@@ -295,7 +340,7 @@ struct Sums {
 };
 
 // sums <- sums + those of x [b, C, D, H, W], of one group, `step` samples at a time.
-void add_group(const Sums& sums, const at::Tensor& x, const ConvGeometry& g, const Displacements& all, int64_t step) {
+void add_group(const Sums& sums, const at::Tensor& x, const ConvGeometry& g, const Plan& plan, int64_t step) {
   const int64_t channels = x.size(1);
   const Offset padded = g.padded();
   const int64_t plane = padded[0] * padded[1] * padded[2];
@@ -316,7 +361,7 @@ void add_group(const Sums& sums, const at::Tensor& x, const ConvGeometry& g, con
     inner.copy_(x.narrow(0, first, count).transpose(0, 1));
     const at::Tensor own = left.narrow(0, 0, channels * count * left_plane).view({channels, count, left_plane});
     AT_DISPATCH_FLOATING_TYPES(
-        samples.scalar_type(), "conv_gram", [&] { add_samples<scalar_t>(sums.blocks, samples, own, g, all); });
+        samples.scalar_type(), "conv_gram", [&] { add_samples<scalar_t>(sums.blocks, samples, own, g, plan); });
     if (sums.samples.defined()) sums.samples.add_(samples.sum(1));
   }
 }
@@ -340,20 +385,21 @@ void conv_gram_displaced_(
   const int64_t inputs = g.inputs();
   const auto element_bytes = static_cast<int64_t>(gram.element_size());
   const Offset padded = g.padded();
-  const int64_t sample_bytes = channels * padded[0] * padded[1] * padded[2] * element_bytes;
-  constexpr int64_t kCopies = 4;  // x padded, x at the positions, strips
-  if (kCopies * sample_bytes > patch_bytes) return conv_gram_direct_(gram, x, g, bias, patch_bytes);
+  const Plan plan(g);
+  // x padded, x at the positions, strips.
+  const int64_t sample_bytes =
+      channels * (2 * (padded[0] * padded[1] * padded[2] + kDotColumns) + plan.strip_numbers) * element_bytes;
+  if (sample_bytes > patch_bytes) return conv_gram_direct_(gram, x, g, bias, patch_bytes);
   // Every thread sums up whole groups, or a share of the samples, on its own, unless that takes too much memory.
   const int64_t threads = at::get_num_threads();
   const int64_t wanted_shares = std::min((threads + g.groups - 1) / g.groups, g.batch);
   const int64_t at_once = std::min(threads, g.groups * wanted_shares);
   const int64_t sums_bytes = g.groups * wanted_shares * inputs * inputs * element_bytes;
-  const bool alone = at_once * kCopies * sample_bytes <= patch_bytes / 2 && sums_bytes <= patch_bytes / 2;
+  const bool alone = at_once * sample_bytes <= patch_bytes / 2 && sums_bytes <= patch_bytes / 2;
   const int64_t shares = alone ? wanted_shares : 1;
   const int64_t budget = alone ? patch_bytes / 2 / at_once : patch_bytes;
   const int64_t wanted = channels <= kOwnChannels ? kOwnBlockBytes : kBlockBytes;
-  const int64_t step = std::clamp<int64_t>(std::min(wanted, budget / kCopies) / sample_bytes, 1, g.batch);
-  const Displacements all = displacements(g);
+  const int64_t step = std::clamp<int64_t>(std::min(wanted, budget) / sample_bytes, 1, g.batch);
   const at::Tensor blocks = at::zeros({g.groups * shares, g.taps(), g.taps(), channels, channels}, gram.options());
   const at::Tensor samples =
       at::zeros({bias ? g.groups * shares : 0, channels, padded[0], padded[1], padded[2]}, gram.options());
@@ -364,7 +410,7 @@ void conv_gram_displaced_(
       const int64_t first = share * g.batch / shares;
       const at::Tensor some = x.narrow(0, first, (share + 1) * g.batch / shares - first);
       const at::Tensor own = some.narrow(1, task / shares * channels, channels);
-      add_group({blocks.select(0, task), bias ? samples.select(0, task) : at::Tensor()}, own, g, all, step);
+      add_group({blocks.select(0, task), bias ? samples.select(0, task) : at::Tensor()}, own, g, plan, step);
     }
   };
   if (alone && at_once > 1) {
@@ -378,7 +424,8 @@ void conv_gram_displaced_(
       const at::Tensor parts = of.narrow(0, group * shares, shares);
       return shares == 1 ? parts.select(0, 0) : parts.sum(0);
     };
-    AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "conv_gram", [&] { assemble<scalar_t>(own, sum(blocks), g, all); });
+    AT_DISPATCH_FLOATING_TYPES(
+        gram.scalar_type(), "conv_gram", [&] { assemble<scalar_t>(own, sum(blocks), g, plan.displacements); });
     if (bias) sum_windows_(own.select(0, inputs).narrow(0, 0, inputs), sum(samples), g);
   }
 }

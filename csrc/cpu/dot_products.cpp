@@ -44,7 +44,8 @@ CONSEQUENTIALISM_INLINE void tile(
 
 template <int64_t wide, typename scalar_t>
 CONSEQUENTIALISM_INLINE void dot_products(
-    scalar_t* out, int64_t out_stride, const Rows<scalar_t>& x, const Rows<scalar_t>& y, const Runs& runs) {
+    scalar_t* out, int64_t out_stride, const Rows<scalar_t>& x, const Rows<scalar_t>& y, const Runs& runs,
+    scalar_t factor) {
   scalar_t sums[kTall][wide];
   for (int64_t i = 0; i < x.count; i += kTall) {
     const scalar_t* left[kTall];
@@ -54,40 +55,42 @@ CONSEQUENTIALISM_INLINE void dot_products(
       for (int64_t c = 0; c < wide; ++c) right[c] = y.data + std::min(j + c, y.count - 1) * y.stride;
       tile<wide, scalar_t>(left, right, runs, sums);
       for (int64_t r = 0; r < std::min(kTall, x.count - i); ++r) {
-        for (int64_t c = 0; c < std::min(wide, y.count - j); ++c) out[(i + r) * out_stride + j + c] += sums[r][c];
+        for (int64_t c = 0; c < std::min(wide, y.count - j); ++c)
+          out[(i + r) * out_stride + j + c] += factor * sums[r][c];
       }
     }
   }
 }
 
 CONSEQUENTIALISM_CLONES void narrow(
-    float* out, int64_t out_stride, const Rows<float>& x, const Rows<float>& y, const Runs& runs) {
-  dot_products<kWide>(out, out_stride, x, y, runs);
+    float* out, int64_t out_stride, const Rows<float>& x, const Rows<float>& y, const Runs& runs, float factor) {
+  dot_products<kWide>(out, out_stride, x, y, runs, factor);
 }
 
 CONSEQUENTIALISM_CLONES void narrow(
-    double* out, int64_t out_stride, const Rows<double>& x, const Rows<double>& y, const Runs& runs) {
-  dot_products<kWide>(out, out_stride, x, y, runs);
+    double* out, int64_t out_stride, const Rows<double>& x, const Rows<double>& y, const Runs& runs, double factor) {
+  dot_products<kWide>(out, out_stride, x, y, runs, factor);
 }
 
 CONSEQUENTIALISM_AVX512 void wide(
-    float* out, int64_t out_stride, const Rows<float>& x, const Rows<float>& y, const Runs& runs) {
-  dot_products<kWideOf32>(out, out_stride, x, y, runs);
+    float* out, int64_t out_stride, const Rows<float>& x, const Rows<float>& y, const Runs& runs, float factor) {
+  dot_products<kWideOf32>(out, out_stride, x, y, runs, factor);
 }
 
 CONSEQUENTIALISM_AVX512 void wide(
-    double* out, int64_t out_stride, const Rows<double>& x, const Rows<double>& y, const Runs& runs) {
-  dot_products<kWideOf32>(out, out_stride, x, y, runs);
+    double* out, int64_t out_stride, const Rows<double>& x, const Rows<double>& y, const Runs& runs, double factor) {
+  dot_products<kWideOf32>(out, out_stride, x, y, runs, factor);
 }
 
 }  // namespace
 
-void add_dot_products(float* out, int64_t out_stride, Rows<float> x, Rows<float> y, const Runs& runs) {
-  has_avx512() ? wide(out, out_stride, x, y, runs) : narrow(out, out_stride, x, y, runs);
+void add_dot_products(float* out, int64_t out_stride, Rows<float> x, Rows<float> y, const Runs& runs, float factor) {
+  has_avx512() ? wide(out, out_stride, x, y, runs, factor) : narrow(out, out_stride, x, y, runs, factor);
 }
 
-void add_dot_products(double* out, int64_t out_stride, Rows<double> x, Rows<double> y, const Runs& runs) {
-  has_avx512() ? wide(out, out_stride, x, y, runs) : narrow(out, out_stride, x, y, runs);
+void add_dot_products(
+    double* out, int64_t out_stride, Rows<double> x, Rows<double> y, const Runs& runs, double factor) {
+  has_avx512() ? wide(out, out_stride, x, y, runs, factor) : narrow(out, out_stride, x, y, runs, factor);
 }
 
 }  // namespace consequentialism::cpu

@@ -18,8 +18,9 @@ struct Rows {
   int64_t count, stride;
 };
 
-// out [m, n] += x y^T of x [m, k] and y [n, k], where m and n are so small that BLAS is slow.
-void add_dot_products(float* out, int64_t out_stride, Rows<float> x, Rows<float> y, const Runs& runs);
-void add_dot_products(double* out, int64_t out_stride, Rows<double> x, Rows<double> y, const Runs& runs);
+// out [m, n] += factor * x y^T of x [m, k] and y [n, k], where m and n are so small that BLAS is slow.
+void add_dot_products(float* out, int64_t out_stride, Rows<float> x, Rows<float> y, const Runs& runs, float factor = 1);
+void add_dot_products(
+    double* out, int64_t out_stride, Rows<double> x, Rows<double> y, const Runs& runs, double factor = 1);
 
 }  // namespace consequentialism::cpu
