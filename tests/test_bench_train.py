@@ -122,6 +122,32 @@ def test_a_loss_that_is_not_finite_ends_a_run() -> None:
     assert search(task(), method, samples(), method.trials(False))[0].lr == 1.0
 
 
+def test_a_run_that_diverged_wins_against_nobody() -> None:
+    steady = scripted({1.0: [False]})
+
+    def prepare(model: nn.Module, trial: Trial, loss: Loss) -> Step:
+        step = (
+            scripted({2.0: [True]}).prepare(model, trial, loss) if trial.lr > 1 else steady.prepare(model, trial, loss)
+        )
+        taken = [0]
+
+        def diverging(x: Tensor, y: Tensor) -> Tensor:
+            taken[0] += 1
+            return torch.tensor(math.nan) if trial.lr > 1 and taken[0] == 3 else step(x, y)
+
+        return diverging
+
+    trials = (Trial("x", 2.0), Trial("x", 1.0))
+    method = Method("x", "x", prepare, lambda conv: trials)
+    for order in (trials, trials[::-1]):
+        best, outcomes = search(task(), method, samples(), order)
+        assert {o.run.trial.lr: (o.end, o.run.test_accuracy[-1]) for o in outcomes} == {
+            1.0: ("budget", 0.0),
+            2.0: ("diverged", 1.0),
+        }
+        assert best.lr == 1.0
+
+
 def test_a_factor_that_breaks_down_ends_a_run() -> None:
     def prepare(model: nn.Module, trial: Trial, loss: Loss) -> Step:
         return lambda x, y: torch.linalg.inv(torch.zeros(2, 2))

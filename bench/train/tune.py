@@ -3,7 +3,8 @@
 The grid search trains every trial on the same four fifths of the training samples with the same seed, and asks for the
 target on the last fifth. The winner is the trial that reaches it in the fewest steps; where none does, the one with the
 best score at the end. A trial that has taken more steps than the best so far has lost and stops; so does one whose loss
-is not finite. The runs that count take other seeds, and ask for the target on the test samples.
+is not finite, which wins against nobody. The runs that count take other seeds, and ask for the target on the test
+samples.
 
 The target is reached at the first of two evaluations in a row that are as good as it: one alone is too often luck.
 """
@@ -57,19 +58,26 @@ def search(task: Task, method: Method, data: Samples, trials: Sequence[Trial]) -
         limit = None if best is None else best.steps
         outcome = train(task, method, split, trials[index], GRID_SEED, limit=limit, stop=True)
         outcomes.append(outcome)
-        if best is None or rank(task, outcome.steps, task.score(outcome.run, -1)) < rank(
-            task, best.steps, task.score(best.run, -1)
-        ):
+        if best is None or rank(task, *_result(task, outcome)) < rank(task, *_result(task, best)):
             best = outcome
     assert best is not None
     return best.run.trial, outcomes
 
 
-def rank(task: Task, steps: int | None, score: float) -> tuple[float, float]:
-    """What a grid's winner has the least of: steps to the target or, where it was missed, how bad the score is."""
+def rank(task: Task, steps: int | None, score: float, end: str) -> tuple[float, float]:
+    """What a grid's winner has the least of: steps to the target or, where it was missed, how bad the score is.
+
+    A trial that diverged is worse than any other, however good it once was.
+    """
     if steps is not None:
         return steps, 0.0
+    if end == "diverged":
+        return math.inf, math.inf
     return math.inf, score if task.by_loss else -score
+
+
+def _result(task: Task, outcome: Outcome) -> tuple[int | None, float, str]:
+    return outcome.steps, task.score(outcome.run, -1), outcome.end
 
 
 def train(

@@ -171,17 +171,21 @@ STAGES: dict[str, Callable[[Plan], None]] = {"tune": tune, "run": run, "cost": c
 
 def winners(plan: Plan) -> dict[Job, Trial]:
     """The best trial of each task and optimizer, as the grid search left them in ``grid.csv``: its row ends "reached"
-    with the fewest steps, or has the best score where the target was missed."""
+    with the fewest steps, or has the best score where the target was missed, see `rank`."""
     found: dict[Job, GridRow] = {}
     for row in table.read(plan.out / "grid.csv", GridRow):
         if row.task in plan.tasks and row.optimizer in plan.optimizers:
             key = (row.task, row.optimizer)
             task, best = TASKS[row.task], found.get(key)
-            if best is None or rank(task, row.steps, row.score) < rank(task, best.steps, best.score):
+            if best is None or _rank(task, row) < _rank(task, best):
                 found[key] = row
     if not found:
         raise UserError(f"{plan.out / 'grid.csv'} has no row of these tasks and optimizers: run the stage tune first")
     return {key: Trial(row.optimizer, row.lr, row.damping) for key, row in found.items()}
+
+
+def _rank(task: Task, row: GridRow) -> tuple[float, float]:
+    return rank(task, row.steps, row.score, row.end)
 
 
 def _jobs(plan: Plan, skips: Iterable[SkipRow]) -> list[Job]:
