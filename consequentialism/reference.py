@@ -37,12 +37,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
-    """``trace(G) / c``, the largest that the condition number can be, up to which ``x`` needs no wider Gram.
-
-    That is float32 for all types but float64, which has no wider one.
-    """
-    if dtype == torch.float64:
-        return math.inf
+    """``trace(G) / c``, the largest that the condition number can be, up to which a float32 Gram of ``x`` will do."""
     if dtype in (torch.float16, torch.bfloat16):
         return MAX_FLOAT32_CONDITION_HALF
     return MAX_FLOAT32_CONDITION_TALL if rows > inputs else MAX_FLOAT32_CONDITION
@@ -54,8 +49,11 @@ def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float
     ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing
     bounds an absolutely damped one before it is there.
     """
-    enough = max_float32_condition(rows, inputs, dtype)
-    return damping_mode == "relative" and min(rows, inputs) <= enough * damping
+    if damping_mode != "relative":
+        return False
+    if dtype == torch.float64:  # there is no wider one
+        return True
+    return min(rows, inputs) <= max_float32_condition(rows, inputs, dtype) * damping
 
 
 def _rows(x: Tensor, bias: bool) -> Tensor:
