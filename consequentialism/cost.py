@@ -172,7 +172,7 @@ def conv_solver(
 
 # To a multiple of which the kernel for displaced products multiplies; what is too much costs less than in proportion.
 _TILE_CHANNELS = 4
-_TILE_COST = 1.5  # measured: the exponent of its ratio to the channels
+_TILE_COST = 1.5  # exponent of its ratio to the channels, fitted to timings on one processor with AVX-512
 
 
 def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]) -> ConvMethod:

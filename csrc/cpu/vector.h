@@ -6,10 +6,8 @@
 // One binary for every x86 processor: the loader picks the widest instruction set that is there.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CONSEQUENTIALISM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define CONSEQUENTIALISM_AVX512 __attribute__((target("arch=x86-64-v4")))
 #else
 #define CONSEQUENTIALISM_CLONES
-#define CONSEQUENTIALISM_AVX512
 #endif
 #if defined(__GNUC__)
 #define CONSEQUENTIALISM_INLINE inline __attribute__((always_inline))
@@ -26,16 +24,6 @@
 #endif
 
 namespace consequentialism::cpu {
-
-// Whether what is marked CONSEQUENTIALISM_AVX512 may run, with its 32 registers.
-inline bool has_avx512() {
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq");
-#else
-  return false;
-#endif
-}
 
 constexpr int64_t kVectorBytes = 32;
 
