@@ -323,6 +323,48 @@ def _claims_text(rows: Sequence[SweepRow]) -> str:
     )
 
 
+def overview(tasks: dict[str, list[Line]]) -> str:
+    """One line a task for README: steps of Adam, of the best other and of the best emended optimizer, and the time."""
+    headings = (
+        "task", "to", "Adam's steps", "fewest steps of others", "fewest steps of emended",
+        "seconds: emended / best other",
+    )  # fmt: skip
+    rows, fewest_steps, fewest_seconds = [], 0, 0
+    for name, lines in tasks.items():
+        others, emended = [line for line in lines if not is_emended(line)], [line for line in lines if is_emended(line)]
+        if not others or not emended:
+            continue
+        adam = next((line for line in lines if line.optimizer == "adam"), None)
+        other, own = fewest(others, lambda line: line.steps), fewest(emended, lambda line: line.steps)
+        ratio = fewest(emended, lambda line: line.seconds).seconds / fewest(others, lambda line: line.seconds).seconds
+        fewest_steps += own.steps < other.steps
+        fewest_seconds += ratio < 1
+        rows.append(
+            (
+                TASKS[name].title,
+                show.target(TASKS[name]),
+                "" if adam is None else number(adam.steps, "g"),
+                f"{METHODS[other.optimizer].label} {number(other.steps, 'g')}",
+                f"{METHODS[own.optimizer].label.removeprefix('emended ')} {number(own.steps, 'g')}",
+                f"**{ratio:.2f}**" if math.isfinite(ratio) else "",
+            )
+        )
+    return (
+        f"Fewer steps than every other optimizer on {fewest_steps} of {len(rows)} tasks, fewer seconds on "
+        f"{fewest_seconds}.\n\n{markdown(headings, rows)}"
+    )
+
+
+def step_range(rows: Sequence[Row]) -> str:
+    """What a whole step of the measured layers costs, as a sentence for README."""
+    parts = []
+    for op, what in (("linear", "linear layers"), ("conv2d", "convolutions")):
+        ratios = [r.ratio for r in rows if r.op == op and r.provider == SHOWN and r.state == OK and r.ratio is not None]
+        if ratios:
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} for the {what}")
+    return f"The whole training step of a layer, in those of torch's own: {', '.join(parts)} that were measured."
+
+
 def readme_figures(results: Path) -> str:
     """What README quotes."""
     parts = []
@@ -330,10 +372,10 @@ def readme_figures(results: Path) -> str:
         if (folder / "train").is_dir():
             runs = table.read(folder / "train" / "runs.csv", RunRow)
             tasks = show.lines(folder / "train")
-            parts += [f"Training, {where(runs[0])}:", summary(tasks)]
+            parts += [f"{overview(tasks)}\n\n({where(runs[0])})"]
         if (folder / "step_cost.csv").exists():
             rows = table.read(folder / "step_cost.csv", Row)
-            parts += [f"Cost of a step, {where(rows[0])}:", step_costs(rows, ("linear", "conv2d"))]
+            parts += [f"{step_range(rows)} ({where(rows[0])})"]
     return "\n\n".join(parts)
 
 
