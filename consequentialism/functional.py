@@ -25,7 +25,7 @@ from .factor_batch import FactorBatch, deferred_linear
 from .options import Options
 
 if TYPE_CHECKING:
-    from .optim import LayerStep
+    from .optim.fused_sgd import LayerStep
 
 _plan = functools.lru_cache(maxsize=4096)(cost.choose)  # the same few layers, at every step
 

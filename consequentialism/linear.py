@@ -13,7 +13,7 @@ from .functional import emended_linear_with, updated_linear_with
 from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver
 
 if TYPE_CHECKING:
-    from .optim import LayerStep
+    from .optim.fused_sgd import LayerStep
 
 
 class EmendedModule(nn.Module):

@@ -225,7 +225,7 @@ def test_update_with_a_rate_on_the_device(dtype: torch.dtype, device_scalar: boo
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_whole_steps_with_a_rate_on_the_device(monkeypatch: pytest.MonkeyPatch, sparse: bool) -> None:
-    monkeypatch.setattr(cw.optim, "rate", lambda lr, parameter: torch.as_tensor(lr, dtype=F64))
+    monkeypatch.setattr(cw.optim.fused_sgd, "rate", lambda lr, parameter: torch.as_tensor(lr, dtype=F64))
     assert_steps_as_sgd(Mixed(sparse), torch.arange(24) % 11, 1e-10, lr=0.01)
 
 
@@ -237,14 +237,14 @@ def test_a_rate_stays_out_of_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for lr in (0.5, torch.tensor(0.5)):
         with pytest.raises(RuntimeError, match="give it as a tensor on meta"):
-            cw.optim.rate(lr, OnCuda())  # type: ignore[arg-type]
-    kept = cw.optim.rate(torch.ones(1, device="meta"), OnCuda())  # type: ignore[arg-type]
+            cw.optim.fused_sgd.rate(lr, OnCuda())  # type: ignore[arg-type]
+    kept = cw.optim.fused_sgd.rate(torch.ones(1, device="meta"), OnCuda())  # type: ignore[arg-type]
     assert isinstance(kept, Tensor)
     assert kept.shape == ()
     with pytest.raises(RuntimeError, match="meta, a parameter on cpu"):
-        cw.optim.rate(torch.ones((), device="meta"), torch.zeros(3))
+        cw.optim.fused_sgd.rate(torch.ones((), device="meta"), torch.zeros(3))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert cw.optim.rate(torch.tensor(0.5), OnCuda()) == 0.5  # type: ignore[arg-type]
+    assert cw.optim.fused_sgd.rate(torch.tensor(0.5), OnCuda()) == 0.5  # type: ignore[arg-type]
 
 
 def largest_allocation(run: Callable[[], None]) -> int:

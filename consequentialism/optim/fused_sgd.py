@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from .autograd import Prepared, update, updated_linear_backward
-from .functional import recorded_linear
-from .linear import Linear
-from .options import Options
+from ..autograd import Prepared, update, updated_linear_backward
+from ..functional import recorded_linear
+from ..linear import Linear
+from ..options import Options
 
 NAME = "consequentialism.optim.FusedSGD"
 REFUSED_KEYS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "betas")  # of a parameter group
