@@ -14,7 +14,7 @@ from .convert import convert, param_groups, revert
 from .dispatch import backends
 from .embedding import Embedding
 from .functional import emended_linear, emended_weight_grad, predict_change
-from .linear import Linear
+from .linear import Linear, set_samples
 from .options import Options
 from .version import __version__
 
@@ -37,4 +37,5 @@ __all__ = [
     "predict_change",
     "reference",
     "revert",
+    "set_samples",
 ]

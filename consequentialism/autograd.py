@@ -84,7 +84,7 @@ def prepare(
         fusible: Whether `Fused` is something that the caller's backward can do.
     """
     if options.process_group is not None:
-        emended, column = distributed.emended_input(x, bias, options, backend)
+        emended, column = distributed.emended_input(x, bias, outputs, options, backend)
         return keep_emended("dual", emended, column, need_weight, need_bias)
     plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
     if plan.solver == "cg":
@@ -316,14 +316,14 @@ class UpdatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, _, _, weight, bias, ctx.step, *rest = inputs
+        x, _, _, weight, bias, ctx.step, ctx.ratio, *rest = inputs
         _keep(ctx, x, weight, Prepared(*rest))
         ctx.step.used_by(ctx)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.step.backward(ctx, dy), *(None,) * 11
+        return ctx.step.backward(ctx, dy), *(None,) * 12
 
 
 def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
@@ -337,7 +337,7 @@ def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
         flat_x = None if x is None else x.reshape(rows, x.shape[-1])
         prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
         with full_precision(dy.device.type):
-            ctx.step.update(wants_weight, wants_bias, prepared, flat_x, dy.reshape(rows, dy.shape[-1]))
+            ctx.step.update(wants_weight, wants_bias, prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.ratio)
     return dx
 
 

@@ -98,7 +98,8 @@ class Conv2d(EmendedConvNd, nn.Conv2d):
         damping: As `consequentialism.Linear`, and so all keywords after it; ``min(N, I)`` is the rank that a
             relative damping is relative to. Where ``min(N, I)`` exceeds 2,000 times a relative damping, and for
             every absolute one, Gram and gradient are computed in float64.
-        scale: ``"nlms"`` multiplies by the batch size, the number of samples that a mean-reduced loss divides by.
+        scale: ``"nlms"`` multiplies by the batch size, the number of samples that a mean-reduced loss divides by,
+            unless `set_samples` says otherwise.
         backend: ``"cuda"`` has no convolution kernels yet: patches are then streamed by stock
             operations; ``"triton"`` sums up the Gram without them, whatever ``patch_bytes``.
         patch_bytes: Memory for unfolded patches, in bytes.

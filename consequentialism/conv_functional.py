@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import conjugate, cost, dispatch, ops, reference
+from . import conjugate, cost, dispatch, distributed, ops, reference
 from .autograd import full_precision, once_differentiable
 from .functional import _autocast, _check_floating, _check_match, _check_transforms
-from .options import Form, Options
+from .options import Form, Options, Scale
 from .reference import compute_dtype, conv_blocks, conv_errors, conv_output_size, float32_is_enough
+from .samples import counted, ratio, scaled
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Sizes = int | Sequence[int]
@@ -63,7 +64,8 @@ def emended_conv(
         weight: ``[O, C/groups, *kernel]``.
         bias: ``[O]`` or None.
         stride, padding, dilation, groups: As `torch.nn.functional.conv2d`, ``"same"`` and ``"valid"`` included.
-        **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by the batch size.
+        **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by the batch size, or
+            by ``samples``.
 
     Returns:
         ``[B, O, *positions]``, what torch's own convolution returns.
@@ -89,6 +91,8 @@ def emended_conv_with(
     options: Options,
 ) -> Tensor:
     """`emended_conv` with its options as one object."""
+    if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
+        weight, bias, options = counted(weight, bias, options, x.shape[0] if x.ndim == weight.ndim else 1)
     x, weight, bias = _autocast(x, weight, bias)
     _check_conv(x, weight, bias)
     convolution = CONVOLUTIONS[weight.ndim - 2]
@@ -134,7 +138,8 @@ def emended_conv_weight_grad(
         dy: The loss's gradient with respect to the layer's output, ``[B, O, *positions]``, of x's type.
         kernel_size, stride, padding, dilation, groups: As `torch.nn.Conv2d`; numbers stand for all dimensions.
         bias: Whether the layer has a bias: every patch then reads as with a constant 1 appended.
-        **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by the batch size.
+        **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by the batch size, or
+            by ``samples``.
 
     Returns:
         ``dw [O, C/groups, *kernel]`` and ``db [O]`` or None, in x's type.
@@ -179,6 +184,9 @@ def emended_conv_weight_grad(
     with torch.no_grad(), full_precision(x.device.type):
         prepared = prepare(x, geometry, bias, dy.shape[1], settings)
         _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, False)
+        by = ratio(settings, x.shape[0], x) if settings.process_group is None else None
+        if by is not None:
+            dw, db = scaled(dw, by), None if db is None else scaled(db, by)
     return dw, db
 
 
@@ -207,12 +215,16 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
     solver = cost.conv_solver(rows, inputs, outputs // geometry.groups, x.dtype, options)
     if solver == "cg":
         form = "primal"
+    scale: Scale = options.scale
+    samples: float = 1
     if options.process_group is not None:
         # Both forms are equal; the primal one needs no other rank's rows. Exchanging the counts waits for the device.
         form = "primal"
-        counts = torch.tensor([rows, batch], device=x.device)
-        dist.all_reduce(counts, group=options.process_group)
-        rows, batch = counts.tolist()
+        shape = f"convolution, C={x.shape[1]}, O={outputs}, bias={bias}, {geometry}"
+        counts = distributed.exchange_counts(shape, rows, batch, x, options)
+        rows = sum(counts.rows)
+        if scale == "nlms":
+            scale, samples = "raw", counts.samples  # which need not be a whole number
     rank = max(min(rows, inputs), 1)
     dtype = compute_dtype(x.dtype)
     enough = float32_is_enough(rows, inputs, x.dtype, options.damping, options.damping_mode)
@@ -224,13 +236,15 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
     else:
         gram = _primal_gram(backend, x, geometry, bias, options.patch_bytes, dtype)
     if options.process_group is not None:
-        dist.all_reduce(gram, group=options.process_group)
-    arguments = (options.damping, options.damping_mode, options.scale, rank, batch)
+        dist.all_reduce(gram, group=distributed.group_of(options))
+    arguments = (options.damping, options.damping_mode, scale, rank, batch)
     if solver == "cg":
         return Prepared(form, gram, (*arguments, options.iterations))
     if geometry.groups == 1:
-        return Prepared(form, backend.factor(gram[0], *arguments)[None], None)
-    return Prepared(form, (ops if _compiled(backend, x) else reference).factor(gram, *arguments), None)
+        inverse = backend.factor(gram[0], *arguments)[None]
+    else:
+        inverse = (ops if _compiled(backend, x) else reference).factor(gram, *arguments)
+    return Prepared(form, inverse if samples == 1 else inverse * samples, None)
 
 
 def _compiled(backend: Any, x: Tensor) -> bool:

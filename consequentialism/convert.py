@@ -68,7 +68,7 @@ def convert(
     batch = FactorBatch() if batch_factors else None
     tied = _tied_parameters(model)
     attention = _inside_attention(model)
-    chosen: list[nn.Module] = []
+    chosen: list[tuple[str, nn.Module]] = []
     left_alone: list[str] = []
     for name, module in model.named_modules():
         weights = [p for p in module._parameters.values() if p is not None]
@@ -80,12 +80,13 @@ def convert(
             continue
         reason = _obstacle(module, tied)
         if reason is None:
-            chosen.append(module)
+            chosen.append((name, module))
         else:
             left_alone.append(f"{name or '(the model itself)'}: {reason}")
-    for module in chosen:
+    for name, module in chosen:
         emended = module if isinstance(module, EmendedModule) else _swap(module, EMENDED[type(module)])
         emended.set_options(settings)  # type: ignore[operator]
+        emended.qualified_name = name  # type: ignore[assignment]
         module.__dict__.pop("factor_batch", None)
         if batch is not None and isinstance(module, Linear):
             module.factor_batch = batch
@@ -108,7 +109,7 @@ def revert(model: Model) -> Model:
         plain = PLAIN.get(type(module))
         if plain is None:
             continue
-        for name in (*OPTION_NAMES, "factor_batch"):
+        for name in (*OPTION_NAMES, "factor_batch", "qualified_name"):
             module.__dict__.pop(name, None)
         _swap(module, plain)
     return model

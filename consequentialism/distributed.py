@@ -6,47 +6,181 @@ mean over ranks that DDP and FSDP2 take of the gradients makes it the emended gr
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .options import Options
-from .reference import apply_inverse, compute_dtype, emended_dtype
+from .reference import apply_inverse, compute_dtype, emended_dtype, float32_is_enough
+from .samples import count
+
+WITNESSES = 8  # elements of a layer's weight that ranks compare
+LABEL_BYTES = 512
 
 
-def emended_input(x: Tensor, bias: bool, options: Options, backend: Any) -> tuple[Tensor, Tensor]:
+class Peers(NamedTuple):
+    """A process group as one layer uses it: what stands in `Options.process_group` while a layer runs."""
+
+    group: dist.ProcessGroup
+    layer: nn.Module
+
+    def name(self) -> str:
+        """The layer's fully qualified name where `convert` has seen it, else nothing."""
+        return getattr(self.layer, "qualified_name", None) or ""
+
+    def witnesses(self) -> Tensor | None:
+        """Elements of the weight ``[WITNESSES]`` or fewer; None where it is computed, and may differ between ranks."""
+        weight = self.layer._parameters.get("weight")
+        if not isinstance(weight, nn.Parameter) or hasattr(weight, "to_local"):
+            return None
+        flat = weight.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // WITNESSES)][:WITNESSES]
+
+
+class SavedGroup:
+    """A layer's process group in its state: copies share it, and a file, which cannot hold one, says which it was."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        if self.group is None:
+            return _loaded_group, ("none",)
+        return _loaded_group, ("default" if self.group is _default_group() else "another",)
+
+
+def _default_group() -> Any:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def _loaded_group(kind: str) -> SavedGroup:
+    group = _default_group() if kind == "default" else None
+    if kind != "none" and group is None:
+        what = "it was not the default group" if kind == "another" else "torch.distributed is not initialized"
+        warnings.warn(
+            f"consequentialism: a layer was saved with process_group= and is loaded without one ({what}): its "
+            "gradients are those of this rank's batch alone until its process_group is set again",
+            UserWarning,
+            stacklevel=2,
+        )
+    return SavedGroup(group)
+
+
+class Counts(NamedTuple):
+    """What the ranks hold together."""
+
+    rows: list[int]  # of each rank
+    samples: float  # what ``scale="nlms"`` multiplies by, the sum over the ranks
+
+
+def group_of(options: Options) -> dist.ProcessGroup | None:
+    """The process group itself."""
+    group = options.process_group
+    return group.group if isinstance(group, Peers) else group
+
+
+def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: Options) -> Counts:
+    """Tell all ranks how many rows this one has, and of which layer. Waits for the device.
+
+    Every collective of a layer begins with this one, of the same size for all layers, so that ranks which have come to
+    different layers find it out here, all of them, before any rows are mixed.
+
+    Args:
+        shape: The layer's kind and sizes, equal on all ranks.
+        rows: ``N`` of this rank.
+        samples: What it counts for ``scale="nlms"`` where ``options.samples`` is None.
+        like: A tensor of the type that is exchanged next, and on its device.
+
+    Raises:
+        RuntimeError: The ranks run different layers, or one layer with different options; on every rank.
+    """
+    peers, group = options.process_group, group_of(options)
+    name, witnesses = (peers.name(), peers.witnesses()) if isinstance(peers, Peers) else ("", None)
+    settings = f"damping={options.damping!r}, damping_mode={options.damping_mode!r}, scale={options.scale!r}"
+    label = f"{shape}, {like.dtype}, {settings}"
+    label = f"{name!r}: {label}" if name else f"a layer without a name: {label}"
+    digest = hashlib.blake2b(label.encode(), digest_size=6).digest()  # exact in float64
+    own = torch.tensor([rows, samples, int.from_bytes(digest, "big")], dtype=torch.float64, device=like.device)
+    own = torch.cat([own, own.new_zeros(WITNESSES)])
+    if options.samples is not None:
+        own[1] = count(options.samples, like.device)
+    if witnesses is not None:
+        own[3 : 3 + witnesses.shape[0]] = witnesses
+    table = _all_gather(own, group).tolist()
+    if any(_differ(table[0], other) for other in table):
+        raise RuntimeError(_different_layers(label, like.device, group))
+    return Counts([int(line[0]) for line in table], sum(line[1] for line in table))
+
+
+def _differ(one: list[float], other: list[float]) -> bool:
+    """Whether two ranks' lines are those of different layers.
+
+    Replicas have equal weights up to rounding, and different layers have weights that have nothing to do with each
+    other; in between is a tenth. NaN, as in weights that have diverged, is no difference.
+    """
+    if one[2] != other[2]:
+        return True
+    a, b = one[3:], other[3:]
+    size = max(sum(x * x for x in a), sum(x * x for x in b))
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) > 0.01 * size
+
+
+def _different_layers(label: str, device: torch.device, group: dist.ProcessGroup | None) -> str:
+    """What all ranks are running, gathered for an error."""
+    own = torch.tensor(list(label.encode()[:LABEL_BYTES].ljust(LABEL_BYTES)), dtype=torch.uint8, device=device)
+    labels = [bytes(line).decode(errors="replace").rstrip() for line in _all_gather(own, group).tolist()]
+    ranks = "; ".join(f"rank {rank} runs {one}" for rank, one in enumerate(labels))
+    what = "layers with different weights" if len(set(labels)) == 1 else "different layers, or one with other options"
+    return (
+        f"consequentialism: process_group: the ranks have come to {what}, whose rows do not belong into one Gram: "
+        f"{ranks}. Every rank must run the same emended layers in the same order, a rank that has no rows with an "
+        "empty batch; leave layers that only some ranks run, such as experts, without process_group="
+    )
+
+
+def _all_gather(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[ranks, ...]``."""
+    gathered = own.new_empty(dist.get_world_size(group), *own.shape)
+    # Its name from torch 2.13 on, where the old one warns.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(gathered.flatten(0, 1), own, group=group)
+    return gathered
+
+
+def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend: Any) -> tuple[Tensor, Tensor]:
     """This rank's rows of the global emended input ``[N, I]``, and of its column for the bias ``[N]``.
 
     Every rank of the group must call it, with any number of rows, none included. The numbers of rows are
     exchanged first, which waits for the device once; the form then follows from their sum, so that all ranks
-    agree. The dual form gathers the inputs, the primal one sums the Grams.
+    agree. The dual form gathers the inputs, the primal one sums the Grams, in float64 where float32 would lose the
+    inverse's digits.
     """
-    group = options.process_group
-    rows = _row_counts(x, group)
-    total, inputs = sum(rows), x.shape[1] + bias
-    rank = max(min(total, inputs), 1)
+    group, inputs = group_of(options), x.shape[1] + bias
+    shape = f"linear, I={x.shape[1]}, O={outputs}, bias={bias}"
+    counts = exchange_counts(shape, x.shape[0], x.shape[0], x, options)
+    total = sum(counts.rows)
     work = x.to(compute_dtype(x.dtype))
+    damping, mode = options.damping, options.damping_mode
+    scale = "raw" if options.scale == "nlms" else options.scale  # times the samples, which need not be the rows
     if total <= inputs:
-        batch, begin = _gather_rows(work, rows, group)
-        arguments = (options.damping, options.damping_mode, options.scale)
-        emended, column = backend.emended_input(batch, bias, "dual", *arguments)
+        batch, begin = _gather_rows(work, counts.rows, group)
+        emended, column = backend.emended_input(batch, bias, "dual", damping, mode, scale)
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
     else:
+        if not float32_is_enough(total, inputs, x.dtype, damping, mode) and x.device.type != "mps":
+            work = work.double()
         gram = backend.input_gram(work, bias, "primal")
         dist.all_reduce(gram, group=group)
-        inverse = backend.factor(gram, options.damping, options.damping_mode, options.scale, rank, total)
+        inverse = backend.factor(gram, damping, mode, scale, max(min(total, inputs), 1), total)
         emended, column = apply_inverse(inverse, work, bias, "primal")
-    return emended.to(emended_dtype(x.dtype)), column
-
-
-def _row_counts(x: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    own = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
-    counts = own.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(counts, own, group=group)
-    return [int(count) for count in counts.tolist()]
+    if options.scale == "nlms":
+        emended, column = emended * counts.samples, column * counts.samples
+    return emended.to(emended_dtype(x.dtype)), column.to(compute_dtype(x.dtype))
 
 
 def _gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
@@ -54,7 +188,14 @@ def _gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup | None) ->
     longest = max(rows)
     own = x.new_zeros(longest, x.shape[1])
     own[: x.shape[0]] = x
-    gathered = x.new_empty(len(rows) * longest, x.shape[1])
-    dist.all_gather_into_tensor(gathered, own, group=group)
-    parts = [gathered[i * longest : i * longest + count] for i, count in enumerate(rows)]
+    gathered = _all_gather(own, group)  # [ranks, longest, I]
+    parts = [gathered[i, :count] for i, count in enumerate(rows)]
     return torch.cat(parts), sum(rows[: dist.get_rank(group)])
+
+
+# torch.compiler.disable, which would import all of Dynamo.
+exchange_counts._torchdynamo_disable = True  # type: ignore[attr-defined]
+exchange_counts._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "consequentialism: process_group= does not support torch.compile in a full graph, because the host must learn the "
+    "ranks' numbers of rows. Compile without fullgraph=True"
+)

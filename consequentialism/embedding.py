@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import distributed, samples
 from .linear import EmendedModule
 from .options import DampingMode, Options, Scale, Solver
 from .reference import embedding_counts, emended_embedding_rows
@@ -19,26 +20,35 @@ class EmendedEmbedding(torch.autograd.Function):
     """A look-up whose weight gradient is ``sum of dy over occurrences / (count + c)``."""
 
     @staticmethod
-    def forward(weight: Tensor, indices: Tensor, padding_idx: int | None, sparse: bool, options: Options) -> Tensor:
+    def forward(
+        weight: Tensor,
+        indices: Tensor,
+        padding_idx: int | None,
+        sparse: bool,
+        options: Options,
+        counted: Tensor | None,
+    ) -> Tensor:
         return F.embedding(indices, weight, padding_idx)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, indices, ctx.padding_idx, ctx.sparse, ctx.options = inputs
+        weight, indices, ctx.padding_idx, ctx.sparse, ctx.options, counted = inputs
         ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
-        ctx.save_for_backward(indices)
+        ctx.save_for_backward(indices, counted)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
+        indices, counted = ctx.saved_tensors
         flat, errors = indices.reshape(-1), dy.reshape(-1, dy.shape[-1])
         counts, rows = embedding_counts(flat, ctx.num_embeddings, ctx.padding_idx)
         options = ctx.options
+        multiplier: float | Tensor | None = counted
         if options.process_group is not None:
-            totals = torch.cat([counts, rows[None]])
-            dist.all_reduce(totals, group=options.process_group)
-            counts, rows = totals[:-1], totals[-1]
+            shape = f"embedding, V={ctx.num_embeddings}, E={errors.shape[1]}"
+            exchanged = distributed.exchange_counts(shape, flat.shape[0], flat.shape[0], errors, options)
+            dist.all_reduce(counts, group=distributed.group_of(options))
+            rows, multiplier = rows.new_full((), sum(exchanged.rows)), exchanged.samples
         emended = emended_embedding_rows(
             flat,
             errors,
@@ -48,6 +58,7 @@ class EmendedEmbedding(torch.autograd.Function):
             damping=options.damping,
             damping_mode=options.damping_mode,
             scale=options.scale,
+            samples=multiplier,
         )
         if ctx.sparse:
             size = (ctx.num_embeddings, errors.shape[1])
@@ -56,7 +67,7 @@ class EmendedEmbedding(torch.autograd.Function):
             padding_idx = -1 if ctx.padding_idx is None else ctx.padding_idx
             dw = torch.ops.aten.embedding_dense_backward(emended, flat, ctx.num_embeddings, padding_idx, False)
             dw = dw.to(ctx.dtype)
-        return dw, None, None, None, None
+        return dw, None, None, None, None, None
 
 
 class Embedding(EmendedModule, nn.Embedding):
@@ -70,7 +81,8 @@ class Embedding(EmendedModule, nn.Embedding):
         num_embeddings: ``V``, and all further positional arguments as `torch.nn.Embedding`.
             ``scale_grad_by_freq`` is refused: emending already divides by the counts.
         damping: As `consequentialism.Linear`, and so all keywords after it; ``min(N, V)`` is the rank that a
-            relative damping is relative to.
+            relative damping is relative to. ``scale="nlms"`` multiplies by all ``N`` indices, those at ``padding_idx``
+            included, unless `set_samples` says otherwise. With ``process_group=`` ranks communicate in backward.
 
     Shape:
         ``[...] -> [..., embedding_dim]``.
@@ -130,4 +142,5 @@ class Embedding(EmendedModule, nn.Embedding):
             raise RuntimeError("consequentialism.Embedding does not support torch.func transforms; use revert() first")
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.embedding(input, self.weight, self.padding_idx)
-        return EmendedEmbedding.apply(self.weight, input, self.padding_idx, self.sparse, options)
+        counted = None if options.samples is None else samples.count(options.samples, self.weight.device)
+        return EmendedEmbedding.apply(self.weight, input, self.padding_idx, self.sparse, options, counted)

@@ -23,6 +23,7 @@ from .autograd import (
 )
 from .factor_batch import FactorBatch, deferred_linear
 from .options import Options
+from .samples import counted, ratio, scaled
 
 if TYPE_CHECKING:
     from .optim.fused_sgd import LayerStep
@@ -42,7 +43,8 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
         x: ``[..., I]``; all leading dimensions are rows.
         weight: ``[O, I]``.
         bias: ``[O]`` or None.
-        **options: The fields of `consequentialism.Options`.
+        **options: The fields of `consequentialism.Options`; ``samples`` is what ``scale="nlms"`` multiplies by
+            instead of the rows.
 
     Returns:
         ``[..., O]``.
@@ -61,6 +63,8 @@ def emended_linear_with(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, batch: FactorBatch | None = None
 ) -> Tensor:
     """`emended_linear` with its options as one object, and where ``batch`` is one, factored with its other layers."""
+    if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
+        weight, bias, options = counted(weight, bias, options, math.prod(x.shape[:-1]))
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear(x, weight, bias)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
@@ -142,7 +146,7 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
                 bias is not None and bias.requires_grad,
             )
     views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, *prepared)
+    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, ratio(options, rows, weight), *prepared)
 
 
 def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +156,8 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
         x: The layer's input, ``[..., I]``.
         dy: The loss's gradient with respect to the layer's output, ``[..., O]``, of x's type.
         bias: Whether the layer has a bias: ``x`` then reads as with a constant 1 appended.
-        **options: The fields of `consequentialism.Options`.
+        **options: The fields of `consequentialism.Options`; ``samples`` is what ``scale="nlms"`` multiplies by
+            instead of the rows.
 
     Returns:
         ``dw [O, I]`` and ``db [O]`` or None, in x's type.
@@ -180,6 +185,9 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
         prepared = prepare(x, bias, outputs, settings, backend, True, bias, fusible=True)
         dw, db = weight_grad(prepared, x, dy, backend, bias)
         assert dw is not None
+        by = ratio(settings, rows, x) if settings.process_group is None else None
+        if by is not None:
+            dw, db = scaled(dw, by), None if db is None else scaled(db, by)
         return dw, db
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import Peers, SavedGroup
 from .factor_batch import FactorBatch
 from .functional import emended_linear_with, updated_linear_with
-from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver
+from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver, check_samples
+from .samples import count
 
 if TYPE_CHECKING:
     from .optim.fused_sgd import LayerStep
@@ -27,6 +29,8 @@ class EmendedModule(nn.Module):
     patch_bytes: int
     solver: Solver = Options.solver  # the class's values serve modules pickled before there were these
     iterations: int = Options.iterations
+    samples: int | Tensor | None = None  # set by set_samples
+    qualified_name: str | None = None  # set by convert: where in the model the layer is
     layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
     factor_batch: FactorBatch | None = None  # set by convert(batch_factors=True), on this instance only
 
@@ -36,23 +40,76 @@ class EmendedModule(nn.Module):
             setattr(self, name, getattr(options, name))
 
     def options(self) -> Options:
-        """The options as they are now, checked."""
-        return Options(**{name: getattr(self, name) for name in OPTION_NAMES})
+        """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
+        values = {name: getattr(self, name) for name in OPTION_NAMES}
+        if self.process_group is not None:
+            values["process_group"] = Peers(self.process_group, self) if self.training else None
+        return Options(**values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        kept = {name: value for name, value in self.__dict__.items() if name != "samples"}  # those of this batch
+        copied.__dict__.update(copy.deepcopy(kept, memo))
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "samples"}
+        state["process_group"] = SavedGroup(self.process_group)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        group = state.get("process_group")
+        super().__setstate__({**state, "process_group": group.group if isinstance(group, SavedGroup) else group})
 
     def extra_repr(self) -> str:
         default = Options()
-        shown = (name for name in OPTION_NAMES if name != "process_group")
+        shown = (name for name in OPTION_NAMES if name not in ("process_group", "samples"))
         changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
         if self.factor_batch is not None:
             changed.append("batch_factors=True")
         return ", ".join([super().extra_repr(), *changed])
+
+
+def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:
+    """Say how many samples the loss divides by, to all emended layers of ``model``, until it is said again.
+
+    ``scale="nlms"`` multiplies a gradient by the number of samples, because a mean-reduced loss has divided by it. That
+    number is taken to be the rows of linear and embedding layers (all leading dimensions, rows of zeros included) and
+    the batch size of convolutions. Where the loss divides by another one, such as the tokens that are not padding, the
+    labels that are not ignored, or the sequences, say so before forward:
+
+        cw.set_samples(model, labels != -100)
+
+    It must stay as it is until backward has ended, for checkpointing runs forward again there. It is not saved: not in
+    ``state_dict``, not in copies and pickles. ``scale="raw"`` and ``"gradient"`` do not count samples.
+
+    Args:
+        model: Any module, also a single layer.
+        samples: An integer of at least 0; a 0-dimensional tensor; a mask, whose sum it is; or None, the default. The
+            host does not read a tensor. Of 0 samples the gradient is zero. With ``process_group=``, of this rank's
+            batch; the ranks' are summed.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``samples`` of another type.
+        ValueError: A number below 0.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+    if samples is not None:
+        check_samples(samples)
+    counts: dict[torch.device, Tensor] = {}  # a tensor, so that torch.compile does not compile for each number
+    for layer in model.modules():
+        if not isinstance(layer, EmendedModule):
+            continue
+        if samples is None:
+            layer.__dict__.pop("samples", None)
+            continue
+        device = samples.device if isinstance(samples, Tensor) else next(layer.parameters()).device
+        if device not in counts:
+            counts[device] = count(samples, device)
+        layer.samples = counts[device]
 
 
 class Linear(EmendedModule, nn.Linear):
@@ -70,11 +127,17 @@ class Linear(EmendedModule, nn.Linear):
         damping: Ridge, above 0; see ``damping_mode``.
         damping_mode: ``"relative"``: ``c = damping * trace(x x^T) / min(N, I)``; ``"absolute"``: ``c = damping``.
         scale: What the learning rate means: ``"nlms"``, the NLMS step size for mean-reduced losses (about 1 is a good
-            start for SGD); ``"raw"``, the formula as it stands; ``"gradient"``, times ``c``, so that large
+            start for SGD), times the number of samples, which are all rows, padding included, unless `set_samples` says
+            otherwise; ``"raw"``, the formula as it stands; ``"gradient"``, times ``c``, so that large
             damping is plain backpropagation.
         backend: ``"auto"``, or one of `consequentialism.backends`.
         process_group: Ranks that together hold the batch; each then gets the emended gradient of the global
-            batch under DDP's and FSDP2's mean.
+            batch under DDP's and FSDP2's mean. All ranks must run the same layers in the same order; different ones
+            (told apart by the names that `convert` gave, sizes, options and a few weights, which must be
+            equal as under DDP) are an error on every rank. A rank that leaves out a layer and runs none after it is
+            found by the group's timeout only. In eval mode nothing is communicated, and every rank takes its own batch
+            alone. Where ranks have uneven inputs, give empty batches, or use
+            ``DistributedDataParallel.join(throw_on_early_termination=True)``.
         solver: ``"auto"``, ``"cholesky"`` or ``"cg"``, as in `consequentialism.Options`.
         iterations: Of ``solver="cg"``.
         device: As `torch.nn.Linear`.
@@ -86,6 +149,7 @@ class Linear(EmendedModule, nn.Linear):
     Raises:
         TypeError: An option or input of the wrong type.
         ValueError: An option out of its range, or an input whose last dimension is not ``I``.
+        RuntimeError: Ranks of a process group that run different layers.
     """
 
     def __init__(

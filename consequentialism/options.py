@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numbers
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +34,8 @@ class Options:
         damping_mode: ``"relative"`` or ``"absolute"``.
         scale: ``"nlms"`` (times the number of samples, ``lr`` is NLMS's step size), ``"raw"`` (the
             formula as it stands) or ``"gradient"`` (times the ridge ``c``, so that large damping is
-            plain backpropagation).
+            plain backpropagation). The samples are the rows of linear and embedding layers, those of zeros included,
+            and the batch size of convolutions, unless ``samples`` says otherwise.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         process_group: The group whose ranks together hold the batch, or None.
         patch_bytes: Memory that a convolution may take for unfolded patches, in bytes; a whole number above 0.
@@ -40,6 +43,10 @@ class Options:
             error is that of ``docs/solvers.md``) or ``"auto"``: conjugate gradients where they cost less and
             ``damping`` is so large that their error is below the rounding of the result, else Cholesky.
         iterations: How many conjugate gradient iterations, an integer above 0.
+        samples: The number that a mean-reduced loss divides by, where it is not the number of samples above: an
+            integer of at least 0, a 0-dimensional tensor, a mask whose sum it is, or None. Of 0 samples the gradient is
+            zero. It is what ``scale="nlms"`` multiplies by; the ridge counts all rows. With a process group, of
+            this rank. Tensors are read on their device. See `consequentialism.set_samples`.
     """
 
     damping: float = 1.0
@@ -50,6 +57,7 @@ class Options:
     patch_bytes: int = 64 * 2**20
     solver: Solver = "auto"
     iterations: int = 16
+    samples: int | Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -59,6 +67,8 @@ class Options:
         check_patch_bytes(self.patch_bytes)
         check_choice("solver", self.solver, SOLVERS)
         check_iterations(self.iterations)
+        if self.samples is not None:
+            check_samples(self.samples)
         if self.solver == "cg" and self.process_group is not None:
             raise ValueError("solver must be 'auto' or 'cholesky' with a process_group, got 'cg'")
 
@@ -81,6 +91,19 @@ def check_iterations(iterations: Any) -> None:
         raise TypeError(f"iterations must be an integer above 0, got {iterations!r} ({type(iterations).__name__})")
     if iterations < 1:
         raise ValueError(f"iterations must be above 0, got {iterations!r}")
+
+
+def check_samples(samples: Any) -> None:
+    """Raise unless ``samples`` is an integer of at least 0 or a real tensor, which is not read."""
+    allowed = "an integer of at least 0, a tensor (a number or a mask) or None"
+    if isinstance(samples, Tensor):
+        if samples.is_complex():
+            raise TypeError(f"samples must be {allowed}, got a tensor of {samples.dtype}")
+        return
+    if isinstance(samples, bool) or not isinstance(samples, numbers.Integral):
+        raise TypeError(f"samples must be {allowed}, got {samples!r} ({type(samples).__name__})")
+    if int(samples) < 0:
+        raise ValueError(f"samples must be {allowed}, got {samples!r}")
 
 
 def check_patch_bytes(patch_bytes: Any) -> None:

@@ -415,6 +415,7 @@ def emended_embedding_rows(
     damping: float = 1.0,
     damping_mode: DampingMode = "relative",
     scale: Scale = "nlms",
+    samples: float | Tensor | None = None,
 ) -> Tensor:
     """``dy`` with each row divided by ``count + c``: summed over occurrences, the emended gradient.
 
@@ -426,6 +427,7 @@ def emended_embedding_rows(
         dy: ``[N, E]``.
         counts: ``[V]``, as `embedding_counts` gives them.
         rows: ``N``, 0-dimensional, likewise.
+        samples: What ``scale="nlms"`` multiplies by; None for ``rows``.
 
     Returns:
         ``[N, E]`` in float32 or float64.
@@ -434,7 +436,7 @@ def emended_embedding_rows(
     c = damping * counts.sum() / rank if damping_mode == "relative" else counts.new_full((), damping)
     weight = 1 / (counts[indices] + c)  # [N]
     if scale == "nlms":
-        weight = weight * rows
+        weight = weight * (rows if samples is None else samples)
     elif scale == "gradient":
         weight = weight * c
     if padding_idx is not None:

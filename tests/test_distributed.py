@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
+from pathlib import Path
 from typing import Any
 
 import distributed_workers as workers
 import pytest
 import torch
 import torch.distributed as dist
-from cases import EXACT, F32, F64, TOLERANCE, assert_close, assert_grads_close, oracle, randn
+from cases import (
+    BF16,
+    EXACT,
+    F32,
+    F64,
+    FACTOR,
+    FLOOR,
+    TOLERANCE,
+    assert_close,
+    assert_grads_close,
+    error_of,
+    join,
+    make_input,
+    oracle,
+    randn,
+)
 from torch import Tensor, nn
 
 import consequentialism as cw
@@ -52,6 +70,7 @@ def tokens(rows: int) -> tuple[Tensor, Tensor]:
     return torch.arange(3 * rows).reshape(rows, 3) * 7 % 11, torch.arange(rows) % 3
 
 
+SAMPLES = [4, 1]
 INDICES = torch.arange(12) * 5 % 7
 
 
@@ -61,6 +80,26 @@ CONVOLUTIONS = [(counts, size) for counts in ([2, 2], [1, 3], [0, 2]) for size i
 
 def images(counts: list[int], size: int) -> tuple[Tensor, Tensor]:
     return randn(sum(counts), 4, size, size), randn(sum(counts), 6, size - 2, size - 2, seed=1)
+
+
+# Grams whose inverse float32 cannot hold: of linear layers in both forms, of a convolution.
+ACCURACY_COUNTS = [20, 28]
+ACCURACY_SIZES = {"primal": (9,), "dual": (60,), "convolution": (2, 6, 6)}
+ACCURACY_KINDS = ("correlated", "near_duplicates", "badly_scaled", "decaying")
+ACCURACY_OPTIONS: list[dict[str, Any]] = [
+    {"damping": 1e-2},
+    {"damping": 1e-4},
+    {"damping": 1e-6},
+    {"damping": 1e-4, "damping_mode": "absolute"},
+]
+ACCURACY_CASES = [(name, kind, dtype) for name in ACCURACY_SIZES for kind in ACCURACY_KINDS for dtype in (F32, BF16)]
+
+
+def accuracy_batch(name: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size, rows = ACCURACY_SIZES[name], sum(ACCURACY_COUNTS)
+    x = make_input(kind, rows, math.prod(size)).reshape(rows, *size).to(dtype)
+    positions = [one - 2 for one in size[1:]]
+    return x, randn(rows, OUTPUTS, *positions, seed=1, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +116,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for wrap in WRAPS:
         for counts, size in CONVOLUTIONS:
             jobs[f"convolution {wrap} {counts} {size}"] = (workers.convolution, (*images(counts, size), counts, wrap))
+    for one in ACCURACY_CASES:
+        jobs[f"accuracy {one}"] = (workers.functional, (*accuracy_batch(*one), ACCURACY_COUNTS, ACCURACY_OPTIONS))
+    jobs["different layers"] = (workers.different_layers, ())
+    jobs["no false alarm"] = (workers.no_false_alarm, ())
+    jobs["evaluation"] = (workers.evaluation, ())
+    jobs["uneven inputs"] = (workers.uneven_inputs, ())
+    jobs["saved"] = (workers.saved, ())
+    jobs["compiled"] = (workers.compiled, ())
+    jobs["samples"] = (workers.samples, (SAMPLES,))
     jobs["deep copy"] = (workers.deep_copy, (randn(4, 5), randn(4, 3)))
     return workers.launch(jobs, tmp_path_factory.mktemp("processes"))
 
@@ -170,3 +218,91 @@ def test_deep_copy_shares_the_group(found: list[dict[str, Any]]) -> None:
     for result in results_of(found, "deep copy"):
         own, copied = result["gradients"]
         assert_close("dw of the copy", copied, own, TOLERANCE[F64])
+
+
+@pytest.mark.parametrize("one", ACCURACY_CASES, ids=str)
+def test_digits_are_those_of_one_process(found: list[dict[str, Any]], one: tuple[str, str, torch.dtype]) -> None:
+    x, dy = accuracy_batch(*one)
+    ranks = results_of(found, f"accuracy {one}")
+    gradient = cw.emended_weight_grad
+    if x.ndim > 2:
+        gradient = functools.partial(cw.emended_conv_weight_grad, kernel_size=3)  # type: ignore[assignment]
+    for options in ACCURACY_OPTIONS:
+        own = sum(join(*(g.flatten(1) if g.ndim > 1 else g for g in rank[str(options)])) for rank in ranks)
+        expected, alone = (
+            join(*(g.flatten(1) if g.ndim > 1 else g for g in gradient(a, b, **options)))
+            for a, b in ((x.double(), dy.double()), (x, dy))
+        )
+        bound = FACTOR * error_of(alone, expected) + FLOOR[one[2]]
+        assert_close(f"{one}, {options}", own, expected, bound)
+
+
+def test_different_layers_are_an_error_on_every_rank(found: list[dict[str, Any]]) -> None:
+    names = {
+        "named experts": ("'0'", "'1'"),
+        "experts of zeros": ("'0'", "'1'"),
+        "find_unused_parameters": ("'0'", "'1'"),
+        "unnamed experts": ("different weights", "without a name"),
+        "a layer skipped": ("'0'", "'1'"),
+        "another kind": ("linear", "convolution"),
+        "in backward": ("embedding", "linear"),
+        "other options": ("damping=0.5", "damping=1.5"),
+        "another type": ("torch.float32", "torch.float64"),
+    }
+    for result in results_of(found, "different layers"):
+        for name, message in result.items():
+            for part in ("process_group", "rank 0 runs", "rank 1 runs", *names[name]):
+                assert part in message, f"{name}: {message!r}"
+
+
+def test_equal_layers_are_no_error(found: list[dict[str, Any]]) -> None:
+    results_of(found, "no false alarm")
+
+
+def test_eval_mode_is_silent(found: list[dict[str, Any]]) -> None:
+    alone = results_of(found, "evaluation")[0]
+    assert list(alone) == ["Linear", "Conv1d", "Embedding"]
+    for name, (own, expected) in alone.items():
+        for k, (a, b) in enumerate(zip(own, expected, strict=True)):
+            assert_close(f"{name}, {k}", a, b, 0)
+
+
+def test_uneven_inputs_can_end_training_on_all_ranks(found: list[dict[str, Any]]) -> None:
+    for result in results_of(found, "uneven inputs"):
+        assert result["steps"] == 1
+        assert "exhausted" in result["error heard"]
+
+
+def test_a_saved_model(found: list[dict[str, Any]]) -> None:
+    for result in results_of(found, "saved"):
+        assert result["default"] == ("default", [], True)
+        assert result["none"] == (None, [], True)
+        group, (warning,), shared = result["another"]
+        assert group is None
+        assert shared
+        assert "process_group" in warning
+
+
+def test_saved_without_a_group_to_load_into(tmp_path: Path) -> None:
+    layer = cw.Linear(4, 3, process_group=object())
+    torch.save(layer, tmp_path / "layer.pt")
+    with pytest.warns(UserWarning, match="process_group"):
+        loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert loaded.process_group is None
+    assert loaded.options() == cw.Options()
+
+
+def test_compile(found: list[dict[str, Any]]) -> None:
+    for result in results_of(found, "compiled"):
+        for name, (own, expected, message) in result.items():
+            for k, (a, b) in enumerate(zip(own, expected, strict=True)):
+                assert_close(f"{name}, {k}", a, b, TOLERANCE[F32])
+            assert "process_group= does not support torch.compile in a full graph" in message, name
+
+
+def test_samples_are_summed_over_ranks(found: list[dict[str, Any]]) -> None:
+    for result in results_of(found, "samples"):
+        for name, (number, mask, expected) in result.items():
+            for k, want in enumerate(expected):
+                assert_close(f"{name}, {k}", number[k], want, TOLERANCE[F32])
+                assert_close(f"{name}, {k}, mask", mask[k], want, TOLERANCE[F32])

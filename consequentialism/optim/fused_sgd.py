@@ -164,14 +164,19 @@ class LayerStep:
                 "torch.optim.SGD"
             ) from error
 
-    def update(self, weight: bool, bias: bool, prepared: Prepared, x: Tensor | None, dy: Tensor) -> None:
-        """``W <- W - lr*dw`` and ``b <- b - lr*db``, each where it is wanted. ``x [N, I]``, ``dy [N, O]``."""
+    def update(
+        self, weight: bool, bias: bool, prepared: Prepared, x: Tensor | None, dy: Tensor, ratio: Tensor | None
+    ) -> None:
+        """``W <- W - lr*dw`` and ``b <- b - lr*db``, each where it is wanted. ``x [N, I]``, ``dy [N, O]``.
+
+        ``ratio`` is that of `samples.ratio`, by which the gradients are multiplied.
+        """
         optimizer = self.optimizer()
         assert optimizer is not None
         self.check_parameters(weight, bias)
         lr = rate(optimizer.param_groups[0]["lr"], self.weight)
         targets = (self.weight if weight else None, self.bias if bias else None)
-        update(*targets, prepared, x, dy, lr)
+        update(*targets, prepared, x, dy, lr if ratio is None else lr * ratio)
         self.lr = None if isinstance(lr, Tensor) else lr
         self.updated = [parameter for parameter in targets if parameter is not None]
         for parameter in self.updated:
