@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from . import conjugate, cost, dispatch, distributed, ops, reference
 from .autograd import full_precision, once_differentiable
 from .functional import _autocast, _check_floating, _check_match, _check_transforms
-from .options import Form, Options, Scale
+from .options import Form, Options, OptionsDict, Scale, options_from
 from .reference import compute_dtype, conv_blocks, conv_errors, conv_output_size, float32_is_enough
 from .samples import counted, ratio, scaled
 
@@ -52,7 +53,7 @@ def emended_conv(
     padding: str | Sizes = 0,
     dilation: Sizes = 1,
     groups: int = 1,
-    **options: Any,
+    **options: Unpack[OptionsDict],
 ) -> Tensor:
     """A 1-, 2- or 3-dimensional convolution whose backward gives emended gradients to ``weight`` and ``bias``.
 
@@ -77,7 +78,7 @@ def emended_conv(
 
     Source: arXiv 2003.05164.
     """
-    return emended_conv_with(x, weight, bias, stride, padding, dilation, groups, Options(**options))
+    return emended_conv_with(x, weight, bias, stride, padding, dilation, groups, options_from(options))
 
 
 def emended_conv_with(
@@ -129,7 +130,7 @@ def emended_conv_weight_grad(
     dilation: Sizes = 1,
     groups: int = 1,
     bias: bool = True,
-    **options: Any,
+    **options: Unpack[OptionsDict],
 ) -> tuple[Tensor, Tensor | None]:
     """The emended gradients of a convolution: `emended_weight_grad` on its unfolded patches, which are streamed.
 
@@ -147,7 +148,7 @@ def emended_conv_weight_grad(
     Raises:
         TypeError, ValueError, RuntimeError: As `emended_conv`, with a ValueError for shapes that do not fit.
     """
-    settings = Options(**options)
+    settings = options_from(options)
     _check_floating("x", x)
     _check_floating("dy", dy)
     if not isinstance(bias, bool):

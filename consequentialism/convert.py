@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from typing_extensions import Unpack
 
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .factor_batch import FactorBatch
 from .linear import EmendedModule, Linear
-from .options import OPTION_NAMES, Options
+from .options import OPTION_NAMES, OptionsDict, options_from
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +36,7 @@ def convert(
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     batch_factors: bool = False,
-    **options: Any,
+    **options: Unpack[OptionsDict],
 ) -> Model:
     """Make every layer of ``model`` that can be emended an emended one, in place.
 
@@ -64,7 +65,7 @@ def convert(
         raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
     if not isinstance(batch_factors, bool):
         raise TypeError(f"batch_factors must be True or False, got {batch_factors!r} ({type(batch_factors).__name__})")
-    settings = Options(**options)
+    settings = options_from(options)
     batch = FactorBatch() if batch_factors else None
     tied = _tied_parameters(model)
     attention = _inside_attention(model)

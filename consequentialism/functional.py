@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from . import cost, dispatch, ops, reference
 from .autograd import (
@@ -22,7 +23,7 @@ from .autograd import (
     weight_grad,
 )
 from .factor_batch import FactorBatch, deferred_linear
-from .options import Options
+from .options import Options, OptionsDict, options_from
 from .samples import counted, ratio, scaled
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _plan = functools.lru_cache(maxsize=4096)(cost.choose)  # the same few layers, a
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Unpack[OptionsDict]) -> Tensor:
     """``y = x W^T + b``, whose backward gives emended gradients to ``weight`` and ``bias``.
 
     The gradient of ``x`` is the true one; ``dw = dy^T (x x^T + c I)^-1 x`` takes the place of ``dy^T x``, and the
@@ -56,7 +57,7 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
 
     Source: arXiv 2003.05164; ``csrc/ops.cpp`` has the ops.
     """
-    return emended_linear_with(x, weight, bias, Options(**options))
+    return emended_linear_with(x, weight, bias, options_from(options))
 
 
 def emended_linear_with(
@@ -149,7 +150,9 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
     return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, ratio(options, rows, weight), *prepared)
 
 
-def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
+def emended_weight_grad(
+    x: Tensor, dy: Tensor, *, bias: bool = True, **options: Unpack[OptionsDict]
+) -> tuple[Tensor, Tensor | None]:
     """``dw = dy^T (x x^T + c I)^-1 x`` and ``db``, the emended gradients of a linear layer.
 
     Args:
@@ -165,7 +168,7 @@ def emended_weight_grad(x: Tensor, dy: Tensor, *, bias: bool = True, **options: 
     Raises:
         TypeError, ValueError, RuntimeError: As `emended_linear`.
     """
-    settings = Options(**options)
+    settings = options_from(options)
     _check_floating("x", x)
     _check_floating("dy", dy)
     if not isinstance(bias, bool):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
+from typing_extensions import TypedDict  # torch requires it; the one of typing has no Unpack before Python 3.11
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +77,35 @@ class Options:
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+class OptionsDict(TypedDict, total=False):
+    """The fields of `Options` as keywords, each with its default: what ``**options`` stands for."""
+
+    damping: float
+    damping_mode: DampingMode
+    scale: Scale
+    backend: str
+    process_group: ProcessGroup | None
+    patch_bytes: int
+    solver: Solver
+    iterations: int
+    samples: int | Tensor | None
+
+
+def check_option_names(options: Mapping[str, Any]) -> None:
+    """Raise unless every key is a field of `Options`."""
+    for name in options:
+        if name not in OPTION_NAMES:
+            meant = difflib.get_close_matches(name, OPTION_NAMES, n=1)
+            hint = f" (did you mean {meant[0]!r}?)" if meant else ""
+            raise TypeError(f"there is no option {name!r}{hint}; the options are {', '.join(OPTION_NAMES)}")
+
+
+def options_from(keywords: Mapping[str, Any]) -> Options:
+    """The checked `Options` of a function's ``**options``; a misspelt name is told from those that there are."""
+    check_option_names(keywords)
+    return Options(**keywords)
 
 
 def check_damping(damping: Any) -> None:

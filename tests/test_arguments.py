@@ -11,6 +11,7 @@ from cases import BF16, F32, HAS_KERNELS, randn
 from torch import nn
 
 import consequentialism as cw
+from consequentialism.options import OPTION_NAMES, Options, OptionsDict
 
 BAD_OPTIONS = [
     ({"damping": 0}, ValueError, ("damping", "0")),
@@ -66,6 +67,20 @@ def test_bad_options(taker: str, options: dict, error: type[Exception], words: t
     if "patch_bytes" in options and taker in ("Linear", "Embedding"):
         error, words = TypeError, ("patch_bytes",)  # no keyword of these layers
     assert_raises(error, words, lambda: TAKERS[taker](**options))
+
+
+@pytest.mark.parametrize("taker", ["convert", "emended_linear", "emended_weight_grad", "emended_conv_weight_grad"])
+def test_a_misspelt_option_is_told_from_those_that_there_are(taker: str) -> None:
+    words = ("'dampening'", "did you mean 'damping'", *OPTION_NAMES)
+    assert_raises(TypeError, words, lambda: TAKERS[taker](dampening=1.0))
+
+
+def test_the_typed_keywords_are_the_options() -> None:
+    declared = Options.__annotations__
+    assert {name: declared[name] for name in OPTION_NAMES} == {
+        name: getattr(annotation, "__forward_arg__", annotation)
+        for name, annotation in OptionsDict.__annotations__.items()
+    }
 
 
 @pytest.mark.parametrize("damping", [1, 0.5, 10**6])
