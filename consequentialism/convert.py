@@ -110,7 +110,7 @@ def revert(model: Model) -> Model:
         plain = PLAIN.get(type(module))
         if plain is None:
             continue
-        for name in (*OPTION_NAMES, "factor_batch", "qualified_name"):
+        for name in (*OPTION_NAMES, "factor_batch", "qualified_name", "serial"):
             module.__dict__.pop(name, None)
         _swap(module, plain)
     return model

@@ -27,13 +27,25 @@ class Peers(NamedTuple):
 
     group: dist.ProcessGroup
     layer: nn.Module
+    seen: Tensor | None = None  # the witnesses as they were in forward
+
+    def in_backward(self) -> Peers:
+        """The same for a layer that communicates in backward, where its weight may be sharded again."""
+        witnesses = self.witnesses()
+        return self if witnesses is None else self._replace(seen=witnesses.clone())
 
     def name(self) -> str:
         """The layer's fully qualified name where `convert` has seen it, else nothing."""
         return getattr(self.layer, "qualified_name", None) or ""
 
+    def serial(self) -> int:
+        """The layer's place among all that this process has made; equal on all ranks where they run one program."""
+        return getattr(self.layer, "serial", 0)
+
     def witnesses(self) -> Tensor | None:
         """Elements of the weight ``[WITNESSES]`` or fewer; None where it is computed, and may differ between ranks."""
+        if self.seen is not None:
+            return self.seen
         weight = self.layer._parameters.get("weight")
         if not isinstance(weight, nn.Parameter) or hasattr(weight, "to_local"):
             return None
@@ -87,7 +99,9 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
     """Tell all ranks how many rows this one has, and of which layer. Waits for the device.
 
     Every collective of a layer begins with this one, of the same size for all layers, so that ranks which have come to
-    different layers find it out here, all of them, before any rows are mixed.
+    different layers find it out here, all of them, before any rows are mixed. Layers are different where their labels
+    are (name, sizes, type, options), or both their places among the layers that a process has made and their weights.
+    Weights alone are no proof: who averages gradients by hand may not have made them equal.
 
     Args:
         shape: The layer's kind and sizes, equal on all ranks.
@@ -99,34 +113,44 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
         RuntimeError: The ranks run different layers, or one layer with different options; on every rank.
     """
     peers, group = options.process_group, group_of(options)
-    name, witnesses = (peers.name(), peers.witnesses()) if isinstance(peers, Peers) else ("", None)
+    name, serial, witnesses = "", 0, None
+    if isinstance(peers, Peers):
+        name, serial, witnesses = peers.name(), peers.serial(), peers.witnesses()
     settings = f"damping={options.damping!r}, damping_mode={options.damping_mode!r}, scale={options.scale!r}"
     label = f"{shape}, {like.dtype}, {settings}"
     label = f"{name!r}: {label}" if name else f"a layer without a name: {label}"
     digest = hashlib.blake2b(label.encode(), digest_size=6).digest()  # exact in float64
-    own = torch.tensor([rows, samples, int.from_bytes(digest, "big")], dtype=torch.float64, device=like.device)
+    own = torch.tensor([rows, samples, int.from_bytes(digest, "big"), serial], dtype=torch.float64, device=like.device)
     own = torch.cat([own, own.new_zeros(WITNESSES)])
     if options.samples is not None:
         own[1] = count(options.samples, like.device)
     if witnesses is not None:
-        own[3 : 3 + witnesses.shape[0]] = witnesses
+        own[4 : 4 + witnesses.shape[0]] = witnesses
     table = _all_gather(own, group).tolist()
-    if any(_differ(table[0], other) for other in table):
+    same_label = all(line[2] == table[0][2] for line in table)
+    same_serial = all(line[3] == table[0][3] for line in table)
+    same_weights = all(_alike(table[0][4:], line[4:]) for line in table)
+    if not (same_label and (same_serial or same_weights)):
         raise RuntimeError(_different_layers(label, like.device, group))
+    if not same_weights:
+        warnings.warn(
+            f"consequentialism: process_group: the weights of {label} differ between ranks, where DDP and FSDP2 keep "
+            "them equal. If these are different layers, such as experts of which each rank has its own, the gradient "
+            "is wrong: leave them without process_group=",
+            UserWarning,
+            stacklevel=2,
+        )
     return Counts([int(line[0]) for line in table], sum(line[1] for line in table))
 
 
-def _differ(one: list[float], other: list[float]) -> bool:
-    """Whether two ranks' lines are those of different layers.
+def _alike(a: list[float], b: list[float]) -> bool:
+    """Whether these elements are those of one weight.
 
-    Replicas have equal weights up to rounding, and different layers have weights that have nothing to do with each
-    other; in between is a tenth. NaN, as in weights that have diverged, is no difference.
+    Replicas are equal up to rounding, and the weights of different layers have nothing to do with each other; in
+    between is a tenth. NaN, as in weights that have diverged, is no difference.
     """
-    if one[2] != other[2]:
-        return True
-    a, b = one[3:], other[3:]
     size = max(sum(x * x for x in a), sum(x * x for x in b))
-    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) > 0.01 * size
+    return not sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) > 0.01 * size
 
 
 def _different_layers(label: str, device: torch.device, group: dist.ProcessGroup | None) -> str:
@@ -134,7 +158,7 @@ def _different_layers(label: str, device: torch.device, group: dist.ProcessGroup
     own = torch.tensor(list(label.encode()[:LABEL_BYTES].ljust(LABEL_BYTES)), dtype=torch.uint8, device=device)
     labels = [bytes(line).decode(errors="replace").rstrip() for line in _all_gather(own, group).tolist()]
     ranks = "; ".join(f"rank {rank} runs {one}" for rank, one in enumerate(labels))
-    what = "layers with different weights" if len(set(labels)) == 1 else "different layers, or one with other options"
+    what = "different layers of one kind" if len(set(labels)) == 1 else "different layers, or one with other options"
     return (
         f"consequentialism: process_group: the ranks have come to {what}, whose rows do not belong into one Gram: "
         f"{ranks}. Every rank must run the same emended layers in the same order, a rank that has no rows with an "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,24 +27,24 @@ class EmendedEmbedding(torch.autograd.Function):
         padding_idx: int | None,
         sparse: bool,
         options: Options,
-        counted: Tensor | None,
+        ratio: Tensor | None,
     ) -> Tensor:
         return F.embedding(indices, weight, padding_idx)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, indices, ctx.padding_idx, ctx.sparse, ctx.options, counted = inputs
+        weight, indices, ctx.padding_idx, ctx.sparse, ctx.options, ratio = inputs
         ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
-        ctx.save_for_backward(indices, counted)
+        ctx.save_for_backward(indices, ratio)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        indices, counted = ctx.saved_tensors
+        indices, ratio = ctx.saved_tensors
         flat, errors = indices.reshape(-1), dy.reshape(-1, dy.shape[-1])
         counts, rows = embedding_counts(flat, ctx.num_embeddings, ctx.padding_idx)
         options = ctx.options
-        multiplier: float | Tensor | None = counted
+        multiplier: float | Tensor | None = None if ratio is None else rows * ratio
         if options.process_group is not None:
             shape = f"embedding, V={ctx.num_embeddings}, E={errors.shape[1]}"
             exchanged = distributed.exchange_counts(shape, flat.shape[0], flat.shape[0], errors, options)
@@ -142,5 +143,7 @@ class Embedding(EmendedModule, nn.Embedding):
             raise RuntimeError("consequentialism.Embedding does not support torch.func transforms; use revert() first")
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.embedding(input, self.weight, self.padding_idx)
-        counted = None if options.samples is None else samples.count(options.samples, self.weight.device)
-        return EmendedEmbedding.apply(self.weight, input, self.padding_idx, self.sparse, options, counted)
+        if isinstance(options.process_group, distributed.Peers):
+            options = replace(options, process_group=options.process_group.in_backward())
+        ratio = samples.ratio(options, input.numel(), self.weight)
+        return EmendedEmbedding.apply(self.weight, input, self.padding_idx, self.sparse, options, ratio)

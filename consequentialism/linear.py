@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ from .samples import count
 
 if TYPE_CHECKING:
     from .optim.fused_sgd import LayerStep
+
+_NOT_COPIED = ("samples", "serial")  # those of this batch, and of this object
+_serials = itertools.count(1)
 
 
 class EmendedModule(nn.Module):
@@ -31,6 +35,7 @@ class EmendedModule(nn.Module):
     iterations: int = Options.iterations
     samples: int | Tensor | None = None  # set by set_samples
     qualified_name: str | None = None  # set by convert: where in the model the layer is
+    serial: int  # the place among all layers that this process has made
     layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
     factor_batch: FactorBatch | None = None  # set by convert(batch_factors=True), on this instance only
 
@@ -38,6 +43,7 @@ class EmendedModule(nn.Module):
         """Take over checked options."""
         for name in OPTION_NAMES:
             setattr(self, name, getattr(options, name))
+        self.__dict__.setdefault("serial", next(_serials))
 
     def options(self) -> Options:
         """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
@@ -50,18 +56,19 @@ class EmendedModule(nn.Module):
         memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        kept = {name: value for name, value in self.__dict__.items() if name != "samples"}  # those of this batch
-        copied.__dict__.update(copy.deepcopy(kept, memo))
+        kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        copied.__dict__.update(copy.deepcopy(kept, memo), serial=next(_serials))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "samples"}
+        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
         state["process_group"] = SavedGroup(self.process_group)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         group = state.get("process_group")
-        super().__setstate__({**state, "process_group": group.group if isinstance(group, SavedGroup) else group})
+        group = group.group if isinstance(group, SavedGroup) else group
+        super().__setstate__({**state, "process_group": group, "serial": next(_serials)})
 
     def extra_repr(self) -> str:
         default = Options()
@@ -133,10 +140,10 @@ class Linear(EmendedModule, nn.Linear):
         backend: ``"auto"``, or one of `consequentialism.backends`.
         process_group: Ranks that together hold the batch; each then gets the emended gradient of the global
             batch under DDP's and FSDP2's mean. All ranks must run the same layers in the same order; different ones
-            (told apart by the names that `convert` gave, sizes, options and a few weights, which must be
-            equal as under DDP) are an error on every rank. A rank that leaves out a layer and runs none after it is
-            found by the group's timeout only. In eval mode nothing is communicated, and every rank takes its own batch
-            alone. Where ranks have uneven inputs, give empty batches, or use
+            (told apart by the names that `convert` gave, sizes and options, or by the order in which layers were made
+            together with a few weights) are an error on every rank. A rank that leaves out a layer and runs none
+            after it is found by the group's timeout only. In eval mode nothing is communicated, and every rank takes
+            its own batch alone. Where ranks have uneven inputs, give empty batches, or use
             ``DistributedDataParallel.join(throw_on_early_termination=True)``.
         solver: ``"auto"``, ``"cholesky"`` or ``"cg"``, as in `consequentialism.Options`.
         iterations: Of ``solver="cg"``.

@@ -34,8 +34,10 @@ def ratio(options: Options, default: int, like: Tensor) -> Tensor | None:
     """
     if options.samples is None or options.scale != "nlms":
         return None
-    samples = count(options.samples, like.device).to(compute_dtype(like.dtype))
-    return samples / max(default, 1)
+    samples = count(options.samples, like.device)
+    if samples.device.type != "cpu":  # a number on the CPU goes with every device, without a copy
+        samples = samples.to(like.device)
+    return samples.to(compute_dtype(like.dtype)) / max(default, 1)
 
 
 def scaled(gradient: Tensor, by: Tensor) -> Tensor:

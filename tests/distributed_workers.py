@@ -253,8 +253,14 @@ class Routed(nn.Module):
 
 
 def no_false_alarm(rank: int) -> dict[str, Any]:
-    """Ranks whose weights differ by rounding, are NaN or are given to a function, and autocast, are no error."""
+    """Ranks whose weights differ by rounding, are NaN or are given to a function, and autocast, are no error.
+
+    Nor are weights that nothing has made equal, or more layers on one rank; the former is said in a warning.
+    """
     group = dist.group.WORLD
+    warnings.filterwarnings("error", "consequentialism")
+    if rank == 0:
+        cw.Linear(4, 3)
     torch.manual_seed(0)
     layer = cw.Linear(4, 3, process_group=group)
     x = torch.randn(5, 4)
@@ -268,7 +274,14 @@ def no_false_alarm(rank: int) -> dict[str, Any]:
     weight = torch.full((3, 4), rank - 0.5, requires_grad=True)
     cw.emended_linear(x, weight, process_group=group).sum().backward()
     cw.emended_conv(x[None], torch.full((3, 5, 2), rank - 0.5, requires_grad=True), process_group=group)
-    return {}
+    torch.manual_seed(rank)
+    layer = cw.Linear(4, 3, process_group=group)
+    layer.serial = 1  # rank 0 has made more layers
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(layer, x)
+    warnings.filterwarnings("default", "consequentialism")
+    return {"warnings": [str(one.message) for one in caught]}
 
 
 def layers_of_all_kinds(**options: Any) -> list[tuple[nn.Module, Tensor]]:
