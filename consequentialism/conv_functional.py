@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import conjugate, cost, dispatch, distributed, ops, reference
+from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
 from .autograd import full_precision, once_differentiable
 from .functional import _autocast, _check_floating, _check_match, _check_transforms
 from .options import Form, Options, OptionsDict, Scale, options_from
@@ -184,7 +184,9 @@ def emended_conv_weight_grad(
         return torch.zeros_like(weight), x.new_zeros(dy.shape[1]) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
         prepared = prepare(x, geometry, bias, dy.shape[1], settings)
-        _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, False)
+        needs = Needs(False, True, bias)
+        _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, needs)
+        assert dw is not None
         by = ratio(settings, x.shape[0], x) if settings.process_group is None else None
         if by is not None:
             dw, db = scaled(dw, by), None if db is None else scaled(db, by)
@@ -265,6 +267,14 @@ def _primal_gram(
     return ops.conv_gram(*arguments, method)
 
 
+class Needs(NamedTuple):
+    """Which gradients a backward needs."""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+
 def conv_gradients(
     prepared: Prepared,
     x: Tensor,
@@ -273,9 +283,9 @@ def conv_gradients(
     bias: bool,
     geometry: Geometry,
     patch_bytes: int,
-    need_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """``dx``, ``dw`` and ``db``, the first and last None where they are not needed.
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dx``, ``dw`` and ``db``, each None where it is not needed, and each in memory of its own.
 
     Both forms end in torch's own convolution backward, in the matrix's type, so that it is rounded once, after the
     inverse. One infinity or NaN makes every entry of ``dw`` and ``db`` NaN.
@@ -283,14 +293,19 @@ def conv_gradients(
     Args:
         prepared: As `prepare` gives it.
         weight: Read for ``dx`` only; otherwise its shape and type count.
+        bias: Whether the layer has a bias.
     """
     form, matrix, solved_with = prepared
     groups = geometry.groups
     dx = plain = plain_bias = None
-    if form == "primal" and matrix.dtype == dy.dtype:
-        dx, plain, plain_bias = _backward(dy, x, weight, geometry, (need_x, True, bias))
-    elif need_x:
+    needs_all = needs.weight or (needs.bias and solved_with is not None)
+    if needs_all and form == "primal" and matrix.dtype == dy.dtype:
+        dx, plain, plain_bias = _backward(dy, x, weight, geometry, (needs.x, True, bias))
+    elif needs.x:
         dx, _, _ = _backward(dy, x, weight, geometry, (True, False, False))
+    if not needs_all:
+        db = _bias_gradient(prepared, x, dy, geometry, patch_bytes).to(weight.dtype) if needs.bias else None
+        return dx, None, db
     errors = dy
     if form == "dual":  # P is symmetric: dw = (P dy)^T x
         batch, outputs, *positions = dy.shape
@@ -298,7 +313,8 @@ def conv_gradients(
         emended = emended.reshape(groups, batch, -1, outputs // groups).permute(1, 0, 3, 2)
         errors = emended.reshape(batch, outputs, *positions)
     if plain is None:
-        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, bias, patch_bytes, matrix.dtype)
+        has_column = needs.bias if form == "dual" else bias
+        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, has_column, patch_bytes, matrix.dtype)
     flat = plain.reshape(groups, weight.shape[0] // groups, -1)  # [groups, O/groups, I]
     if plain_bias is not None:
         flat = torch.cat([flat, plain_bias.reshape(groups, -1, 1)], 2)
@@ -308,10 +324,40 @@ def conv_gradients(
     elif form == "primal":
         flat = flat @ matrix
     flat = flat + spoilt
-    db = None
-    if plain_bias is not None:
-        flat, db = flat[:, :, :-1], flat[:, :, -1].reshape(-1).to(weight.dtype)
-    return dx, flat.reshape(weight.shape).to(weight.dtype), db
+    dw = db = None
+    if needs.bias:
+        db = flat[:, :, -1].to(weight.dtype, copy=True).reshape(-1)
+    if needs.weight:
+        own = flat if plain_bias is None else flat[:, :, :-1]
+        layout = _layout(x, weight)
+        dw = own.reshape(weight.shape).to(weight.dtype, copy=plain_bias is not None, memory_format=layout)
+    return dx, dw, db
+
+
+def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int) -> Tensor:
+    """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type."""
+    form, matrix, _ = prepared
+    if form == "dual":
+        column = matrix.sum(2, keepdim=True)  # [groups, N, 1]
+    else:  # a convolution of x with the inverse's border
+        border, corner = matrix[:, -1, :-1], matrix[:, -1, -1]
+        kernel = border.reshape(geometry.groups, -1, *geometry.kernel)
+        unpadded = geometry._replace(padding=(0,) * len(geometry.kernel))
+        column = x.new_empty(x.shape[0], geometry.groups, *geometry.positions(x), dtype=matrix.dtype)
+        for block in conv_blocks(x, *geometry[:4], patch_bytes, matrix.dtype):
+            column[block.samples, :, block.rows] = _convolve(block.x, kernel, corner, unpadded)
+        column = conv_errors(column, geometry.groups)
+    db = (conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column).reshape(-1)
+    return db + (0 * db).sum()
+
+
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format in which torch's own convolution gives the weight's gradient."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if last is None or torch._C._are_functorch_transforms_active():
+        return torch.contiguous_format
+    either = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
+    return last if either else torch.contiguous_format
 
 
 def _backward(
@@ -337,7 +383,9 @@ def _plain_gradients(
     dw, db = weight.new_zeros(weight.shape, dtype=dtype), weight.new_zeros(weight.shape[0], dtype=dtype)
     unpadded = geometry._replace(padding=(0,) * len(geometry.kernel))
     for block in conv_blocks(x, *geometry[:4], patch_bytes, dtype):
-        errors = dy[block.samples, :, block.rows].to(dtype)
+        lines = block.rows.stop - block.rows.start
+        # Not by indices: torch.autograd.grad(is_grads_batched=True) knows no rule for them.
+        errors = dy.narrow(0, block.samples.start, block.x.shape[0]).narrow(2, block.rows.start, lines).to(dtype)
         _, some, some_bias = _backward(errors, block.x, wide, unpadded, (False, True, bias))
         dw, db = dw + some, db if some_bias is None else db + some_bias
     return dw, db if bias else None
@@ -356,10 +404,10 @@ class EmendedConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrix = ctx.saved_tensors
         prepared = Prepared(ctx.form, matrix, ctx.solved_with)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs = Needs(*_torch.needed_gradients(ctx, 3))
         with full_precision(dy.device.type):
-            dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs_x)
-        return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 5
+            gradients = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
+        return *gradients, *(None,) * 5
 
 
 class TransformableEmendedConv(EmendedConv):
