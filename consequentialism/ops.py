@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .flops import count_ops_of
 from .options import ConvMethod, DampingMode, Form, Scale
 from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 
@@ -156,6 +157,7 @@ def _emended(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
 
 
 if module is not None:
+    count_ops_of("consequentialism")
 
     @torch.library.register_fake("consequentialism::input_gram")
     def _(x: Tensor, bias: bool, form: str) -> Tensor:

@@ -130,6 +130,8 @@ def test_output_can_be_changed_in_place(way: str) -> None:
         dy = ((found[0] > 0) * 1.0).detach()
         layer.zero_grad()
         found[0].sum().backward()
-        expected = conv_oracle(layer, batch.reshape(-1, *x.shape[1:]), dy.reshape(-1, *layer(x).shape[1:]), **plain_options)
+        expected = conv_oracle(
+            layer, batch.reshape(-1, *x.shape[1:]), dy.reshape(-1, *layer(x).shape[1:]), **plain_options
+        )
         for own, want in zip(conv_gradients(layer), expected, strict=True):
             assert_close("gradient", own, want, TOLERANCE[F64])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..flops import count_ops_of
 from ..options import DampingMode, Form, Scale
 from ..reference import compute_dtype, emended_dtype
 from . import launch
@@ -55,6 +56,7 @@ for _schema in _SCHEMAS:
         _library.impl(_name, getattr(launch, _name), _key)
 
 _ops = torch.ops.consequentialism_triton
+count_ops_of("consequentialism_triton")
 
 
 def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
