@@ -58,6 +58,13 @@ CONVS_CPU = (
     ConvShape(64, 3, 64, 7, 2, 1, 64, 1.6),
     ConvShape(64, 64, 64, 3, 1, 64, 32, 1.3),
     ConvShape(64, 64, 64, 3, 1, 1, 32, 2.5),
+    ConvShape(64, 128, 128, 3, 1, 1, 8),  # the middle of a ResNet on small images, and what else networks are made of
+    ConvShape(64, 256, 256, 3, 1, 1, 8),
+    ConvShape(64, 64, 128, 3, 2, 1, 16),
+    ConvShape(64, 256, 64, 1, 1, 1, 8),
+    ConvShape(64, 64, 256, 1, 1, 1, 16),
+    ConvShape(64, 96, 96, 7, 1, 96, 16),
+    ConvShape(8, 32, 32, 31, 1, 32, 32),
 )
 MLP = (784, 1600, 1600, 1600, 1600, 10)  # ISAAC's network for MNIST
 PARTS: dict[str, Sequence[Any]] = {
