@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .conv_functional import Sizes, emended_conv_with
+from .conv_functional import emended_conv_with
+from .geometry import Sizes
 from .linear import EmendedModule
 from .options import DampingMode, Options, Scale, Solver
 

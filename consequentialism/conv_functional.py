@@ -1,48 +1,20 @@
-"""Emended convolutions: the linear formula on unfolded patches, which are never all in memory.
-
-The Gram of the patches depends on ``x`` alone and is summed up in forward (`prepare`). Backward is torch's own
-convolution backward and one product with the inverse, a group at a time (`conv_gradients`).
-"""
+"""The functional forms of convolutions: the linear formula on unfolded patches, which are never all in memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
-from .autograd import full_precision, once_differentiable
+from .autograd import full_precision
+from .conv_autograd import EmendedConv, Needs, TransformableEmendedConv, conv_gradients, prepare
 from .functional import _autocast, _check_floating, _check_match, _check_transforms
-from .options import Form, Options, OptionsDict, Scale, options_from
-from .reference import compute_dtype, conv_blocks, conv_errors, conv_output_size, float32_is_enough
+from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, Sizes, normalized, normalized_transposed, per_dimension
+from .options import Options, OptionsDict, options_from
 from .samples import counted, ratio, scaled
-
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-Sizes = int | Sequence[int]
-
-
-class Geometry(NamedTuple):
-    """What a convolution reads; one number for each spatial dimension."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def positions(self, x: Tensor) -> list[int]:
-        """Output positions along each dimension of ``x [B, C, *spatial]``."""
-        return conv_output_size(x.shape[2:], *self[:4])
-
-    def inputs(self, x: Tensor) -> int:
-        """``I`` without the bias's."""
-        return x.shape[1] // self.groups * math.prod(self.kernel)
 
 
 def emended_conv(
@@ -92,29 +64,113 @@ def emended_conv_with(
     options: Options,
 ) -> Tensor:
     """`emended_conv` with its options as one object."""
+    arguments = stride, padding, dilation, groups
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return CONVOLUTIONS[weight.ndim - 2](x, weight, bias, *arguments)
+
+    def geometry(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Geometry] | None:
+        return normalized(x, kernel, *arguments)
+
+    return _emended(x, weight, bias, "[O, C/groups, *kernel]", plain, geometry, options)
+
+
+def emended_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    **options: Unpack[OptionsDict],
+) -> Tensor:
+    """A 1-, 2- or 3-dimensional transposed convolution, with emended gradients of ``weight`` and ``bias``.
+
+    The gradient of ``x`` is the true one. It is the convolution of ``x`` with ``stride - 1`` zeros between its entries
+    (see `geometry.TransposedGeometry`), and its gradients are emended as those of that convolution.
+
+    Args:
+        x: ``[B, C, *spatial]`` or, unbatched, ``[C, *spatial]``.
+        weight: ``[C, O/groups, *kernel]``.
+        bias: ``[O]`` or None.
+        stride, padding, output_padding, groups, dilation: As `torch.nn.functional.conv_transpose2d`.
+        **options: As `emended_conv`.
+
+    Returns:
+        ``[B, O, *positions]``, what torch's own transposed convolution returns.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `emended_conv`.
+    """
+    return emended_conv_transpose_with(
+        x, weight, bias, stride, padding, output_padding, groups, dilation, options_from(options)
+    )
+
+
+def emended_conv_transpose_with(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    output_padding: Sizes,
+    groups: int,
+    dilation: Sizes,
+    options: Options,
+) -> Tensor:
+    """`emended_conv_transpose` with its options as one object."""
+    arguments = stride, padding, output_padding, groups, dilation
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return TRANSPOSED[weight.ndim - 2](x, weight, bias, *arguments)
+
+    def geometry(x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, Geometry]:
+        return x, normalized_transposed(kernel, *arguments)
+
+    return _emended(x, weight, bias, "[C, O/groups, *kernel]", plain, geometry, options)
+
+
+def _emended(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_shape: str,
+    plain: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    normalize: Callable[[Tensor, tuple[int, ...]], tuple[Tensor, Geometry] | None],
+    options: Options,
+) -> Tensor:
+    """Either kind of convolution.
+
+    Args:
+        weight_shape: What a weight must look like, for an error.
+        plain: torch's own layer.
+        normalize: From ``x [B, C, *spatial]`` and a kernel's size to ``x``, padded where it must be, and its geometry;
+            None where torch raises an error.
+    """
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, x.shape[0] if x.ndim == weight.ndim else 1)
     x, weight, bias = _autocast(x, weight, bias)
-    _check_conv(x, weight, bias)
-    convolution = CONVOLUTIONS[weight.ndim - 2]
+    _check_conv(x, weight, bias, weight_shape)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
     transformed = torch._C._are_functorch_transforms_active()
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
     if not (need_weight or need_bias):
-        return convolution(x, weight, bias, stride, padding, dilation, groups)
+        return plain(x, weight, bias)
     if transformed:
         _check_transforms()
-    kernel = tuple(weight.shape[2:])
     batched = x.ndim == weight.ndim
-    placed = _place(x if batched else x.unsqueeze(0), kernel, stride, padding, dilation, groups)
-    fits = placed is not None and _fits(*placed, weight)
-    if placed is None or not fits or (placed[0].shape[0] == 0 and options.process_group is None):
-        return convolution(x, weight, bias, stride, padding, dilation, groups)  # torch's own error, or nothing to emend
-    rows, geometry = placed
+    normal = normalize(x if batched else x.unsqueeze(0), tuple(weight.shape[2:]))
+    if normal is None or not normal[1].takes(normal[0], weight):
+        return plain(x, weight, bias)  # torch's own error
+    rows, geometry = normal
+    if rows.shape[0] == 0 and options.process_group is None:
+        return plain(x, weight, bias)  # nothing to emend
     with torch.no_grad(), full_precision(x.device.type):
-        prepared = prepare(rows.detach(), geometry, bias is not None, weight.shape[0], options)
+        prepared = prepare(rows.detach(), geometry, bias is not None, geometry.outputs(weight), options)
     function = TransformableEmendedConv if transformed else EmendedConv
     y = function.apply(rows, weight, bias, geometry, options.patch_bytes, *prepared)
     return y if batched else y.squeeze(0)
@@ -162,11 +218,11 @@ def emended_conv_weight_grad(
         )
     if x.ndim == spatial + 1:
         x, dy = x.unsqueeze(0), dy.unsqueeze(0)
-    kernel = _per_dimension("kernel_size", kernel_size, spatial)
-    placed = _place(x, kernel, stride, padding, dilation, groups)
-    if placed is None:
+    kernel = per_dimension("kernel_size", kernel_size, spatial)
+    normal = normalized(x, kernel, stride, padding, dilation, groups)
+    if normal is None:
         raise ValueError("padding='same' needs a stride of 1, got " + repr(stride))
-    x, geometry = placed
+    x, geometry = normal
     least = min(*kernel, *geometry.stride, *geometry.dilation, groups)
     if least < 1 or min(geometry.padding) < 0 or x.shape[1] % groups or dy.shape[1] % groups:
         raise ValueError(
@@ -179,7 +235,7 @@ def emended_conv_weight_grad(
             f"dy must have the shape [{x.shape[0]}, O, {', '.join(map(str, positions))}] for x {list(x.shape)} with "
             f"{geometry}, got {list(dy.shape)}"
         )
-    weight = x.new_empty(dy.shape[1], x.shape[1] // groups, *kernel)
+    weight = x.new_empty(geometry.weight_shape(x.shape[1], dy.shape[1]))
     if x.shape[0] == 0 and settings.process_group is None:
         return torch.zeros_like(weight), x.new_zeros(dy.shape[1]) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
@@ -193,300 +249,12 @@ def emended_conv_weight_grad(
     return dw, db
 
 
-class Prepared(NamedTuple):
-    """What forward keeps for `conv_gradients`."""
-
-    form: Form
-    matrix: Tensor  # [groups, n, n], the inverse, or the primal Gram that conjugate gradients take
-    solved_with: tuple[Any, ...] | None  # the arguments of `conjugate.solve_gram` after its matrices
-
-
-def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Prepared:
-    """Everything that does not depend on ``dy``.
-
-    Args:
-        x: ``[B, C, *spatial]``, detached, with at least one position a sample.
-        bias: Whether the layer has a bias, which then stands in the Gram.
-        outputs: ``O``, for the cost model.
-
-    The matrix is in the type that keeps the inverse's digits: float64 where float32 would not.
-    """
-    backend = dispatch.select(options.backend, x)
-    batch, inputs = x.shape[0], geometry.inputs(x) + bias
-    rows = batch * math.prod(geometry.positions(x))
-    form: Form = cost.conv_form(rows, inputs)
-    solver = cost.conv_solver(rows, inputs, outputs // geometry.groups, x.dtype, options)
-    if solver == "cg":
-        form = "primal"
-    scale: Scale = options.scale
-    samples: float = 1
-    if options.process_group is not None:
-        # Both forms are equal; the primal one needs no other rank's rows. Exchanging the counts waits for the device.
-        form = "primal"
-        shape = f"convolution, C={x.shape[1]}, O={outputs}, bias={bias}, {geometry}"
-        counts = distributed.exchange_counts(shape, rows, batch, x, options)
-        rows = sum(counts.rows)
-        if scale == "nlms":
-            scale, samples = "raw", counts.samples  # which need not be a whole number
-    rank = max(min(rows, inputs), 1)
-    dtype = compute_dtype(x.dtype)
-    enough = float32_is_enough(rows, inputs, x.dtype, options.damping, options.damping_mode)
-    if not enough and x.device.type != "mps":
-        dtype = torch.float64
-    if form == "dual":
-        patches = reference.conv_patches(x, *geometry).to(dtype)  # [groups, N, I], smaller than the primal Gram
-        gram = patches @ patches.mT + int(bias)
-    else:
-        gram = _primal_gram(backend, x, geometry, bias, options.patch_bytes, dtype)
-    if options.process_group is not None:
-        dist.all_reduce(gram, group=distributed.group_of(options))
-    arguments = (options.damping, options.damping_mode, scale, rank, batch)
-    if solver == "cg":
-        return Prepared(form, gram, (*arguments, options.iterations))
-    if geometry.groups == 1:
-        inverse = backend.factor(gram[0], *arguments)[None]
-    else:
-        inverse = (ops if _compiled(backend, x) else reference).factor(gram, *arguments)
-    return Prepared(form, inverse if samples == 1 else inverse * samples, None)
-
-
-def _compiled(backend: Any, x: Tensor) -> bool:
-    """Whether the compiled ops of convolutions serve ``x``; elsewhere stock operations stream the patches."""
-    return backend is ops and x.device.type in ops.conv_device_types
-
-
-def _primal_gram(
-    backend: Any, x: Tensor, geometry: Geometry, bias: bool, patch_bytes: int, dtype: torch.dtype
-) -> Tensor:
-    arguments = (x, *geometry, bias, patch_bytes, dtype)
-    if not _compiled(backend, x):
-        own = backend if hasattr(backend, "conv_gram") and backend is not ops else reference
-        return own.conv_gram(*arguments)
-    kernel, stride, *_ = geometry
-    method = cost.conv_method(x.shape[1] // geometry.groups, kernel, stride, geometry.positions(x))
-    return ops.conv_gram(*arguments, method)
-
-
-class Needs(NamedTuple):
-    """Which gradients a backward needs."""
-
-    x: bool
-    weight: bool
-    bias: bool
-
-
-def conv_gradients(
-    prepared: Prepared,
-    x: Tensor,
-    weight: Tensor,
-    dy: Tensor,
-    bias: bool,
-    geometry: Geometry,
-    patch_bytes: int,
-    needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dx``, ``dw`` and ``db``, each None where it is not needed, and each in memory of its own.
-
-    Both forms end in torch's own convolution backward, in the matrix's type, so that it is rounded once, after the
-    inverse. One infinity or NaN makes every entry of ``dw`` and ``db`` NaN.
-
-    Args:
-        prepared: As `prepare` gives it.
-        weight: Read for ``dx`` only; otherwise its shape and type count.
-        bias: Whether the layer has a bias.
-    """
-    form, matrix, solved_with = prepared
-    groups = geometry.groups
-    dx = plain = plain_bias = None
-    needs_all = needs.weight or (needs.bias and solved_with is not None)
-    if needs_all and form == "primal" and matrix.dtype == dy.dtype:
-        dx, plain, plain_bias = _backward(dy, x, weight, geometry, (needs.x, True, bias))
-    elif needs.x:
-        dx, _, _ = _backward(dy, x, weight, geometry, (True, False, False))
-    if not needs_all:
-        db = _bias_gradient(prepared, x, dy, geometry, patch_bytes).to(weight.dtype) if needs.bias else None
-        return dx, None, db
-    errors = dy
-    if form == "dual":  # P is symmetric: dw = (P dy)^T x
-        batch, outputs, *positions = dy.shape
-        emended = matrix @ conv_errors(dy.to(matrix.dtype), groups)  # [groups, N, O/groups]
-        emended = emended.reshape(groups, batch, -1, outputs // groups).permute(1, 0, 3, 2)
-        errors = emended.reshape(batch, outputs, *positions)
-    if plain is None:
-        has_column = needs.bias if form == "dual" else bias
-        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, has_column, patch_bytes, matrix.dtype)
-    flat = plain.reshape(groups, weight.shape[0] // groups, -1)  # [groups, O/groups, I]
-    if plain_bias is not None:
-        flat = torch.cat([flat, plain_bias.reshape(groups, -1, 1)], 2)
-    spoilt = (0 * flat).sum()
-    if solved_with is not None:
-        flat = conjugate.solve_gram(matrix, flat, *solved_with)
-    elif form == "primal":
-        flat = flat @ matrix
-    flat = flat + spoilt
-    dw = db = None
-    if needs.bias:
-        db = flat[:, :, -1].to(weight.dtype, copy=True).reshape(-1)
-    if needs.weight:
-        own = flat if plain_bias is None else flat[:, :, :-1]
-        layout = _layout(x, weight)
-        dw = own.reshape(weight.shape).to(weight.dtype, copy=plain_bias is not None, memory_format=layout)
-    return dx, dw, db
-
-
-def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int) -> Tensor:
-    """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type."""
-    form, matrix, _ = prepared
-    if form == "dual":
-        column = matrix.sum(2, keepdim=True)  # [groups, N, 1]
-    else:  # a convolution of x with the inverse's border
-        border, corner = matrix[:, -1, :-1], matrix[:, -1, -1]
-        kernel = border.reshape(geometry.groups, -1, *geometry.kernel)
-        unpadded = geometry._replace(padding=(0,) * len(geometry.kernel))
-        column = x.new_empty(x.shape[0], geometry.groups, *geometry.positions(x), dtype=matrix.dtype)
-        for block in conv_blocks(x, *geometry[:4], patch_bytes, matrix.dtype):
-            column[block.samples, :, block.rows] = _convolve(block.x, kernel, corner, unpadded)
-        column = conv_errors(column, geometry.groups)
-    db = (conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column).reshape(-1)
-    return db + (0 * db).sum()
-
-
-def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """The memory format in which torch's own convolution gives the weight's gradient."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    if last is None or torch._C._are_functorch_transforms_active():
-        return torch.contiguous_format
-    either = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
-    return last if either else torch.contiguous_format
-
-
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch's own gradients of input, weight and bias, where the mask wants them."""
-    _, stride, padding, dilation, groups = geometry
-    nothing = [0] * len(stride)
-    dx, dw, db = torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], stride, padding, dilation, False, nothing, groups, mask
-    )
-    return dx, dw, db if mask[2] else None
-
-
-def _plain_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, bias: bool, patch_bytes: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """torch's own gradients of weight and bias in ``dtype``, computed in pieces where that is wider than x's."""
-    if x.dtype == dy.dtype == dtype:
-        _, dw, db = _backward(dy, x, weight, geometry, (False, True, bias))
-        return dw, db
-    wide = weight.new_empty(weight.shape, dtype=dtype)
-    dw, db = weight.new_zeros(weight.shape, dtype=dtype), weight.new_zeros(weight.shape[0], dtype=dtype)
-    unpadded = geometry._replace(padding=(0,) * len(geometry.kernel))
-    for block in conv_blocks(x, *geometry[:4], patch_bytes, dtype):
-        lines = block.rows.stop - block.rows.start
-        # Not by indices: torch.autograd.grad(is_grads_batched=True) knows no rule for them.
-        errors = dy.narrow(0, block.samples.start, block.x.shape[0]).narrow(2, block.rows.start, lines).to(dtype)
-        _, some, some_bias = _backward(errors, block.x, wide, unpadded, (False, True, bias))
-        dw, db = dw + some, db if some_bias is None else db + some_bias
-    return dw, db if bias else None
-
-
-class EmendedConv(torch.autograd.Function):
-    """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _save(ctx, inputs)
-        return _convolve(*inputs[:4])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, matrix = ctx.saved_tensors
-        prepared = Prepared(ctx.form, matrix, ctx.solved_with)
-        needs = Needs(*_torch.needed_gradients(ctx, 3))
-        with full_precision(dy.device.type):
-            gradients = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
-        return *gradients, *(None,) * 5
-
-
-class TransformableEmendedConv(EmendedConv):
-    """The same for torch.func's transforms, which want ``setup_context``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
-        return _convolve(*inputs[:4])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save(ctx, inputs)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, matrix, ctx.solved_with = inputs
-    ctx.bias = bias is not None
-    ctx.save_for_backward(x, weight, matrix)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    kernel, stride, padding, dilation, groups = geometry
-    return CONVOLUTIONS[len(kernel)](x, weight, bias, stride, padding, dilation, groups)
-
-
-def _place(
-    x: Tensor, kernel: tuple[int, ...], stride: Sizes, padding: str | Sizes, dilation: Sizes, groups: int
-) -> tuple[Tensor, Geometry] | None:
-    """Numbers for every dimension, and ``x`` padded where ``"same"`` pads one side more; None where it cannot."""
-    spatial = len(kernel)
-    strides = _per_dimension("stride", stride, spatial)
-    dilations = _per_dimension("dilation", dilation, spatial)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be a whole number above 0, got {groups!r} ({type(groups).__name__})")
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f"padding must be 'same', 'valid' or whole numbers, got {padding!r}")
-        if padding == "valid":
-            return x, Geometry(kernel, strides, (0,) * spatial, dilations, groups)
-        if any(s != 1 for s in strides):
-            return None
-        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-        if any(total % 2 for total in totals):
-            x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
-        return x, Geometry(kernel, strides, tuple(total // 2 for total in totals), dilations, groups)
-    return x, Geometry(kernel, strides, _per_dimension("padding", padding, spatial), dilations, groups)
-
-
-def _per_dimension(name: str, value: Any, spatial: int) -> tuple[int, ...]:
-    values = (value,) * spatial if isinstance(value, int) else value
-    if isinstance(value, (bool, str)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a whole number or {spatial} of them, got {value!r} ({type(value).__name__})")
-    if len(values) == 1:
-        values = tuple(values) * spatial
-    if len(values) != spatial or not all(isinstance(v, (int, torch.SymInt)) for v in values):
-        raise ValueError(f"{name} must be a whole number or {spatial} of them, got {value!r}")
-    return tuple(values)
-
-
-def _fits(x: Tensor, geometry: Geometry, weight: Tensor) -> bool:
-    """Whether torch's own convolution takes these shapes, with a position for each sample."""
-    kernel, stride, padding, dilation, groups = geometry
-    if x.ndim != weight.ndim or min(*kernel, *stride, *dilation, groups) < 1 or min(padding) < 0:
-        return False
-    if weight.shape[0] == 0 or weight.shape[0] % groups or x.shape[1] == 0 or x.shape[1] != weight.shape[1] * groups:
-        return False
-    return all(s >= 1 for s in x.shape[2:]) and all(p >= 1 for p in geometry.positions(x))
-
-
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
     _check_floating("x", x)
     _check_floating("weight", weight)
     _check_match("x", x, "weight", weight)
     if weight.ndim - 2 not in CONVOLUTIONS:
-        raise ValueError(
-            f"weight must have the shape [O, C/groups, *kernel], 3 to 5 dimensions, got {list(weight.shape)}"
-        )
+        raise ValueError(f"weight must have the shape {weight_shape}, 3 to 5 dimensions, got {list(weight.shape)}")
     if bias is not None:
         _check_floating("bias", bias)
         _check_match("x", x, "bias", bias)

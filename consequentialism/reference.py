@@ -279,6 +279,36 @@ def conv_patches(
     return patches.reshape(groups, -1, x.shape[1] // groups * math.prod(kernel))
 
 
+def conv_transpose_patches(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """A transposed convolution's rows ``[groups, N, I]``, a row for each output position: ``N = B * positions``.
+
+    It is the convolution, by a stride of 1, of ``x`` with ``stride - 1`` zeros between the entries, padded by
+    ``dilation * (kernel - 1) - padding``, at the end by ``output_padding`` more, with its kernel reversed. The rows
+    are that convolution's patches, reversed likewise: in the order of the weight ``[C, O/groups, *kernel]``.
+
+    Args:
+        x: ``[B, C, *spatial]`` of any number of spatial dimensions; ``I = C/groups * prod(kernel)``.
+        kernel, stride, padding, dilation, output_padding: One integer for each of them.
+    """
+    spatial = len(kernel)
+    sizes = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], stride, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
+    stuffed[(..., *(slice(None, None, t) for t in stride))] = x
+    before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    sides = [side for b, more in zip(reversed(before), reversed(output_padding), strict=True) for side in (b, b + more)]
+    ones, nothing = [1] * spatial, [0] * spatial
+    patches = conv_patches(F.pad(stuffed, sides), kernel, ones, nothing, dilation, groups)
+    return patches.unflatten(2, (-1, *kernel)).flip(list(range(-spatial, 0))).flatten(2)
+
+
 def _both_sides(padding: Sequence[int]) -> list[int]:
     """What `torch.nn.functional.pad` wants: the last dimension first."""
     return [p for p in reversed(padding) for _ in range(2)]
@@ -385,15 +415,46 @@ def emended_conv_weight_grad(
     Returns:
         ``dw [O, C/groups, *kernel]`` and ``db [O]`` or None.
     """
-    multiplier = x.shape[0] if scale == "nlms" else 1
-    options: dict[str, Any] = {"form": form, "damping": damping, "damping_mode": damping_mode}
-    options["scale"] = "raw" if scale == "nlms" else scale
     rows = conv_patches(x, kernel, stride, padding, dilation, groups)
+    options: dict[str, Any] = {"form": form, "damping": damping, "damping_mode": damping_mode, "scale": scale}
+    dw, db = _grads_of_patches(rows, x.shape[0], dy, groups, bias, **options)
+    return dw.reshape(dy.shape[1], -1, *kernel), db
+
+
+def _grads_of_patches(
+    rows: Tensor, batch: int, dy: Tensor, groups: int, bias: bool, *, scale: Scale = "nlms", **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``dw [O, I]`` and ``db [O]`` of a convolution's rows ``[groups, N, I]``."""
+    multiplier = batch if scale == "nlms" else 1
+    options["scale"] = "raw" if scale == "nlms" else scale
     errors = conv_errors(dy.to(compute_dtype(dy.dtype)), groups)
     grads = [emended_weight_grad(own_x, own_dy, bias, **options) for own_x, own_dy in zip(rows, errors, strict=True)]
-    dw = multiplier * torch.cat([dw for dw, _ in grads]).reshape(dy.shape[1], -1, *kernel)
+    dw = multiplier * torch.cat([dw for dw, _ in grads])
     db = multiplier * torch.cat([db for _, db in grads if db is not None]) if bias else None
     return dw.to(dy.dtype), None if db is None else db.to(dy.dtype)
+
+
+def emended_conv_transpose_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int = 1,
+    bias: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The linear formula on the rows of `conv_transpose_patches`; otherwise as `emended_conv_weight_grad`.
+
+    Returns:
+        ``dw [C, O/groups, *kernel]`` and ``db [O]`` or None.
+    """
+    rows = conv_transpose_patches(x, kernel, stride, padding, dilation, output_padding, groups)
+    dw, db = _grads_of_patches(rows, x.shape[0], dy, groups, bias, **options)
+    dw = dw.unflatten(1, (-1, *kernel)).unflatten(0, (groups, -1))  # [groups, O/groups, C/groups, *kernel]
+    return dw.transpose(1, 2).flatten(0, 1), db
 
 
 def embedding_counts(indices: Tensor, num_embeddings: int, padding_idx: int | None) -> tuple[Tensor, Tensor]:

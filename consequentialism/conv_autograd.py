@@ -1,0 +1,228 @@
+"""The derivative of convolutions: what forward keeps, and the gradients that backward makes of it.
+
+The Gram of the patches depends on ``x`` alone and is summed up in forward (`prepare`). Backward is torch's own
+convolution backward and one product with the inverse, a group at a time (`conv_gradients`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
+from .autograd import full_precision, once_differentiable
+from .geometry import Geometry, is_compiled
+from .options import Form, Options, Scale
+from .reference import compute_dtype, conv_errors, float32_is_enough
+
+
+class Prepared(NamedTuple):
+    """What forward keeps for `conv_gradients`."""
+
+    form: Form
+    matrix: Tensor  # [groups, n, n], the inverse, or the primal Gram that conjugate gradients take
+    solved_with: tuple[Any, ...] | None  # the arguments of `conjugate.solve_gram` after its matrices
+
+
+def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Prepared:
+    """Everything that does not depend on ``dy``.
+
+    Args:
+        x: ``[B, C, *spatial]``, detached, with at least one position a sample.
+        bias: Whether the layer has a bias, which then stands in the Gram.
+        outputs: ``O``, for the cost model.
+
+    The matrix is in the type that keeps the inverse's digits: float64 where float32 would not.
+    """
+    backend = dispatch.select(options.backend, x)
+    batch, inputs = x.shape[0], geometry.inputs(x) + bias
+    rows = batch * math.prod(geometry.positions(x))
+    form: Form = cost.conv_form(rows, inputs)
+    solver = cost.conv_solver(rows, inputs, outputs // geometry.groups, x.dtype, options)
+    if solver == "cg":
+        form = "primal"
+    scale: Scale = options.scale
+    samples: float = 1
+    if options.process_group is not None:
+        # Both forms are equal; the primal one needs no other rank's rows. Exchanging the counts waits for the device.
+        form = "primal"
+        shape = f"convolution, C={x.shape[1]}, O={outputs}, bias={bias}, {geometry}"
+        counts = distributed.exchange_counts(shape, rows, batch, x, options)
+        rows = sum(counts.rows)
+        if scale == "nlms":
+            scale, samples = "raw", counts.samples  # which need not be a whole number
+    rank = max(min(rows, inputs), 1)
+    dtype = compute_dtype(x.dtype)
+    enough = float32_is_enough(rows, inputs, x.dtype, options.damping, options.damping_mode)
+    if not enough and x.device.type != "mps":
+        dtype = torch.float64
+    if form == "dual":
+        patches = geometry.patches(x).to(dtype)  # [groups, N, I], smaller than the primal Gram
+        gram = patches @ patches.mT + int(bias)
+    else:
+        gram = geometry.gram(backend, x, bias, options.patch_bytes, dtype)
+    if options.process_group is not None:
+        dist.all_reduce(gram, group=distributed.group_of(options))
+    arguments = (options.damping, options.damping_mode, scale, rank, batch)
+    if solver == "cg":
+        return Prepared(form, gram, (*arguments, options.iterations))
+    if geometry.groups == 1:
+        inverse = backend.factor(gram[0], *arguments)[None]
+    else:
+        inverse = (ops if is_compiled(backend, x) else reference).factor(gram, *arguments)
+    return Prepared(form, inverse if samples == 1 else inverse * samples, None)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward needs."""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+
+def conv_gradients(
+    prepared: Prepared,
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    bias: bool,
+    geometry: Geometry,
+    patch_bytes: int,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dx``, ``dw`` and ``db``, each None where it is not needed, and each in memory of its own.
+
+    Both forms end in torch's own convolution backward, in the matrix's type, so that it is rounded once, after the
+    inverse. One infinity or NaN makes every entry of ``dw`` and ``db`` NaN.
+
+    Args:
+        prepared: As `prepare` gives it.
+        weight: Read for ``dx`` only; otherwise its shape and type count.
+        bias: Whether the layer has a bias.
+    """
+    form, matrix, solved_with = prepared
+    groups = geometry.groups
+    dx = plain = plain_bias = None
+    needs_all = needs.weight or (needs.bias and solved_with is not None)
+    if needs_all and form == "primal" and matrix.dtype == dy.dtype:
+        dx, plain, plain_bias = geometry.backward(dy, x, weight, (needs.x, True, bias))
+    elif needs.x:
+        dx, _, _ = geometry.backward(dy, x, weight, (True, False, False))
+    if not needs_all:
+        db = _bias_gradient(prepared, x, dy, geometry, patch_bytes).to(weight.dtype) if needs.bias else None
+        return dx, None, db
+    errors = dy
+    if form == "dual":  # P is symmetric: dw = (P dy)^T x
+        batch, outputs, *positions = dy.shape
+        emended = matrix @ conv_errors(dy.to(matrix.dtype), groups)  # [groups, N, O/groups]
+        emended = emended.reshape(groups, batch, -1, outputs // groups).permute(1, 0, 3, 2)
+        errors = emended.reshape(batch, outputs, *positions)
+    if plain is None:
+        has_column = needs.bias if form == "dual" else bias
+        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, has_column, patch_bytes, matrix.dtype)
+    flat = geometry.rows_of(plain)  # [groups, O/groups, I]
+    if plain_bias is not None:
+        flat = torch.cat([flat, plain_bias.reshape(groups, -1, 1)], 2)
+    spoilt = (0 * flat).sum()
+    if solved_with is not None:
+        flat = conjugate.solve_gram(matrix, flat, *solved_with)
+    elif form == "primal":
+        flat = flat @ matrix
+    flat = flat + spoilt
+    dw = db = None
+    if needs.bias:
+        db = flat[:, :, -1].to(weight.dtype, copy=True).reshape(-1)
+    if needs.weight:
+        own = flat if plain_bias is None else flat[:, :, :-1]
+        layout = _layout(x, weight)
+        dw = geometry.weight_of(own).to(weight.dtype, copy=plain_bias is not None, memory_format=layout)
+    return dx, dw, db
+
+
+def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int) -> Tensor:
+    """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type."""
+    form, matrix, _ = prepared
+    if form == "dual":
+        column = matrix.sum(2, keepdim=True)  # [groups, N, 1]
+    else:  # the layer itself, with the inverse's border in the weight's place
+        border, corner = geometry.weight_of(matrix[:, -1:, :-1]), matrix[:, -1, -1]
+        column = x.new_empty(x.shape[0], geometry.groups, *geometry.positions(x), dtype=matrix.dtype)
+        for block in geometry.blocks(x, patch_bytes, matrix.dtype):
+            block.of(column).copy_(block.geometry.forward(block.x, border, corner))
+        column = conv_errors(column, geometry.groups)
+    db = (conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column).reshape(-1)
+    return db + (0 * db).sum()
+
+
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format in which torch's own convolution gives the weight's gradient."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if last is None or torch._C._are_functorch_transforms_active():
+        return torch.contiguous_format
+    either = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
+    return last if either else torch.contiguous_format
+
+
+def _plain_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, bias: bool, patch_bytes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """torch's own gradients of weight and bias in ``dtype``, computed in pieces where that is wider than x's."""
+    if x.dtype == dy.dtype == dtype:
+        _, dw, db = geometry.backward(dy, x, weight, (False, True, bias))
+        return dw, db
+    wide = weight.new_empty(weight.shape, dtype=dtype)
+    dw, db = weight.new_zeros(weight.shape, dtype=dtype), dy.new_zeros(dy.shape[1], dtype=dtype)
+    for block in geometry.blocks(x, patch_bytes, dtype):
+        errors = block.of(dy).to(dtype)
+        _, some, some_bias = block.geometry.backward(errors, block.x, wide, (False, True, bias))
+        dw, db = dw + some, db if some_bias is None else db + some_bias
+    return dw, db if bias else None
+
+
+class EmendedConv(torch.autograd.Function):
+    """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias.
+
+    The arguments after the bias are the geometry, ``patch_bytes``, and those of `Prepared`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs)
+        x, weight, bias, geometry, *_ = inputs
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, matrix = ctx.saved_tensors
+        prepared = Prepared(ctx.form, matrix, ctx.solved_with)
+        needs = Needs(*_torch.needed_gradients(ctx, 3))
+        with full_precision(dy.device.type):
+            gradients = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
+        return *gradients, *(None,) * 5
+
+
+class TransformableEmendedConv(EmendedConv):
+    """The same for torch.func's transforms, which want ``setup_context``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
+        x, weight, bias, geometry, *_ = inputs
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, matrix, ctx.solved_with = inputs
+    ctx.bias = bias is not None
+    ctx.save_for_backward(x, weight, matrix)
