@@ -153,7 +153,7 @@ def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry
         border, corner = geometry.weight_of(matrix[:, -1:, :-1]), matrix[:, -1, -1]
         column = x.new_empty(x.shape[0], geometry.groups, *geometry.positions(x), dtype=matrix.dtype)
         for block in geometry.blocks(x, patch_bytes, matrix.dtype):
-            block.of(column).copy_(block.geometry.forward(block.x, border, corner))
+            block.of(column).copy_(geometry.of_blocks().forward(block.x, border, corner))
         column = conv_errors(column, geometry.groups)
     db = (conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column).reshape(-1)
     return db + (0 * db).sum()
@@ -179,7 +179,7 @@ def _plain_gradients(
     dw, db = weight.new_zeros(weight.shape, dtype=dtype), dy.new_zeros(dy.shape[1], dtype=dtype)
     for block in geometry.blocks(x, patch_bytes, dtype):
         errors = block.of(dy).to(dtype)
-        _, some, some_bias = block.geometry.backward(errors, block.x, wide, (False, True, bias))
+        _, some, some_bias = geometry.of_blocks().backward(errors, block.x, wide, (False, True, bias))
         dw, db = dw + some, db if some_bias is None else db + some_bias
     return dw, db if bias else None
 
@@ -203,8 +203,8 @@ class EmendedConv(torch.autograd.Function):
         prepared = Prepared(ctx.form, matrix, ctx.solved_with)
         needs = Needs(*_torch.needed_gradients(ctx, 3))
         with full_precision(dy.device.type):
-            gradients = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
-        return *gradients, *(None,) * 5
+            dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
+        return dx, dw, db, *(None,) * 5
 
 
 class TransformableEmendedConv(EmendedConv):

@@ -18,27 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cost, ops, reference
+from .reference import ConvBlock
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 Sizes = int | Sequence[int]
-
-
-class Block(NamedTuple):
-    """A piece of an input, with its convolution and the place of its positions in the output."""
-
-    x: Tensor  # [b, C, *spatial]
-    geometry: Geometry
-    sample: int  # the first
-    line: int  # the first position along the first spatial dimension
-    lines: int
-
-    def of(self, y: Tensor) -> Tensor:
-        """The part of ``y [B, ..., *positions]`` that belongs to it.
-
-        Not by indices: torch.autograd.grad(is_grads_batched=True) knows no rule for them.
-        """
-        return y.narrow(0, self.sample, self.x.shape[0]).narrow(2, self.line, self.lines)
 
 
 @dataclass(frozen=True)
@@ -125,12 +109,17 @@ class Geometry:
         """The rows ``[groups, N, I]``, all of them."""
         return reference.conv_patches(x, *self._numbers(), self.groups)
 
-    def blocks(self, x: Tensor, patch_bytes: int, dtype: torch.dtype) -> Iterator[Block]:
-        """``x`` in pieces in ``dtype`` whose patches take at most ``patch_bytes``, or are one row of positions."""
-        unpadded = Geometry(self.kernel, self.stride, (0,) * len(self.kernel), self.dilation, self.groups)
-        for block in reference.conv_blocks(x, *self._numbers(), patch_bytes, dtype):
-            lines = block.rows.stop - block.rows.start
-            yield Block(block.x, unpadded, block.samples.start, block.rows.start, lines)
+    def blocks(self, x: Tensor, patch_bytes: int, dtype: torch.dtype) -> Iterator[ConvBlock]:
+        """``x`` in pieces in ``dtype`` whose patches take at most ``patch_bytes``, or are one row of positions.
+
+        `of_blocks` is their geometry.
+        """
+        kernel, stride, padding, dilation = self._numbers()
+        return reference.conv_blocks(x, kernel, stride, padding, dilation, patch_bytes, dtype)
+
+    def of_blocks(self) -> Geometry:
+        """The same where the padding is a part of the input."""
+        return Geometry(self.kernel, self.stride, (0,) * len(self.kernel), self.dilation, self.groups)
 
     def gram(self, backend: Any, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
         """``x^T x [groups, I, I]`` of the rows, with the bias's column; never more than ``patch_bytes`` of them."""
@@ -193,12 +182,15 @@ class TransposedGeometry(Geometry):
     def patches(self, x: Tensor) -> Tensor:
         return reference.conv_transpose_patches(x, *self._numbers(), self.output_padding, self.groups)
 
-    def blocks(self, x: Tensor, patch_bytes: int, dtype: torch.dtype) -> Iterator[Block]:
+    def blocks(self, x: Tensor, patch_bytes: int, dtype: torch.dtype) -> Iterator[ConvBlock]:
         """``x`` in pieces of whole samples in ``dtype``: torch's own convolution of them unfolds one at a time."""
         positions = self.positions(x)
         sample_bytes = x.shape[1] * math.prod(x.shape[2:]) * math.prod(self.kernel) * dtype.itemsize
         for first, piece in _samples(x, sample_bytes, patch_bytes):
-            yield Block(piece.to(dtype), self, first, 0, positions[0])
+            yield ConvBlock(piece.to(dtype), first, 0, positions[0])
+
+    def of_blocks(self) -> Geometry:
+        return self
 
     def gram(self, backend: Any, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
         """As that of a convolution, class by class: entries of the kernel of two classes are never in one row."""

@@ -315,11 +315,19 @@ def _both_sides(padding: Sequence[int]) -> list[int]:
 
 
 class ConvBlock(NamedTuple):
-    """A padded piece of a convolution's input, and where its positions are in the output."""
+    """A piece of a convolution's input, and where its positions are in the output."""
 
     x: Tensor  # [b, C, *spatial], to be read without further padding
-    samples: slice
-    rows: slice  # of the first spatial dimension
+    sample: int  # the first
+    line: int  # the first position along the first spatial dimension
+    lines: int
+
+    def of(self, y: Tensor) -> Tensor:
+        """The part of ``y [B, ..., *positions]`` that belongs to it.
+
+        Not by indices: torch.autograd.grad(is_grads_batched=True) knows no rule for them.
+        """
+        return y.narrow(0, self.sample, self.x.shape[0]).narrow(2, self.line, self.lines)
 
 
 def conv_blocks(
@@ -348,7 +356,7 @@ def conv_blocks(
             end = min(begin + step, rows[0])
             length = (end - begin - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1
             block = piece.narrow(2, begin * stride[0], length)
-            yield ConvBlock(block, slice(first, first + samples), slice(begin, end))
+            yield ConvBlock(block, first, begin, end - begin)
 
 
 def conv_gram(
