@@ -211,7 +211,8 @@ def different_layers(rank: int) -> dict[str, Any]:
     convolution = cw.Conv1d(4, 4, 1, process_group=group)
     first, second = cw.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), process_group=group)
     damped = cw.Linear(4, 4, damping=0.5 + rank, process_group=group)
-    ddp = DistributedDataParallel(Routed(experts()), find_unused_parameters=True)
+    routed = Routed(nn.ModuleList(cw.Linear(4, 4, process_group=group) for _ in range(2)))
+    ddp = DistributedDataParallel(routed, find_unused_parameters=True)
 
     def skipped() -> None:  # rank 1 leaves out the first layer
         y = x if rank == 1 else first(x)

@@ -241,8 +241,8 @@ def test_different_layers_are_an_error_on_every_rank(found: list[dict[str, Any]]
     names = {
         "named experts": ("'0'", "'1'"),
         "experts of zeros": ("'0'", "'1'"),
-        "find_unused_parameters": ("'0'", "'1'"),
-        "unnamed experts": ("different layers of one kind", "without a name"),
+        "find_unused_parameters": ("'module.layers.0'", "'module.layers.1'"),
+        "unnamed experts": ("different layers", "'', linear, I=4, O=4"),
         "a layer skipped": ("'0'", "'1'"),
         "another kind": ("linear", "convolution"),
         "in backward": ("embedding", "linear"),
@@ -258,7 +258,7 @@ def test_different_layers_are_an_error_on_every_rank(found: list[dict[str, Any]]
 def test_equal_layers_are_no_error(found: list[dict[str, Any]]) -> None:
     for result in results_of(found, "no false alarm"):
         (warning,) = result["warnings"]
-        assert "the weights of a layer without a name" in warning
+        assert "the weights of '', linear, I=4, O=3" in warning
 
 
 def test_eval_mode_is_silent(found: list[dict[str, Any]]) -> None:
