@@ -111,7 +111,8 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
         like: A tensor of the type that is exchanged next, and on its device.
 
     Raises:
-        RuntimeError: The ranks run different layers, or one layer with different options; on every rank.
+        RuntimeError: The ranks run different layers, or one layer with different options; on every rank. After the
+            group's timeout, a rank has left the layer out.
     """
     peers, group = options.process_group, group_of(options)
     name, serial, witnesses = "", 0, None
@@ -126,7 +127,13 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
         own[1] = count(options.samples, like.device)
     if witnesses is not None:
         own[4 : 4 + witnesses.shape[0]] = witnesses
-    table = _all_gather(own, group).tolist()
+    try:
+        table = _all_gather(own, group).tolist()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"consequentialism: process_group: not all ranks have come to {_named(label, options)}; a rank may have "
+            f"left it out, as experts do, or have stopped: {error}"
+        ) from error
     same_label = all(line[2] == table[0][2] for line in table)
     same_serial = all(line[3] == table[0][3] for line in table)
     same_weights = all(_alike(table[0][4:], line[4:]) for line in table)

@@ -119,6 +119,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for one in ACCURACY_CASES:
         jobs[f"accuracy {one}"] = (workers.functional, (*accuracy_batch(*one), ACCURACY_COUNTS, ACCURACY_OPTIONS))
     jobs["different layers"] = (workers.different_layers, ())
+    jobs["left out"] = (workers.left_out, ())
     jobs["no false alarm"] = (workers.no_false_alarm, ())
     jobs["evaluation"] = (workers.evaluation, ())
     jobs["uneven inputs"] = (workers.uneven_inputs, ())
@@ -253,6 +254,12 @@ def test_different_layers_are_an_error_on_every_rank(found: list[dict[str, Any]]
         for name, message in result.items():
             for part in ("process_group", "rank 0 runs", "rank 1 runs", *names[name]):
                 assert part in message, f"{name}: {message!r}"
+
+
+def test_a_layer_that_a_rank_leaves_out_is_named_after_the_timeout(found: list[dict[str, Any]]) -> None:
+    message = results_of(found, "left out")[0]["heard"]
+    for part in ("process_group", "'last', linear, I=4, O=4", "left it out"):
+        assert part in message
 
 
 def test_equal_layers_are_no_error(found: list[dict[str, Any]]) -> None:
