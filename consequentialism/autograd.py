@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import conjugate, cost, distributed, reference
+from . import _torch, conjugate, cost, distributed, reference
 from .options import DampingMode, Form, Options, Scale
 from .reference import compute_dtype, emended_dtype
+
+LARGEST_INVERSE = {torch.float32: 1e25, torch.float64: 1e200}  # kLargestInverse in csrc/autograd.cpp; see `in_range`
 
 
 class Fused(NamedTuple):
@@ -39,6 +41,7 @@ class Prepared(NamedTuple):
     column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
     system: conjugate.System | None = None  # solved in backward
     gram: Tensor | None = None  # [n, n], the system's, where it is stored
+    unit: Tensor | None = None  # 0-dimensional: the inverse is that of x / unit
 
     def keeps_x(self) -> bool:
         """Whether backward reads ``x``."""
@@ -97,7 +100,35 @@ def prepare(
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
         return keep_emended(plan.form, emended, column, need_weight, need_bias)
-    return keep_inverse(plan.form, backend.input_inverse(*arguments), x, need_weight)
+    unit = None
+    if (
+        not bias
+        and options.damping_mode == "relative"
+        and (torch.compiler.is_compiling() or _torch.transforms_active())
+    ):
+        # Nobody can look there whether the inverse is in range, and only without a bias can that of x / unit be taken.
+        unit = reference.unit_of(x, bias, options.damping_mode)
+        arguments = (x / unit, *arguments[1:])
+    inverse = backend.input_inverse(*arguments)
+    if unit is None and not in_range(inverse):
+        emended, column = backend.emended_input(*arguments)
+        return keep_emended(plan.form, emended, column, need_weight, need_bias)
+    kept = keep_inverse(plan.form, inverse, x, need_weight)
+    return kept._replace(unit=None if options.scale == "gradient" else unit)
+
+
+def in_range(inverse: Tensor) -> bool:
+    """Whether products with an inverse ``[n, n]`` neither overflow nor lose digits; True where the host cannot look.
+
+    It is of the size of ``1 / x^2``, which may leave the type's range where the emended input, ``1 / x``, does not.
+    """
+    if inverse.device.type != "cpu" or type(inverse) is not Tensor or inverse.numel() == 0:
+        return True
+    if torch.compiler.is_compiling() or _torch.transforms_active():
+        return True
+    largest = LARGEST_INVERSE[inverse.dtype]
+    least, most = torch.aminmax(inverse.diagonal())  # it is positive definite
+    return 1 / largest < least.item() and most.item() < largest
 
 
 def keep_emended(form: Form, emended: Tensor, column: Tensor, need_weight: bool, need_bias: bool) -> Prepared:
@@ -121,7 +152,7 @@ def emended_ones(inverse: Tensor, x: Tensor, form: Form) -> Tensor:
 
 
 def weight_grad(
-    prepared: Prepared, x: Tensor | None, dy: Tensor, backend: Any, need_bias: bool
+    prepared: Prepared, x: Tensor | None, dy: Tensor, backend: Any, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dw [O, I]`` and ``db [O]``, each None where it is not needed.
 
@@ -129,16 +160,22 @@ def weight_grad(
         x: ``[N, I]``; read only where ``prepared`` keeps it.
         dy: ``[N, O]``.
     """
-    form, inverse, emended, column, system, gram = prepared
+    form, inverse, emended, column, system, gram, unit = prepared
     if isinstance(form, Fused):
         assert x is not None
         dw, db = backend.fused_weight_grad(x, dy, *form)
-        return dw, db if need_bias else None
+        return dw if need_weight else None, db if need_bias else None
     if system is not None:
         assert x is not None
-        gradients = conjugate.weight_grad(system, gram, x, dy, backend)
-        return gradients if need_bias else (gradients[0], None)
+        dw, db = conjugate.weight_grad(system, gram, x, dy, backend)
+        return dw if need_weight else None, db if need_bias else None
+    if inverse is not None and not need_weight:  # the bias's gradient alone
+        assert x is not None
+        column = emended_ones(inverse, x, form)
+        inverse = None
     if inverse is None:
+        emended = emended if need_weight else None
+        column = column if need_bias else None
         if dy.shape[0] == 0:  # a rank without rows in a distributed batch; an empty column would mean no bias
             dw = None if emended is None else dy.new_zeros(dy.shape[1], emended.shape[1])
             return dw, None if column is None else dy.new_zeros(dy.shape[1])
@@ -147,16 +184,17 @@ def weight_grad(
             return None, backend.weight_grad(dy, column[:, None], column)[1]
         nothing = emended.new_empty(0)
         dw, db = backend.weight_grad(dy, emended, nothing if column is None else column)
-        return dw, db if need_bias else None
+        return dw, None if column is None else db
     assert x is not None
     ones = inverse.new_ones(x.shape[0] if need_bias else 0)
     if form == "dual":
         dw, db = backend.weight_grad(inverse @ dy, x, ones)  # P is symmetric: dw = (P dy)^T x
-        return dw, db if need_bias else None
+        return dw if unit is None else dw / unit / unit, db if need_bias else None
     has_bias = inverse.shape[0] > x.shape[1]
     plain, plain_bias = backend.weight_grad(dy, x, inverse.new_ones(x.shape[0] if has_bias else 0))
     if not has_bias:
-        return plain @ inverse, None
+        dw = plain @ inverse
+        return dw if unit is None else dw / unit / unit, None
     border = inverse[-1, :-1]
     dw = torch.addr(plain @ inverse[:-1, :-1], plain_bias, border)
     return dw, plain @ border + plain_bias * inverse[-1, -1] if need_bias else None
@@ -178,8 +216,9 @@ def update(
         dy: ``[N, O]``, ``N > 0``. One infinity or NaN makes every weight NaN, as the gradient would be.
         lr: A number, or a 0-dimensional tensor on the weight's device, which the host does not read.
     """
-    form, inverse, emended, column, system, gram = prepared
+    form, inverse, emended, column, system, gram, unit = prepared
     assert not isinstance(form, Fused), "a step has no dw to compute"
+    assert unit is None, "a step is never traced"
     errors, alpha = _scaled(dy, lr)
     if system is not None:
         assert x is not None
@@ -219,7 +258,7 @@ def _scaled(dy: Tensor, lr: float | Tensor) -> tuple[Tensor, float]:
     if isinstance(lr, Tensor):
         dy = dy.to(emended_dtype(dy.dtype))  # lr times a float16 may leave its range
         return dy * ((0 * dy).sum().to(compute_dtype(dy.dtype)) - lr), 1.0
-    if dy.device.type != "cpu":
+    if dy.device.type != "cpu" or type(dy) is not Tensor:  # a fake tensor has nothing to look at
         dy = dy + (0 * dy).sum()
     elif not math.isfinite(dy.sum().item()) and not dy.isfinite().all():  # a sum of finite entries may overflow
         dy = torch.full_like(dy, math.nan)
@@ -255,15 +294,45 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         with torch.no_grad():
             gradients = backward(ctx, *grads)
         # torch.func asks for a graph always, and has its own refusal; a compiler's backward has no second one.
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        transformed = torch.compiler.is_compiling() or _torch.transforms_active()
         if transformed or not torch.is_grad_enabled():
             return gradients
-        error: Any = torch._C._functions.DelayedError(  # type: ignore[attr-defined]
-            b"trying to differentiate twice an emended gradient, which is @once_differentiable", len(gradients)
-        )
-        return error(*(None if one is None else one.detach().requires_grad_() for one in gradients))
+        return tuple(_torch.forbid_derivative(gradients, grads))
 
     return wrapper
+
+
+def refuse_jacobian(ctx: Any, first: int) -> None:
+    """Raise where torch.func asks for a Jacobian with respect to an emended parameter.
+
+    Args:
+        ctx: Of a Function whose ``setup_context`` kept ``levels``.
+        first: The place of the first parameter among its inputs; the second follows it.
+    """
+    if any(ctx.needs_input_grad[first : first + 2]) and _torch.new_vmap_level(ctx.levels):
+        raise RuntimeError(_torch.JACOBIAN)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`, whose output is no view: one that a Function returned could not change in place."""
+    y = F.linear(x, weight, bias)
+    return y if y.ndim == 2 else _torch.not_a_view(y)
+
+
+@once_differentiable
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, inverse, emended, column, gram, unit = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = _torch.needed_gradients(ctx, 3)
+    dw = db = None
+    with full_precision(dy.device.type):
+        dx = dy @ weight if needs_x else None
+        if needs_weight or needs_bias:
+            rows = math.prod(dy.shape[:-1])
+            flat_x = None if x is None else x.reshape(rows, x.shape[-1])
+            prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram, unit)
+            flat_dy = dy.reshape(rows, dy.shape[-1])
+            dw, db = weight_grad(prepared, flat_x, flat_dy, ctx.backend, needs_weight, needs_bias)
+    return dx, dw, db, *(None,) * 8
 
 
 class EmendedLinear(torch.autograd.Function):
@@ -275,22 +344,11 @@ class EmendedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save(ctx, inputs)
-        return F.linear(*inputs[:3])
+        return plain_linear(*inputs[:3])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse, emended, column, gram = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dw = db = None
-        with full_precision(dy.device.type):
-            dx = dy @ weight if needs_x else None
-            if needs_weight or needs_bias:
-                rows = math.prod(dy.shape[:-1])
-                flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-                prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
-                dw, db = weight_grad(prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.backend, needs_bias)
-        return dx, dw, db, *(None,) * 7
+        return _linear_backward(ctx, dy)
 
 
 class TransformableEmendedLinear(EmendedLinear):
@@ -300,11 +358,21 @@ class TransformableEmendedLinear(EmendedLinear):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
-        return F.linear(*inputs[:3])
+        return plain_linear(*inputs[:3])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
+        ctx.levels = _torch.transform_levels()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_jacobian(ctx, 1)
+        return _linear_backward(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(_torch.FORWARD_MODE)
 
 
 class UpdatedLinear(torch.autograd.Function):
@@ -319,23 +387,23 @@ class UpdatedLinear(torch.autograd.Function):
         x, _, _, weight, bias, ctx.step, ctx.ratio, *rest = inputs
         _keep(ctx, x, weight, Prepared(*rest))
         ctx.step.used_by(ctx)
-        return F.linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.step.backward(ctx, dy), *(None,) * 12
+        return ctx.step.backward(ctx, dy), *(None,) * 13
 
 
 def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
     """The input's gradient ``[..., I]`` where it is needed; after that, the step."""
     wants_weight, wants_bias = ctx.step.begin(ctx)
-    x, weight, inverse, emended, column, gram = ctx.saved_tensors
+    x, weight, inverse, emended, column, gram, unit = ctx.saved_tensors
     with full_precision(dy.device.type):
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = dy @ weight if _torch.needed_gradients(ctx, 1)[0] else None
     rows = math.prod(dy.shape[:-1])
     if rows > 0 and (wants_weight or wants_bias):
         flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-        prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
+        prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram, unit)
         with full_precision(dy.device.type):
             ctx.step.update(wants_weight, wants_bias, prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.ratio)
     return dx
@@ -347,7 +415,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _keep(ctx: Any, x: Tensor, weight: Tensor, prepared: Prepared) -> None:
-    ctx.form, inverse, emended, column, ctx.system, gram = prepared
+    ctx.form, inverse, emended, column, ctx.system, gram, unit = prepared
     kept_x = x if prepared.keeps_x() else None
     kept_weight = weight if ctx.needs_input_grad[0] else None
-    ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column, gram)
+    ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column, gram, unit)

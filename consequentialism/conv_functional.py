@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import conjugate, cost, dispatch, distributed, ops, reference
-from .autograd import full_precision, once_differentiable
-from .functional import _autocast, _check_floating, _check_match, _check_transforms
+from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
+from .autograd import full_precision, once_differentiable, refuse_jacobian
+from .functional import _autocast, _check_floating, _check_match, check_differentiable
 from .options import Form, Options, OptionsDict, Scale, options_from
 from .reference import compute_dtype, conv_blocks, conv_errors, conv_output_size, float32_is_enough
 from .samples import counted, ratio, scaled
@@ -98,14 +98,13 @@ def emended_conv_with(
     _check_conv(x, weight, bias)
     convolution = CONVOLUTIONS[weight.ndim - 2]
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _torch.transforms_active()
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
     if not (need_weight or need_bias):
         return convolution(x, weight, bias, stride, padding, dilation, groups)
-    if transformed:
-        _check_transforms()
+    check_differentiable(transformed, x, weight, bias)
     kernel = tuple(weight.shape[2:])
     batched = x.ndim == weight.ndim
     placed = _place(x if batched else x.unsqueeze(0), kernel, stride, padding, dilation, groups)
@@ -343,6 +342,16 @@ def _plain_gradients(
     return dw, db if bias else None
 
 
+@once_differentiable
+def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, matrix = ctx.saved_tensors
+    prepared = Prepared(ctx.form, matrix, ctx.solved_with)
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    with full_precision(dy.device.type):
+        dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs_x)
+    return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 5
+
+
 class EmendedConv(torch.autograd.Function):
     """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias."""
 
@@ -352,14 +361,8 @@ class EmendedConv(torch.autograd.Function):
         return _convolve(*inputs[:4])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, matrix = ctx.saved_tensors
-        prepared = Prepared(ctx.form, matrix, ctx.solved_with)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with full_precision(dy.device.type):
-            dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs_x)
-        return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 5
+        return _conv_backward(ctx, dy)
 
 
 class TransformableEmendedConv(EmendedConv):
@@ -374,6 +377,16 @@ class TransformableEmendedConv(EmendedConv):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
+        ctx.levels = _torch.transform_levels()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_jacobian(ctx, 1)
+        return _conv_backward(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(_torch.FORWARD_MODE)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import autograd, cost, dispatch, reference
-from .autograd import Prepared, full_precision, once_differentiable
+from . import _torch, autograd, cost, dispatch, reference
+from .autograd import Prepared, full_precision, once_differentiable, plain_linear
 from .cost import Plan
 from .options import Options
 
@@ -68,9 +67,11 @@ class Deferred:
         node = None if self.node is None else self.node()
         if self.prepared is not None or node is None or self.stream != other.stream:
             return False
+        if not (_torch.backward_is_running() and _torch.will_run(node)):
+            return False
         if self.x is None or self.spoilt():  # its own backward will say so, if it comes
             return False
-        return torch._C._will_engine_execute_node(node)
+        return any(_torch.needed_gradients(node, 3)[1:])
 
     def plan(self) -> Plan:
         """The cost model's, of the matrix with the bias in it."""
@@ -92,7 +93,9 @@ class Deferred:
             )
         return x
 
-    def weight_grad(self, dy: Tensor, keep: bool) -> tuple[Tensor | None, Tensor | None]:
+    def weight_grad(
+        self, dy: Tensor, need_weight: bool, need_bias: bool, keep: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """``dw [O, I]`` and ``db [O]``, each None where it is not needed; ``keep`` for another backward.
 
         Args:
@@ -100,7 +103,7 @@ class Deferred:
         """
         prepared = self.batch.prepared(self)
         x = None if self.x is None else self.input()
-        dw, db = autograd.weight_grad(prepared, x, dy, self.backend, self.need_bias)
+        dw, db = autograd.weight_grad(prepared, x, dy, self.backend, need_weight, need_bias)
         if not keep:
             self.x = self.prepared = None
         return dw, db
@@ -128,11 +131,7 @@ class FactorBatch:
     def takes(options: Options) -> bool:
         """Whether a layer may wait: not where forward is traced, where ranks meet in forward, or under hooks on saved
         tensors, such as checkpointing's, which want to have the input themselves."""
-        return not (
-            torch.compiler.is_compiling()
-            or options.process_group is not None
-            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        )
+        return not (torch.compiler.is_compiling() or options.process_group is not None or _torch.saves_through_hooks())
 
     def defer(
         self, x: Tensor, bias: bool, outputs: int, options: Options, backend: Any, need_weight: bool, need_bias: bool
@@ -199,8 +198,10 @@ def _prepare_group(options: Options, backend: Any, layers: Sequence[Deferred], p
     for layer, x, plan, tensor, column in zip(layers, xs, plans, kept, columns, strict=True):
         if plan.applied_to == "input":
             layer.prepared = autograd.keep_emended(plan.form, tensor, column, layer.need_weight, layer.need_bias)
-        else:
+        elif autograd.in_range(tensor):
             layer.prepared = autograd.keep_inverse(plan.form, tensor, x, layer.need_weight)
+        else:
+            _prepare_alone(layer)
 
 
 class DeferredLinear(torch.autograd.Function):
@@ -211,16 +212,22 @@ class DeferredLinear(torch.autograd.Function):
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
         ctx.deferred = deferred
         deferred.node = weakref.ref(ctx)
-        return F.linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors  # raises where the graph has been freed
-        flat_dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
+        needs_x, needs_weight, needs_bias = _torch.needed_gradients(ctx, 3)
+        dw = db = None
         with full_precision(dy.device.type):
-            dx = dy @ weight if ctx.needs_input_grad[0] else None
-            dw, db = ctx.deferred.weight_grad(flat_dy, torch._C._autograd._get_current_graph_task_keep_graph())
+            dx = dy @ weight if needs_x else None
+            if needs_weight or needs_bias:
+                flat_dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
+                weight_grad = Deferred.weight_grad
+                if torch.compiler.is_compiling():  # by compiled autograd, which cannot trace what the layers share
+                    weight_grad = _torch.outside_graphs(weight_grad, "batch_factors=True does not support full graphs")
+                dw, db = weight_grad(ctx.deferred, flat_dy, needs_weight, needs_bias, _torch.keeps_graph())
         return dx, dw, db, None
 
 

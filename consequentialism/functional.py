@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import cost, dispatch, ops, reference
+from . import _torch, cost, dispatch, ops, reference
 from .autograd import (
     EmendedLinear,
     Prepared,
@@ -69,14 +69,13 @@ def emended_linear_with(
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear(x, weight, bias)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _torch.transforms_active()
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
     if not (need_weight or need_bias):
         return F.linear(x, weight, bias)
-    if transformed:
-        _check_transforms()
+    check_differentiable(transformed, x, weight, bias)
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
@@ -115,7 +114,7 @@ def updated_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         TypeError, ValueError: As `emended_linear`.
     """
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _torch.transforms_active()
     if not torch.is_grad_enabled() or not (trained or transformed):
         return emended_linear_with(x, weight, bias, options)
     if transformed:
@@ -186,7 +185,7 @@ def emended_weight_grad(
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         backend = dispatch.select(settings.backend, x)
         prepared = prepare(x, bias, outputs, settings, backend, True, bias, fusible=True)
-        dw, db = weight_grad(prepared, x, dy, backend, bias)
+        dw, db = weight_grad(prepared, x, dy, backend, True, bias)
         assert dw is not None
         by = ratio(settings, rows, x) if settings.process_group is None else None
         if by is not None:
@@ -219,24 +218,25 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
 
-def _check_transforms() -> None:
-    """Refuse the torch.func transforms under which the gradient would silently be another one."""
+def check_differentiable(transformed: bool, *tensors: Tensor | None) -> None:
+    """Refuse forward mode, and the torch.func transforms under which the gradient would silently be another one."""
+    if not transformed:
+        if any(_torch.is_dual(tensor) for tensor in tensors):
+            raise RuntimeError(_torch.FORWARD_MODE)
+        return
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
             "the plain one; compile without the transform, or run the transform eagerly"
         )
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1:
-        raise RuntimeError(
-            "consequentialism: an emended gradient has no derivative, so torch.func.grad cannot be nested"
-        )
+    if _torch.grad_levels() > 1:
+        raise RuntimeError(f"{_torch.SECOND_DERIVATIVE}. torch.func.grad and its like cannot be nested over it")
 
 
 def _check_floating(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r} ({type(tensor).__name__})")
-    if type(tensor).__name__ == "DTensor":
+    if _torch.is_dtensor(tensor):
         raise TypeError(f"{name} is a DTensor, which is not supported; use {name}.to_local()")
     if tensor.dtype not in FLOATING_TYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")

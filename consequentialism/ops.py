@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _torch
 from .options import ConvMethod, DampingMode, Form, Scale
 from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 
@@ -49,9 +50,12 @@ def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
     """The types of device for which the extension has all of these kernels."""
     if module is None:
         return ()
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = {"cpu": "CPU", "cuda": "CUDA"}
-    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in names))
+    return tuple(
+        device
+        for device, key in keys.items()
+        if all(_torch.has_kernel(f"consequentialism::{name}", key) for name in names)
+    )
 
 
 device_types = _device_types(NAMES)

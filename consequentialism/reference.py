@@ -56,6 +56,40 @@ def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float
     return min(rows, inputs) <= max_float32_condition(rows, inputs, dtype) * damping
 
 
+# A relative damping above the first is taken as the second, which in that type leaves nothing of the Gram beside it.
+LARGEST_DAMPING = 2.0**80
+NOTHING_BESIDE = {torch.float32: 2.0**40, torch.float64: 2.0**80}
+
+
+def limited_damping(damping: float, damping_mode: DampingMode, dtype: torch.dtype) -> tuple[float, float]:
+    """A damping whose ridge stays in the range of a Gram's type, and the factor by which its inverse is then too large.
+
+    ``G + c I`` is ``c I`` to the last bit long before ``c`` overflows.
+    """
+    if damping_mode == "absolute" or damping <= LARGEST_DAMPING:
+        return damping, 1.0
+    limit = NOTHING_BESIDE[dtype]
+    return limit, limit / damping
+
+
+def unit_of(x: Tensor, bias: bool, damping_mode: DampingMode) -> Tensor:
+    """A power of two, 0-dimensional, near the largest entry of ``x``: in this unit its squares stay in range.
+
+    A bias's column of ones, and an absolute ridge, are in range and large beside a small ``x``: 1 is then the least.
+    """
+    if x.numel() == 0:
+        return x.new_ones(())
+    largest = x.abs().amax()
+    unit = largest / (2 * torch.frexp(largest).mantissa)  # exact
+    least = 1.0 if bias or damping_mode == "absolute" else 0.0
+    return torch.where((largest > 0) & largest.isfinite(), unit.clamp(min=least), torch.ones_like(unit))
+
+
+def out_of_unit(emended: Tensor, unit: Tensor, scale: Scale) -> Tensor:
+    """What was emended from ``x / unit``, a gradient included, as if from ``x``."""
+    return emended * unit if scale == "gradient" else emended / unit
+
+
 def _rows(x: Tensor, bias: bool) -> Tensor:
     x = x.to(compute_dtype(x.dtype))
     return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) if bias else x
@@ -85,8 +119,16 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     Zero where the trace is zero and NaN where it is not finite. Where the factor breaks down the ridge
     grows tenfold, at most three times; then the Gram's diagonal stands in for it.
     """
+    limited, excess = limited_damping(damping, damping_mode, gram.dtype)
+    c = ridge(gram, limited, damping_mode, rank)
+    inverse = _factor(gram, c, scale, rows)
+    return inverse if excess == 1 or scale == "gradient" else inverse * excess
+
+
+def _factor(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
+    """`factor` with the ridges ``c [...]`` as they are."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    c = ridge(gram, damping, damping_mode, rank)[..., None, None]
+    c = c[..., None, None]
     c = torch.where(trace == 0, torch.ones_like(c), c)
     growth = 10.0 ** torch.arange(RETRIES + 1, dtype=gram.dtype, device=gram.device)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -112,17 +154,29 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
 
 def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
-    narrow = compute_dtype(x.dtype)
-    return _wide_inverse(x, bias, form, damping, damping_mode, scale).to(narrow)
+    inverse, _, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    if scale != "gradient":  # there c and the Gram have the same unit
+        inverse = inverse / unit / unit
+    return inverse.to(compute_dtype(x.dtype))
 
 
-def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    """`input_inverse` in the type that Gram and factor need: float64 where float32 would lose the inverse's digits."""
+def _wide_inverse(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`input_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
+
+    In the type that Gram and factor need: float64 where float32 would lose the inverse's digits.
+    """
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)
-    if not float32_is_enough(rows, inputs, x.dtype, damping, damping_mode) and x.device.type != "mps":
-        x = x.double()
-    return factor(input_gram(x, bias, form), damping, damping_mode, scale, rank, rows)
+    enough = float32_is_enough(rows, inputs, x.dtype, damping, damping_mode) or x.device.type == "mps"
+    x = x.to(compute_dtype(x.dtype) if enough else torch.float64)
+    unit = unit_of(x, bias, damping_mode)
+    scaled = _rows(x, bias) / unit
+    gram = input_gram(scaled, False, form)
+    if damping_mode == "absolute":
+        return _factor(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
+    return factor(gram, damping, damping_mode, scale, rank, rows), scaled, unit
 
 
 def apply_inverse(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
@@ -145,9 +199,11 @@ def emended_input(
     ``dw = dy^T y`` and ``db = dy^T u`` are then the emended gradients. bfloat16 gives a bfloat16 ``y``,
     float16 a float32 one (its range is too small); ``u`` is always in the type computed in.
     """
-    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
-    emended, column = apply_inverse(inverse, x.to(inverse.dtype), bias, form)
-    return emended.to(emended_dtype(x.dtype)), column.to(compute_dtype(x.dtype))
+    inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    emended = out_of_unit(inverse @ rows if form == "dual" else rows @ inverse, unit, scale)
+    column = emended[:, -1] if bias else emended.new_zeros(0)
+    emended = emended[:, :-1] if bias else emended
+    return emended.to(emended_dtype(x.dtype)).contiguous(), column.to(compute_dtype(x.dtype)).contiguous()
 
 
 def emended_inputs(
@@ -222,13 +278,17 @@ def emended_weight_grad(
         return zeros, dy.new_zeros(dy.shape[1]) if bias else None
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
-    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
-    rows = _rows(x.to(inverse.dtype), bias)
+    inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
     errors = _nan_unless_finite(dy).to(rows.dtype)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
-    if not bias:
-        return dw.to(dy.dtype), None
-    return dw[:, :-1].to(dy.dtype), dw[:, -1].to(dy.dtype)
+    dw = out_of_unit(dw, unit, scale).to(dy.dtype)
+    return separate(dw) if bias else (dw, None)
+
+
+def separate(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """``dw [O, I]`` and ``db [O]`` from a matrix that has the second as its last column, each in memory of its own."""
+    dw = gradients[:, :-1].clone(memory_format=torch.contiguous_format)
+    return dw, gradients[:, -1].clone(memory_format=torch.contiguous_format)
 
 
 def plain_weight_grad(x: Tensor, dy: Tensor, bias: bool = True) -> tuple[Tensor, Tensor | None]:

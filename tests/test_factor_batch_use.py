@@ -45,6 +45,18 @@ def test_hooks_on_saved_tensors() -> None:
     assert_same(alone, batched, train)
 
 
+def test_compiled_autograd() -> None:
+    torch._dynamo.reset()
+    alone, batched = pair()
+    x = randn(8, 12)
+    alone(x).square().sum().backward()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        batched(x).square().sum().backward()
+    for name, expected in gradients(alone).items():
+        assert_close(name, gradients(batched)[name], expected, TRANSFORM[F64])
+    torch._dynamo.reset()
+
+
 def test_compile_in_a_full_graph(calls: list[int]) -> None:
     torch._dynamo.reset()
     alone, batched = pair()

@@ -18,6 +18,7 @@ from optim_helpers import (
     squares,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -346,11 +347,31 @@ def test_replaced_and_parametrised_weights() -> None:
 
 def test_moved_to_another_type() -> None:
     # torch keeps the parameters when it converts a module in place, so the optimizer goes on.
-    model = layers()
+    model, x = layers(), randn(10, 6, dtype=F32)
+    twin = copy.deepcopy(model).float()
     optimizer = FusedSGD(model, LR)
     model.float()
-    backward(model, randn(10, 6, dtype=F32))
-    optimizer.step()
+    for one, step in ((model, optimizer), (twin, torch.optim.SGD(twin.parameters(), LR))):
+        backward(one, x)
+        step.step()
+    for name, expected in twin.named_parameters():
+        assert model.get_parameter(name).dtype == F32
+        assert_close(name, model.get_parameter(name), expected, TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("kind", ["fake model", "real model"])
+def test_fake_tensors_have_no_numbers_to_look_at(kind: str) -> None:
+    # Memory estimators and shape inference run a whole training step so.
+    model = layers() if kind == "real model" else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = layers() if model is None else model
+        optimizer = FusedSGD(model, LR)
+        x = randn(10, 6).requires_grad_()
+        backward(model, x)
+        optimizer.step()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert all(p.grad is None for p in model.parameters())
 
 
 def test_revert() -> None:

@@ -7,11 +7,10 @@ takes no memory, and raises when anything reads it.
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from .. import _torch
 from ..autograd import Prepared, update, updated_linear_backward
 from ..functional import recorded_linear
 from ..linear import Linear
@@ -37,9 +37,7 @@ class SpentGradient(Tensor):
 
     @staticmethod
     def __new__(cls, parameter: Tensor) -> SpentGradient:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
-        )
+        return _torch.without_memory(cls, parameter)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"SpentGradient({list(self.shape)})"
@@ -53,13 +51,10 @@ class SpentGradient(Tensor):
         )
 
 
-@functools.cache  # at the first use, for it imports the compiler
-def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(
-        function,
-        reason=f"{NAME} does not support torch.compile in a full graph: backward changes the weights. Compile "
-        "without fullgraph=True, or use torch.optim.SGD",
-    )
+FULL_GRAPH = (
+    f"{NAME} does not support torch.compile in a full graph: backward changes the weights. Compile without "
+    "fullgraph=True, or use torch.optim.SGD"
+)
 
 
 class LayerStep:
@@ -73,8 +68,8 @@ class LayerStep:
         self.uses: list[weakref.ref[Any]] = []  # the nodes of all graphs that are alive
         self.updated: list[Tensor] = []  # since the last step()
         self.lr: float | None = None  # what they were updated with; None for a tensor
-        self.linear = _outside_graphs(recorded_linear)
-        self.backward = _outside_graphs(updated_linear_backward)
+        self.linear = _torch.outside_graphs(recorded_linear, FULL_GRAPH)
+        self.backward = _torch.outside_graphs(updated_linear_backward, FULL_GRAPH)
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return type(None), ()
@@ -121,7 +116,7 @@ class LayerStep:
     def check_backward(self) -> None:
         """Refuse a backward that uses the layer twice, is the second since ``step()``, or adds to other gradients."""
         nodes = [node for node in (use() for use in self.uses) if node is not None]
-        nodes = [node for node in nodes if torch._C._will_engine_execute_node(node)]
+        nodes = [node for node in nodes if _torch.will_run(node)]
         wants = [self.wanted(node) for node in nodes]
         if sum(map(any, wants)) > 1:
             raise RuntimeError(
@@ -154,15 +149,15 @@ class LayerStep:
         return self._wanted(weight_view), self._wanted(bias_view)
 
     def _wanted(self, view: Any) -> bool:
-        if view is None or not torch._C._will_engine_execute_node(view):
+        if view is None or not _torch.will_run(view):
             return False
-        try:
-            return torch._C._will_engine_execute_node(view.next_functions[0][0])
-        except RuntimeError as error:  # torch's way to say that torch.autograd.grad asks for this parameter
+        leaf = view.next_functions[0][0]
+        if _torch.is_asked_for(leaf):
             raise RuntimeError(
                 f"{NAME}: torch.autograd.grad asks for a gradient of layer {self.name!r}, which is never made; use "
                 "torch.optim.SGD"
-            ) from error
+            )
+        return _torch.will_run(leaf)
 
     def update(
         self, weight: bool, bias: bool, prepared: Prepared, x: Tensor | None, dy: Tensor, ratio: Tensor | None
@@ -265,7 +260,7 @@ class FusedSGD(torch.optim.Optimizer):
 
     def check_backward(self) -> None:
         """Check all layers, once in a backward."""
-        task = torch._C._current_graph_task_id()
+        task = _torch.backward_number()
         if task != self._checked_task:
             for layer_step in self.layer_steps:
                 layer_step.check_backward()
@@ -386,7 +381,7 @@ def _obstacle(layer: Linear, holders: Counter[tuple[str, int]]) -> str | None:
     if layer.layer_step is not None and layer.layer_step.alive():
         return "another FusedSGD steps it; call that one's release() first"
     parameters = list(layer.parameters(recurse=False))
-    if any(type(p.data).__name__ == "DTensor" for p in parameters):
+    if any(_torch.is_dtensor(p.data) for p in parameters):
         return "its parameters are DTensors"
     if any(holders[_identity(p)] > 1 for p in parameters):
         return "its parameters are tied to another module's, whose gradient would have to be added first"
