@@ -48,9 +48,14 @@ def new_vmap_level(levels: Sequence[tuple[Any, int]]) -> bool:
     )
 
 
+def tangents_exist() -> bool:
+    """Whether there may be tensors with a tangent of forward-mode differentiation."""
+    return forward_ad._current_level >= 0
+
+
 def is_dual(tensor: Tensor | None) -> bool:
     """Whether a tensor carries a tangent of forward-mode differentiation."""
-    return forward_ad._current_level >= 0 and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+    return tangents_exist() and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def will_run(node: Any) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _torch, conjugate, cost, distributed, reference
+from .cost import Plan
 from .options import DampingMode, Form, Options, Scale
-from .reference import compute_dtype, emended_dtype
+from .precision import compute_dtype, emended_dtype
 
 LARGEST_INVERSE = {torch.float32: 1e25, torch.float64: 1e200}  # kLargestInverse in csrc/autograd.cpp; see `in_range`
 
@@ -76,25 +77,25 @@ def prepare(
     backend: Any,
     need_weight: bool,
     need_bias: bool,
-    fusible: bool = False,
+    plan: Plan | None = None,
 ) -> Prepared:
     """Everything that does not depend on ``dy``.
 
     Args:
         x: ``[N, I]``, ``N > 0``, detached.
         bias: Whether the layer has a bias, which then stands in the Gram.
-        outputs: ``O``, for the cost model.
-        fusible: Whether `Fused` is something that the caller's backward can do.
+        outputs: ``O``.
+        plan: As `cost.plan` has chosen it, or None to choose it here. Ranks that share a batch choose when they meet.
     """
     if options.process_group is not None:
         emended, column = distributed.emended_input(x, bias, outputs, options, backend)
         return keep_emended("dual", emended, column, need_weight, need_bias)
-    plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
+    if plan is None:
+        plan = cost.plan(x, bias, outputs, options)
     if plan.solver == "cg":
         system = conjugate.System(bias, options)
         return Prepared(plan.form, system=system, gram=system.gram(x, backend) if plan.gram == "stored" else None)
-    fusible = fusible and need_weight and x.shape[0] <= backend.MAX_FUSED_ROWS
-    if fusible and cost.is_fused(plan, x, bias, outputs, options):
+    if plan.applied_to == "fused":
         return Prepared(Fused(bias, options.damping, options.damping_mode, options.scale))
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":

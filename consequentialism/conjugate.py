@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from .options import DampingMode, Options, Scale
-from .reference import compute_dtype, float32_is_enough, limited_damping, out_of_unit, separate, unit_of
+from .precision import gram_dtype
+from .reference import limited_damping, out_of_unit, separate, unit_of
 
 
 def error_bound(ratio: float, iterations: int) -> float:
@@ -179,8 +180,8 @@ class System(NamedTuple):
     def wide(self, x: Tensor) -> Tensor:
         """``x [N, I]`` in the type that Gram and iterates need: float64 where the direct solution would take it too."""
         rows, inputs = x.shape[0], x.shape[1] + self.bias
-        enough = float32_is_enough(rows, inputs, x.dtype, self.options.damping, self.options.damping_mode)
-        return x.to(compute_dtype(x.dtype) if enough or x.device.type == "mps" else torch.float64)
+        options = self.options
+        return x.to(gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type))
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x / unit [N, I]``, wide, and the unit, as `reference.unit_of`."""

@@ -20,7 +20,8 @@ from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
 from .autograd import full_precision, once_differentiable, refuse_jacobian
 from .functional import _autocast, _check_floating, _check_match, check_differentiable
 from .options import Form, Options, OptionsDict, Scale, options_from
-from .reference import compute_dtype, conv_blocks, conv_errors, conv_output_size, float32_is_enough
+from .precision import gram_dtype
+from .reference import conv_blocks, conv_errors, conv_output_size
 from .samples import counted, ratio, scaled
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -226,10 +227,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
         if scale == "nlms":
             scale, samples = "raw", counts.samples  # which need not be a whole number
     rank = max(min(rows, inputs), 1)
-    dtype = compute_dtype(x.dtype)
-    enough = float32_is_enough(rows, inputs, x.dtype, options.damping, options.damping_mode)
-    if not enough and x.device.type != "mps":
-        dtype = torch.float64
+    dtype = gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type)
     if form == "dual":
         patches = reference.conv_patches(x, *geometry).to(dtype)  # [groups, N, I], smaller than the primal Gram
         gram = patches @ patches.mT + int(bias)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .options import Options
-from .reference import apply_inverse, compute_dtype, emended_dtype, float32_is_enough
+from .precision import compute_dtype, emended_dtype, gram_dtype
+from .reference import apply_inverse
 from .samples import count
 
 WITNESSES = 8  # elements of a layer's weight that ranks compare
@@ -216,8 +217,7 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
     else:
-        if not float32_is_enough(total, inputs, x.dtype, damping, mode) and x.device.type != "mps":
-            work = work.double()
+        work = work.to(gram_dtype(total, inputs, x.dtype, damping, mode, x.device.type))
         gram = backend.input_gram(work, bias, "primal")
         dist.all_reduce(gram, group=group)
         inverse = backend.factor(gram, damping, mode, scale, max(min(total, inputs), 1), total)

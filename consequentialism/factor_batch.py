@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _torch, autograd, cost, dispatch, reference
+from . import _torch, autograd, cost, reference
 from .autograd import Prepared, full_precision, once_differentiable, plain_linear
 from .cost import Plan
 from .options import Options
@@ -46,6 +46,7 @@ class Deferred:
         backend: Any,
         need_weight: bool,
         need_bias: bool,
+        plan: Plan,
         batch: FactorBatch,
     ) -> None:
         self.x: Tensor | None = x
@@ -55,6 +56,7 @@ class Deferred:
         self.backend = backend
         self.need_weight = need_weight
         self.need_bias = need_bias
+        self.plan = plan
         self.batch = batch
         self.version = None if x.is_inference() else x._version
         self.stream = (x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None)
@@ -72,11 +74,6 @@ class Deferred:
         if self.x is None or self.spoilt():  # its own backward will say so, if it comes
             return False
         return any(_torch.needed_gradients(node, 3)[1:])
-
-    def plan(self) -> Plan:
-        """The cost model's, of the matrix with the bias in it."""
-        x = self.input()
-        return cost.choose(x.shape[0], x.shape[1] + self.bias, self.outputs, x.dtype, self.options)
 
     def spoilt(self) -> bool:
         """Whether ``x`` has been changed in place since forward."""
@@ -134,10 +131,18 @@ class FactorBatch:
         return not (torch.compiler.is_compiling() or options.process_group is not None or _torch.saves_through_hooks())
 
     def defer(
-        self, x: Tensor, bias: bool, outputs: int, options: Options, backend: Any, need_weight: bool, need_bias: bool
+        self,
+        x: Tensor,
+        bias: bool,
+        outputs: int,
+        options: Options,
+        backend: Any,
+        need_weight: bool,
+        need_bias: bool,
+        plan: Plan,
     ) -> Deferred:
         """Put off `autograd.prepare` with these arguments."""
-        deferred = Deferred(x, bias, outputs, options, backend, need_weight, need_bias, self)
+        deferred = Deferred(x, bias, outputs, options, backend, need_weight, need_bias, plan, self)
         with self._lock:
             deferred.number = next(self._numbers)
             self._waiting[deferred.number] = deferred
@@ -157,19 +162,18 @@ class FactorBatch:
 
 def prepare_together(layers: Sequence[Deferred]) -> None:
     """`autograd.prepare` for all layers, of those with equal options and backend in one call of an op."""
-    groups: dict[tuple[Options, Any], list[tuple[Deferred, Plan]]] = {}
+    groups: dict[tuple[Options, Any], list[Deferred]] = {}
     alone: list[Deferred] = []
     for layer in layers:
-        plan = layer.plan()
-        if layer.backend is not reference and cost.has_factor(plan):
-            groups.setdefault((layer.options, layer.backend), []).append((layer, plan))
+        if layer.backend is not reference and cost.has_factor(layer.plan):
+            groups.setdefault((layer.options, layer.backend), []).append(layer)
         else:
             alone.append(layer)
     for (options, backend), group in groups.items():
         if len(group) == 1:
-            alone.append(group[0][0])
+            alone.append(group[0])
         else:
-            _prepare_group(options, backend, *zip(*group, strict=True))
+            _prepare_group(options, backend, group)
     for layer in alone:
         _prepare_alone(layer)
     for layer in layers:
@@ -180,11 +184,19 @@ def prepare_together(layers: Sequence[Deferred]) -> None:
 
 def _prepare_alone(layer: Deferred) -> None:
     layer.prepared = autograd.prepare(
-        layer.input(), layer.bias, layer.outputs, layer.options, layer.backend, layer.need_weight, layer.need_bias
+        layer.input(),
+        layer.bias,
+        layer.outputs,
+        layer.options,
+        layer.backend,
+        layer.need_weight,
+        layer.need_bias,
+        layer.plan,
     )
 
 
-def _prepare_group(options: Options, backend: Any, layers: Sequence[Deferred], plans: Sequence[Plan]) -> None:
+def _prepare_group(options: Options, backend: Any, layers: Sequence[Deferred]) -> None:
+    plans = [layer.plan for layer in layers]
     xs = [layer.input() for layer in layers]
     kept, columns = backend.emended_inputs(
         xs,
@@ -239,9 +251,10 @@ def deferred_linear(
     batch: FactorBatch,
     need_weight: bool,
     need_bias: bool,
+    backend: Any,
+    plan: Plan,
 ) -> Tensor:
     """``x W^T + b`` of checked arguments; `FactorBatch.takes` has been asked."""
     flat_x = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    backend = dispatch.select(options.backend, x)
-    deferred = batch.defer(flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias)
+    deferred = batch.defer(flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias, plan)
     return DeferredLinear.apply(x, weight, bias, deferred)

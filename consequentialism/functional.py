@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,6 @@ from .samples import counted, ratio, scaled
 
 if TYPE_CHECKING:
     from .optim.fused_sgd import LayerStep
-
-_plan = functools.lru_cache(maxsize=4096)(cost.choose)  # the same few layers, at every step
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -79,18 +76,18 @@ def emended_linear_with(
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
-    if batch is not None and not transformed and batch.takes(options):
-        return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias)
     backend = dispatch.select(options.backend, x)
-    if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
-        sizes = rows, x.shape[-1] + (bias is not None), weight.shape[0]
-        known = all(type(size) is int for size in sizes)  # a tracer's symbols have no hash
-        plan = (_plan if known else cost.choose)(*sizes, x.dtype, options)
-        if plan.solver == "cholesky":
-            fused = need_weight and cost.is_fused(plan, x, bias is not None, weight.shape[0], options)
-            applied_to = "fused" if fused else plan.applied_to
-            settings = options.damping, options.damping_mode, options.scale
-            return ops.emended_linear(x, weight, bias, plan.form, applied_to, *settings)
+    plan: cost.Plan | None = None
+    if batch is not None and not transformed and batch.takes(options):
+        plan = cost.plan(x, bias is not None, weight.shape[0], options)
+        return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias, backend, plan)
+    if options.process_group is None:
+        fused_rows = backend.MAX_FUSED_ROWS if need_weight and not transformed else 0
+        plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
+    compiled = backend is ops and not (transformed or torch.compiler.is_compiling())
+    if compiled and plan is not None and plan.solver == "cholesky":
+        settings = options.damping, options.damping_mode, options.scale
+        return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *settings)
     with torch.no_grad(), full_precision(x.device.type):
         prepared = prepare(
             x.detach().reshape(rows, x.shape[-1]),
@@ -100,7 +97,7 @@ def emended_linear_with(
             backend,
             need_weight,
             need_bias,
-            fusible=not transformed,
+            plan,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, backend, *prepared)
@@ -144,6 +141,7 @@ def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Opt
                 dispatch.select(options.backend, cast_x),
                 weight.requires_grad,
                 bias is not None and bias.requires_grad,
+                cost.plan(cast_x, bias is not None, weight.shape[0], options),
             )
     views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
     return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, ratio(options, rows, weight), *prepared)
@@ -184,7 +182,10 @@ def emended_weight_grad(
     with torch.no_grad(), full_precision(x.device.type):
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         backend = dispatch.select(settings.backend, x)
-        prepared = prepare(x, bias, outputs, settings, backend, True, bias, fusible=True)
+        plan = None
+        if settings.process_group is None:
+            plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
+        prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
         dw, db = weight_grad(prepared, x, dy, backend, True, bias)
         assert dw is not None
         by = ratio(settings, rows, x) if settings.process_group is None else None
@@ -221,7 +222,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 def check_differentiable(transformed: bool, *tensors: Tensor | None) -> None:
     """Refuse forward mode, and the torch.func transforms under which the gradient would silently be another one."""
     if not transformed:
-        if any(_torch.is_dual(tensor) for tensor in tensors):
+        if _torch.tangents_exist() and any(_torch.is_dual(tensor) for tensor in tensors):
             raise RuntimeError(_torch.FORWARD_MODE)
         return
     if torch.compiler.is_compiling():

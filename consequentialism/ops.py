@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _torch
 from .options import ConvMethod, DampingMode, Form, Scale
+from .precision import compute_dtype, emended_dtype
 from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
@@ -144,19 +145,14 @@ def fused_weight_grad(
     return torch.ops.consequentialism.fused_weight_grad.default(x, dy, bias, damping, damping_mode, scale)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _square(x: Tensor, bias: bool, form: str) -> Tensor:
     n = x.shape[0] if form == "dual" else x.shape[1] + int(bias)
-    return x.new_empty((n, n), dtype=_compute_dtype(x.dtype))
+    return x.new_empty((n, n), dtype=compute_dtype(x.dtype))
 
 
 def _emended(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    kept = torch.float32 if x.dtype == torch.float16 else x.dtype
-    emended = x.new_empty(x.shape, dtype=kept)
-    return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))
+    emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
+    return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=compute_dtype(x.dtype))
 
 
 if module is not None:

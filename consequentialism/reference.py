@@ -18,42 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .options import DampingMode, Form, Scale
+from .precision import MAX_FLOAT32_CONDITION as MAX_FLOAT32_CONDITION
+from .precision import MAX_FLOAT32_CONDITION_HALF as MAX_FLOAT32_CONDITION_HALF
+from .precision import MAX_FLOAT32_CONDITION_TALL as MAX_FLOAT32_CONDITION_TALL
+from .precision import compute_dtype as compute_dtype
+from .precision import emended_dtype as emended_dtype
+from .precision import float32_is_enough as float32_is_enough
+from .precision import gram_dtype
+from .precision import max_float32_condition as max_float32_condition
 
 MAX_FUSED_ROWS = 128  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
-
-
-# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
-MAX_FLOAT32_CONDITION = 2e3
-# With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
-MAX_FLOAT32_CONDITION_TALL = 6e3
-# Where x and dw have been rounded to half types, which costs more.
-MAX_FLOAT32_CONDITION_HALF = 5e4
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which Gram, factor and sums are computed: float32 for half types."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
-    """``trace(G) / c``, the largest that the condition number can be, up to which a float32 Gram of ``x`` will do."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return MAX_FLOAT32_CONDITION_HALF
-    return MAX_FLOAT32_CONDITION_TALL if rows > inputs else MAX_FLOAT32_CONDITION
-
-
-def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
-    """Whether a Gram in x's own type, or float32 for half types, keeps the digits that its inverse needs.
-
-    ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing
-    bounds an absolutely damped one before it is there.
-    """
-    if damping_mode != "relative":
-        return False
-    if dtype == torch.float64:  # there is no wider one
-        return True
-    return min(rows, inputs) <= max_float32_condition(rows, inputs, dtype) * damping
 
 
 # A relative damping above the first is taken as the second, which in that type leaves nothing of the Gram beside it.
@@ -169,8 +144,7 @@ def _wide_inverse(
     """
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)
-    enough = float32_is_enough(rows, inputs, x.dtype, damping, damping_mode) or x.device.type == "mps"
-    x = x.to(compute_dtype(x.dtype) if enough else torch.float64)
+    x = x.to(gram_dtype(rows, inputs, x.dtype, damping, damping_mode, x.device.type))
     unit = unit_of(x, bias, damping_mode)
     scaled = _rows(x, bias) / unit
     gram = input_gram(scaled, False, form)
@@ -224,11 +198,6 @@ def emended_inputs(
             inverse = input_inverse(x, bias, form, damping, damping_mode, scale)
             pairs.append((inverse, inverse.new_zeros(0)))
     return [kept for kept, _ in pairs], [column for _, column in pairs]
-
-
-def emended_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which an emended input of ``dtype`` is kept."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

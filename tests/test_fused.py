@@ -112,17 +112,18 @@ def test_keeps_x_alone(calls: list[str], backend: str) -> None:
 def test_prepare_and_weight_grad() -> None:
     x, dy = randn(12, 20), randn(12, 9, seed=1)
     prepared = Prepared(Fused(True, 0.5, "absolute", "raw"))
-    own = weight_grad(prepared, x, dy, reference, True)
+    own = weight_grad(prepared, x, dy, reference, True, True)
     assert_grads_close(own, oracle(x, dy, damping=0.5, damping_mode="absolute", scale="raw"), TOLERANCE[F64])
-    assert weight_grad(prepared, x, dy, reference, False)[1] is None
+    assert weight_grad(prepared, x, dy, reference, True, False)[1] is None
 
 
 def test_no_form_is_fused_unless_asked(calls: list[str]) -> None:
     x = randn(12, 20)
-    assert isinstance(prepare(x, True, 9, Options(), reference, True, True, fusible=True).form, Fused)
-    for need_weight, fusible in ((True, False), (False, True)):
-        prepared = prepare(x, True, 9, Options(), reference, need_weight, True, fusible=fusible)
-        assert prepared.form == "dual"
+    plan = cost.plan(x, True, 9, Options(), fused_rows=128)
+    assert plan.applied_to == "fused"
+    assert isinstance(prepare(x, True, 9, Options(), reference, True, True, plan).form, Fused)
+    prepared = prepare(x, True, 9, Options(), reference, True, True, cost.plan(x, True, 9, Options()))
+    assert prepared.form == "dual"
 
 
 def test_frozen_parameters(calls: list[str]) -> None:

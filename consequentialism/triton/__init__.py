@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..options import DampingMode, Form, Scale
-from ..reference import compute_dtype, emended_dtype
+from ..precision import compute_dtype, emended_dtype
 from . import launch
 from .language import INTERPRETED
 from .launch import breakdowns
