@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
 from .autograd import full_precision, once_differentiable, refuse_jacobian
-from .functional import _autocast, _check_floating, _check_match, check_differentiable
+from .functional import _check_floating, _check_match, autocast, check_differentiable
 from .options import Form, Options, OptionsDict, Scale, options_from
 from .precision import gram_dtype
 from .reference import conv_blocks, conv_errors, conv_output_size
@@ -95,7 +95,7 @@ def emended_conv_with(
     """`emended_conv` with its options as one object."""
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, x.shape[0] if x.ndim == weight.ndim else 1)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_conv(x, weight, bias)
     convolution = CONVOLUTIONS[weight.ndim - 2]
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.

@@ -24,7 +24,9 @@ from torch import Tensor
 from . import _torch, autograd, cost, reference
 from .autograd import Prepared, full_precision, once_differentiable, plain_linear
 from .cost import Plan
+from .functional import emended_linear_with
 from .options import Options
+from .recorder import Recorder
 
 
 class Deferred:
@@ -109,8 +111,11 @@ class Deferred:
 class FactorBatch:
     """What the layers of a model share, so that their matrices are factored together.
 
-    Threads may use it at once. A copy, and what is unpickled, is a new one, which the copies of the layers share.
+    It is the `Recorder` of each. Threads may use it at once. A copy, and what is unpickled, is a new one, which the
+    copies of the layers share.
     """
+
+    label = "batch_factors=True"
 
     def __init__(self) -> None:
         self._waiting: weakref.WeakValueDictionary[int, Deferred] = weakref.WeakValueDictionary()  # by number
@@ -119,6 +124,30 @@ class FactorBatch:
 
     def __reduce__(self) -> tuple[type[FactorBatch], tuple[()]]:
         return FactorBatch, ()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """``x W^T + b``, what depends on ``x`` alone put off to backward."""
+        return emended_linear_with(x, weight, bias, options, self)
+
+    def over(self, below: Recorder | None) -> Recorder | None:
+        """The other: a layer belongs to one batch."""
+        return below
+
+    def deferred(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        need_weight: bool,
+        need_bias: bool,
+        backend: Any,
+        plan: Plan,
+    ) -> Tensor:
+        """``x W^T + b`` of checked arguments; `takes` has been asked."""
+        flat_x = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        put_off = self.defer(flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias, plan)
+        return DeferredLinear.apply(x, weight, bias, put_off)
 
     def __len__(self) -> int:
         """How many layers of living graphs wait."""
@@ -241,20 +270,3 @@ class DeferredLinear(torch.autograd.Function):
                     weight_grad = _torch.outside_graphs(weight_grad, "batch_factors=True does not support full graphs")
                 dw, db = weight_grad(ctx.deferred, flat_dy, needs_weight, needs_bias, _torch.keeps_graph())
         return dx, dw, db, None
-
-
-def deferred_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: Options,
-    batch: FactorBatch,
-    need_weight: bool,
-    need_bias: bool,
-    backend: Any,
-    plan: Plan,
-) -> Tensor:
-    """``x W^T + b`` of checked arguments; `FactorBatch.takes` has been asked."""
-    flat_x = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    deferred = batch.defer(flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias, plan)
-    return DeferredLinear.apply(x, weight, bias, deferred)

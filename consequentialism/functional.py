@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,20 +13,14 @@ from typing_extensions import Unpack
 from . import _torch, cost, dispatch, ops, reference
 from .autograd import (
     EmendedLinear,
-    Prepared,
     TransformableEmendedLinear,
-    UpdatedLinear,
     autocasts,
     full_precision,
     prepare,
     weight_grad,
 )
-from .factor_batch import FactorBatch, deferred_linear
 from .options import Options, OptionsDict, options_from
 from .samples import counted, ratio, scaled
-
-if TYPE_CHECKING:
-    from .optim.fused_sgd import LayerStep
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -57,14 +51,36 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
     return emended_linear_with(x, weight, bias, options_from(options))
 
 
+class Deferral(Protocol):
+    """What puts off to backward all that depends on ``x`` alone; see `factor_batch`."""
+
+    def takes(self, options: Options) -> bool:
+        """Whether a call may wait."""
+        ...
+
+    def deferred(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        need_weight: bool,
+        need_bias: bool,
+        backend: Any,
+        plan: cost.Plan,
+    ) -> Tensor:
+        """``x W^T + b`` of checked arguments, after `takes` has been asked."""
+        ...
+
+
 def emended_linear_with(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, batch: FactorBatch | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, deferral: Deferral | None = None
 ) -> Tensor:
-    """`emended_linear` with its options as one object, and where ``batch`` is one, factored with its other layers."""
+    """`emended_linear` with its options as one object, put off to backward where a ``deferral`` takes it."""
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, math.prod(x.shape[:-1]))
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_linear(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
+    check_linear(x, weight, bias)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
     transformed = _torch.transforms_active()
     recording = torch.is_grad_enabled()
@@ -78,9 +94,9 @@ def emended_linear_with(
         return F.linear(x, weight, bias)
     backend = dispatch.select(options.backend, x)
     plan: cost.Plan | None = None
-    if batch is not None and not transformed and batch.takes(options):
+    if deferral is not None and not transformed and deferral.takes(options):
         plan = cost.plan(x, bias is not None, weight.shape[0], options)
-        return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias, backend, plan)
+        return deferral.deferred(x, weight, bias, options, need_weight, need_bias, backend, plan)
     if options.process_group is None:
         fused_rows = backend.MAX_FUSED_ROWS if need_weight and not transformed else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
@@ -101,50 +117,6 @@ def emended_linear_with(
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, backend, *prepared)
-
-
-def updated_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
-    """`emended_linear_with` for a layer of `consequentialism.optim.FusedSGD`: backward steps the weights in place.
-
-    Raises:
-        RuntimeError: Where that cannot be right; the message says what and why.
-        TypeError, ValueError: As `emended_linear`.
-    """
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    transformed = _torch.transforms_active()
-    if not torch.is_grad_enabled() or not (trained or transformed):
-        return emended_linear_with(x, weight, bias, options)
-    if transformed:
-        raise RuntimeError(
-            "consequentialism.optim.FusedSGD does not support torch.func transforms, which must not change weights; "
-            "call its release() first"
-        )
-    return step.linear(x, weight, bias, options, step)
-
-
-def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
-    """`updated_linear_with` where a backward may follow."""
-    if not step.alive():
-        return emended_linear_with(x, weight, bias, options)
-    step.check_forward(weight, bias, options)
-    cast_x, cast_weight, cast_bias = _autocast(x, weight.detach(), None if bias is None else bias.detach())
-    _check_linear(cast_x, cast_weight, cast_bias)
-    rows = math.prod(cast_x.shape[:-1])
-    prepared = Prepared("dual")
-    if rows > 0:
-        with torch.no_grad(), full_precision(cast_x.device.type):
-            prepared = prepare(
-                cast_x.detach().reshape(rows, cast_x.shape[-1]),
-                bias is not None,
-                weight.shape[0],
-                options,
-                dispatch.select(options.backend, cast_x),
-                weight.requires_grad,
-                bias is not None and bias.requires_grad,
-                cost.plan(cast_x, bias is not None, weight.shape[0], options),
-            )
-    views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, ratio(options, rows, weight), *prepared)
 
 
 def emended_weight_grad(
@@ -205,11 +177,11 @@ def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
     Returns:
         ``[N, O]``, or with x's leading dimensions.
     """
-    _check_linear(x, dw, db, names=("dw", "db"))
+    check_linear(x, dw, db, names=("dw", "db"))
     return reference.predict_change(x, dw, db)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to `torch.nn.functional.linear`."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not autocasts(device):
@@ -252,7 +224,7 @@ def _check_match(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise ValueError(f"{first} and {second} must be on the same device, got {a.device} and {b.device}")
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
     weight_name, bias_name = names
     _check_floating("x", x)
     _check_floating(weight_name, weight)

@@ -140,13 +140,13 @@ def test_convert_links_and_revert_unlinks() -> None:
     state = model.state_dict()
     assert cw.convert(model, batch_factors=True) is model
     batch = batch_of(model)
-    assert "factor_batch" not in model[0].__dict__
+    assert "recorder" not in model[0].__dict__
     assert list(model.state_dict()) == list(state)
     model.load_state_dict(state)
     assert "batch_factors=True" in repr(model)
     cw.convert(model, filter_fn=lambda module, name: name == "1.0")
-    assert model[1][0].factor_batch is None
-    assert model[1][2].factor_batch is batch
+    assert model[1][0].recorder is None
+    assert model[1][2].recorder is batch
     assert "batch_factors" not in repr(model[1][0])
     cw.revert(model)
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before

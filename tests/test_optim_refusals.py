@@ -49,7 +49,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> Non
     model = layers()
     with pytest.raises(error, match=next(reversed(arguments))):
         FusedSGD(model, **arguments)
-    assert model[0].layer_step is None
+    assert model[0].recorder is None
 
 
 def test_bad_models() -> None:
@@ -78,7 +78,7 @@ def test_tied_weights(kind: str) -> None:
     else:
         head.weight = model.body.weight
     assert_unchanged(model, lambda: FusedSGD(model, LR), "body: .*tied", ValueError)
-    assert model.body.layer_step is None
+    assert model.body.recorder is None
 
 
 def test_weights_tied_later() -> None:
@@ -456,7 +456,7 @@ def test_compile_of_a_full_graph() -> None:
 @pytest.mark.parametrize("warm", [False, True])
 def test_compile_with_graph_breaks_is_right(warm: bool) -> None:
     def run(model: nn.Module, x: Tensor) -> None:
-        squares(compiled[isinstance(model[0].layer_step, cw.optim.LayerStep)](x)).backward()
+        squares(compiled[isinstance(model[0].recorder, cw.optim.LayerStep)](x)).backward()
 
     model, x = layers(), randn(10, 6)
     twin = copy.deepcopy(model)

@@ -133,7 +133,7 @@ def test_state_dict_round_trip() -> None:
     loaded.load_state_dict(torch.load(buffer, weights_only=True))
     assert [group["lr"] for group in loaded.param_groups] == [0.125, 0.25]
     assert loaded.state_dict() == optimizer.state_dict()
-    assert isinstance(model.left.layer_step, cw.optim.LayerStep)
+    assert isinstance(model.left.recorder, cw.optim.LayerStep)
     backward(model, torch.arange(11))
     loaded.step()
 
@@ -149,10 +149,10 @@ def test_the_model_itself_is_as_before() -> None:
     buffer.seek(0)
     copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False))
     for copied in copies:
-        assert copied[0].layer_step is None
+        assert copied[0].recorder is None
         backward(copied, randn(10, 6))
         assert copied[0].weight.grad is not None
-    assert isinstance(model[0].layer_step, cw.optim.LayerStep)
+    assert isinstance(model[0].recorder, cw.optim.LayerStep)
     for attempt in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="state_dict"):
             attempt(optimizer)
@@ -165,7 +165,7 @@ def test_release() -> None:
     for k in range(4):
         if k == 2:
             fused.release()
-            assert model[0].layer_step is None
+            assert model[0].recorder is None
         for one, optimizer in ((model, fused), (twin, plain)):
             optimizer.zero_grad()
             backward(one, x)

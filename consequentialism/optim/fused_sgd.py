@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from .. import _torch
-from ..autograd import Prepared, update, updated_linear_backward
-from ..functional import recorded_linear
+from ..autograd import Prepared
+from ..functional import emended_linear_with
 from ..linear import Linear
 from ..options import Options
+from ..recorder import Recorder
+from .step import update, updated_linear, updated_linear_backward
 
 NAME = "consequentialism.optim.FusedSGD"
 REFUSED_KEYS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "betas")  # of a parameter group
@@ -51,6 +53,10 @@ class SpentGradient(Tensor):
         )
 
 
+def _itself(recorder: Recorder | None) -> Recorder | None:
+    return recorder
+
+
 FULL_GRAPH = (
     f"{NAME} does not support torch.compile in a full graph: backward changes the weights. Compile without "
     "fullgraph=True, or use torch.optim.SGD"
@@ -58,9 +64,14 @@ FULL_GRAPH = (
 
 
 class LayerStep:
-    """What a layer knows of its optimizer: how to step its own weight and bias in backward. Copied or pickled, None."""
+    """What a layer knows of its optimizer: how to step its own weight and bias in backward.
 
-    def __init__(self, name: str, weight: Tensor, bias: Tensor | None, optimizer: FusedSGD) -> None:
+    It is the layer's `Recorder`, above the one that the layer had, which is what a copy gets.
+    """
+
+    def __init__(
+        self, name: str, weight: Tensor, bias: Tensor | None, optimizer: FusedSGD, below: Recorder | None
+    ) -> None:
         self.name = name
         self.weight = weight
         self.bias = bias
@@ -68,11 +79,46 @@ class LayerStep:
         self.uses: list[weakref.ref[Any]] = []  # the nodes of all graphs that are alive
         self.updated: list[Tensor] = []  # since the last step()
         self.lr: float | None = None  # what they were updated with; None for a tensor
-        self.linear = _torch.outside_graphs(recorded_linear, FULL_GRAPH)
+        self.below = below
+        self.updated_linear = _torch.outside_graphs(LayerStep.recorded_linear, FULL_GRAPH)
         self.backward = _torch.outside_graphs(updated_linear_backward, FULL_GRAPH)
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()
+    def __reduce__(self) -> tuple[Any, tuple[Recorder | None]]:
+        return _itself, (self.below,)
+
+    @property
+    def label(self) -> str:
+        """That of the recorder below."""
+        return "" if self.below is None else self.below.label
+
+    def over(self, below: Recorder | None) -> Recorder:
+        """This, above another recorder."""
+        self.below = below
+        return self
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """``x W^T + b``, and a step in backward where one may follow."""
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        transformed = _torch.transforms_active()
+        if not torch.is_grad_enabled() or not (trained or transformed):
+            return self.handed_on(x, weight, bias, options)
+        if transformed:
+            raise RuntimeError(
+                f"{NAME} does not support torch.func transforms, which must not change weights; call its release() "
+                "first"
+            )
+        return self.updated_linear(self, x, weight, bias, options)
+
+    def recorded_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """`linear` where a backward may follow."""
+        if not self.alive():
+            return self.handed_on(x, weight, bias, options)
+        return updated_linear(x, weight, bias, options, self)
+
+    def handed_on(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """``x W^T + b`` as without an optimizer."""
+        linear = emended_linear_with if self.below is None else self.below.linear
+        return linear(x, weight, bias, options)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weight, and the bias where there is one."""
@@ -255,8 +301,10 @@ class FusedSGD(torch.optim.Optimizer):
         self._checked_task = -1
         super().__init__(groups, {"lr": lr})
         for name, layer in layers.items():
-            layer.layer_step = LayerStep(name, layer.weight, layer.bias, self)
-            self.layer_steps.append(layer.layer_step)
+            below = layer.recorder.below if isinstance(layer.recorder, LayerStep) else layer.recorder
+            layer_step = LayerStep(name, layer.weight, layer.bias, self, below)
+            layer.attach(layer_step)
+            self.layer_steps.append(layer_step)
 
     def check_backward(self) -> None:
         """Check all layers, once in a backward."""
@@ -299,8 +347,9 @@ class FusedSGD(torch.optim.Optimizer):
         for layer_step in self.layer_steps:
             layer_step.finish()
         for layer in self._layers:
-            if layer.__dict__.get("layer_step") in self.layer_steps:
-                del layer.layer_step
+            recorder = layer.__dict__.get("recorder")  # which a reverted layer has not
+            if isinstance(recorder, LayerStep) and recorder in self.layer_steps:
+                layer.attach(recorder.below)
         self.layer_steps = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -378,7 +427,7 @@ def _obstacle(layer: Linear, holders: Counter[tuple[str, int]]) -> str | None:
     """Why the layer cannot be stepped in backward, or None."""
     if parametrize.is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not a parameter"
-    if layer.layer_step is not None and layer.layer_step.alive():
+    if isinstance(layer.recorder, LayerStep) and layer.recorder.alive():
         return "another FusedSGD steps it; call that one's release() first"
     parameters = list(layer.parameters(recurse=False))
     if any(_torch.is_dtensor(p.data) for p in parameters):
