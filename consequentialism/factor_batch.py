@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from . import _torch, autograd, cost, reference
-from .autograd import Prepared, full_precision, once_differentiable, plain_linear
+from .autograd import full_precision, once_differentiable, plain_linear
 from .cost import Plan
 from .functional import emended_linear_with
+from .kept import Inverse, Kept, keep_emended, keep_inverse
 from .options import Options
 from .recorder import Recorder
 
@@ -64,7 +65,7 @@ class Deferred:
         self.stream = (x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None)
         self.number = -1
         self.node: weakref.ref[Any] | None = None
-        self.prepared: Prepared | None = None
+        self.prepared: Kept | None = None
 
     def due_with(self, other: Deferred) -> bool:
         """Whether this waits, and the backward that is running at ``other`` will come to it on the same stream."""
@@ -102,7 +103,7 @@ class Deferred:
         """
         prepared = self.batch.prepared(self)
         x = None if self.x is None else self.input()
-        dw, db = autograd.weight_grad(prepared, x, dy, self.backend, need_weight, need_bias)
+        dw, db = prepared.weight_grad(x, dy, self.backend, need_weight, need_bias)
         if not keep:
             self.x = self.prepared = None
         return dw, db
@@ -177,7 +178,7 @@ class FactorBatch:
             self._waiting[deferred.number] = deferred
         return deferred
 
-    def prepared(self, deferred: Deferred) -> Prepared:
+    def prepared(self, deferred: Deferred) -> Kept:
         """What `autograd.prepare` would have returned. Called in backward, by the node that waits."""
         with self._lock:
             if deferred.prepared is None:
@@ -207,7 +208,7 @@ def prepare_together(layers: Sequence[Deferred]) -> None:
         _prepare_alone(layer)
     for layer in layers:
         prepared = layer.prepared
-        if prepared is not None and not (prepared.emended is None and prepared.column is None):
+        if prepared is not None and not prepared.keeps_x():
             layer.x = None
 
 
@@ -238,9 +239,9 @@ def _prepare_group(options: Options, backend: Any, layers: Sequence[Deferred]) -
     )
     for layer, x, plan, tensor, column in zip(layers, xs, plans, kept, columns, strict=True):
         if plan.applied_to == "input":
-            layer.prepared = autograd.keep_emended(plan.form, tensor, column, layer.need_weight, layer.need_bias)
+            layer.prepared = keep_emended(tensor, column, layer.need_weight, layer.need_bias)
         elif autograd.in_range(tensor):
-            layer.prepared = autograd.keep_inverse(plan.form, tensor, x, layer.need_weight)
+            layer.prepared = keep_inverse(Inverse(tensor, plan.form), x, layer.need_weight)
         else:
             _prepare_alone(layer)
 

@@ -17,7 +17,6 @@ from .autograd import (
     autocasts,
     full_precision,
     prepare,
-    weight_grad,
 )
 from .options import Options, OptionsDict, options_from
 from .samples import counted, ratio, scaled
@@ -116,7 +115,7 @@ def emended_linear_with(
             plan,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
-    return function.apply(x, weight, bias, backend, *prepared)
+    return function.apply(x, weight, bias, backend, *prepared.flat())
 
 
 def emended_weight_grad(
@@ -158,7 +157,7 @@ def emended_weight_grad(
         if settings.process_group is None:
             plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
         prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
-        dw, db = weight_grad(prepared, x, dy, backend, True, bias)
+        dw, db = prepared.weight_grad(x, dy, backend, True, bias)
         assert dw is not None
         by = ratio(settings, rows, x) if settings.process_group is None else None
         if by is not None:

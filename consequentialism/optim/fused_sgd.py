@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from .. import _torch
-from ..autograd import Prepared
 from ..functional import emended_linear_with
+from ..kept import Kept
 from ..linear import Linear
 from ..options import Options
 from ..recorder import Recorder
@@ -205,9 +205,7 @@ class LayerStep:
             )
         return _torch.will_run(leaf)
 
-    def update(
-        self, weight: bool, bias: bool, prepared: Prepared, x: Tensor | None, dy: Tensor, ratio: Tensor | None
-    ) -> None:
+    def update(self, weight: bool, bias: bool, kept: Kept, x: Tensor | None, dy: Tensor, ratio: Tensor | None) -> None:
         """``W <- W - lr*dw`` and ``b <- b - lr*db``, each where it is wanted. ``x [N, I]``, ``dy [N, O]``.
 
         ``ratio`` is that of `samples.ratio`, by which the gradients are multiplied.
@@ -217,7 +215,7 @@ class LayerStep:
         self.check_parameters(weight, bias)
         lr = rate(optimizer.param_groups[0]["lr"], self.weight)
         targets = (self.weight if weight else None, self.bias if bias else None)
-        update(*targets, prepared, x, dy, lr if ratio is None else lr * ratio)
+        update(*targets, kept, x, dy, lr if ratio is None else lr * ratio)
         self.lr = None if isinstance(lr, Tensor) else lr
         self.updated = [parameter for parameter in targets if parameter is not None]
         for parameter in self.updated:
