@@ -206,7 +206,7 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
     With emended rows these are the emended gradients; with ``x`` and ones, the plain ones. One infinity or NaN
     in ``dy [N, O]`` makes every entry NaN.
     """
-    errors = _nan_unless_finite(dy)
+    errors = poisoned(dy)
     dw = errors.to(rows.dtype).T @ rows
     db = errors.to(column.dtype).T @ column if column.shape[0] else errors.new_zeros(0)
     return dw.to(dy.dtype), db.to(dy.dtype)
@@ -222,7 +222,7 @@ def fused_weight_grad(
     return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
 
 
-def _nan_unless_finite(dy: Tensor) -> Tensor:
+def poisoned(dy: Tensor) -> Tensor:
     """``dy``, or NaN everywhere where one entry is not finite."""
     return dy + (0 * dy).sum()
 
@@ -248,7 +248,7 @@ def emended_weight_grad(
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
     inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
-    errors = _nan_unless_finite(dy).to(rows.dtype)
+    errors = poisoned(dy).to(rows.dtype)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
     dw = out_of_unit(dw, unit, scale).to(dy.dtype)
     return separate(dw) if bias else (dw, None)

@@ -14,6 +14,7 @@ from ..functional import autocast, check_linear
 from ..kept import EmendedInput, Kept, restored
 from ..options import Options
 from ..precision import compute_dtype, emended_dtype
+from ..reference import poisoned
 from ..samples import ratio
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _scaled(dy: Tensor, lr: float | Tensor) -> tuple[Tensor, float]:
         dy = dy.to(emended_dtype(dy.dtype))  # lr times a float16 may leave its range
         return dy * ((0 * dy).sum().to(compute_dtype(dy.dtype)) - lr), 1.0
     if dy.device.type != "cpu" or type(dy) is not Tensor:  # a fake tensor has nothing to look at
-        dy = dy + (0 * dy).sum()
+        dy = poisoned(dy)
     elif not math.isfinite(dy.sum().item()) and not dy.isfinite().all():  # a sum of finite entries may overflow
         dy = torch.full_like(dy, math.nan)
     return (dy, -lr) if lr else (0 * dy, 1.0)  # with alpha=0 a product is skipped, and a NaN with it
