@@ -1,15 +1,61 @@
-"""torch's private parts by what they do: a release of torch that moves them breaks this file alone."""
+"""torch's private parts under names that say what they do: a release that moves them breaks this file alone."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+SECOND_DERIVATIVE = (  # csrc/autograd.cpp says the same
+    "consequentialism: trying to differentiate twice an emended gradient, which is @once_differentiable: it has no "
+    "derivative. consequentialism.revert(model) gives back torch's own layers, whose gradients have one"
+)
+
+FORWARD_MODE = (
+    "consequentialism: an emended layer has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize); "
+    "consequentialism.revert(model) gives back torch's own layers, which have one"
+)
+JACOBIAN = (
+    "consequentialism: an emended gradient is no row of a Jacobian, so torch.func.jacrev, and vmap over a vjp, cannot "
+    "be taken over the parameters of an emended layer; consequentialism.revert(model) gives back torch's own layers"
+)
 
 
 def transforms_active() -> bool:
     """Whether a torch.func transform is running."""
     return torch._C._are_functorch_transforms_active()
+
+
+def transform_levels() -> tuple[tuple[Any, int], ...]:
+    """The kind and the number of every torch.func transform that is running, the outermost first."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return tuple((level.key(), level.level()) for level in stack)
+
+
+def grad_levels() -> int:
+    """How many of the running torch.func transforms record gradients."""
+    return sum(kind == torch._C._functorch.TransformType.Grad for kind, _ in transform_levels())
+
+
+def new_vmap_level(levels: Sequence[tuple[Any, int]]) -> bool:
+    """Whether a vmap is running that is not one of ``levels``, as `transform_levels` gave them."""
+    return any(
+        level not in levels and level[0] == torch._C._functorch.TransformType.Vmap for level in transform_levels()
+    )
+
+
+def tangents_exist() -> bool:
+    """Whether there may be tensors with a tangent of forward-mode differentiation."""
+    return forward_ad._current_level >= 0
+
+
+def is_dual(tensor: Tensor | None) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation."""
+    return tangents_exist() and tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def will_run(node: Any) -> bool:
@@ -20,17 +66,81 @@ def will_run(node: Any) -> bool:
         return True
 
 
+def is_asked_for(leaf: Any) -> bool:
+    """Whether the backward that is running is `torch.autograd.grad`, asked for the gradient of this leaf's node."""
+    try:
+        torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:
+        return True
+    return False
+
+
 def needed_gradients(ctx: Any, count: int) -> tuple[bool, ...]:
-    """Of the first ``count`` inputs of an autograd Function, which gradients the backward that is running needs.
+    """Of the first ``count`` inputs of a Function, tensors or at last None, whose gradient the running backward needs.
 
     ``ctx.needs_input_grad`` says what forward could have been asked for: more than `torch.autograd.grad` of one input.
     """
     needed = ctx.needs_input_grad[:count]
     if torch.compiler.is_compiling() or transforms_active() or not backward_is_running():
         return needed
-    return tuple(need and will_run(node) for need, (node, _) in zip(needed, ctx.next_functions, strict=False))
+    edges = ctx.next_functions  # of tensors alone: a bias that is None has none
+    return tuple(need and will_run(edges[i][0]) for i, need in enumerate(needed))
 
 
 def backward_is_running() -> bool:
     """Whether the autograd engine is; compiled autograd runs what the engine would have, without it."""
     return torch._C._current_graph_task_id() != -1
+
+
+def backward_number() -> int:
+    """The number of the backward that is running."""
+    return torch._C._current_graph_task_id()
+
+
+def keeps_graph() -> bool:
+    """Whether another backward through the same graph may follow the one that is running."""
+    return not backward_is_running() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def saves_through_hooks() -> bool:
+    """Whether hooks on saved tensors, such as checkpointing's, are set."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def forbid_derivative(gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, whose own differentiation is an error with respect to whatever ``sources`` were computed from."""
+    count = len(gradients) + len(sources)
+    error: Any = torch._C._functions.DelayedError(SECOND_DERIVATIVE.encode(), count)  # type: ignore[attr-defined]
+    fresh = (None if one is None else one.detach().requires_grad_() for one in gradients)
+    return list(error(*fresh, *sources)[: len(gradients)])
+
+
+def not_a_view(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd takes for no view."""
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+
+
+@functools.cache  # at the first use, for it imports the compiler
+def outside_graphs(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """The function, which torch.compile then never traces; ``reason`` is what a full graph's error says."""
+    return torch.compiler.disable(function, reason=reason)
+
+
+def has_kernel(operator: str, dispatch_key: str) -> bool:
+    """Whether an operator such as ``consequentialism::factor`` has a kernel for a key such as ``CPU``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
+
+
+def without_memory(cls: Any, like: Tensor) -> Any:
+    """An instance of a subclass of Tensor with the shape, the type and the device of ``like``, and no memory."""
+    return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded; told by name, for the module of DTensor is slow to import."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def constant_while_tracing(function: Callable[..., Any]) -> None:
+    """`torch.compiler.assume_constant_result` without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]

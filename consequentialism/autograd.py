@@ -1,48 +1,27 @@
 """True input gradients, emended weight and bias gradients: the one place that owns the derivative.
 
-What depends on ``x`` alone is computed in forward (`prepare`); backward is stock matrix products
-(`weight_grad`), so compilers, graphs and transforms see nothing unusual.
+What depends on ``x`` alone is computed in forward (`prepare`); backward is stock matrix products (`kept`), so
+compilers, graphs and transforms see nothing unusual.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import conjugate, cost, distributed, reference
-from .options import DampingMode, Form, Options, Scale
-from .reference import compute_dtype, emended_dtype
+from . import _torch, conjugate, cost, distributed, reference
+from .cost import Plan
+from .kept import Conjugate, FusedCall, Inverse, Kept, keep_emended, keep_inverse, restored
+from .options import Options
 
-
-class Fused(NamedTuple):
-    """In the place of a form: all is left to one op in backward, which needs ``x`` and this."""
-
-    bias: bool
-    damping: float
-    damping_mode: DampingMode
-    scale: Scale
-
-
-class Prepared(NamedTuple):
-    """What forward keeps for `weight_grad`: ``inverse``, ``emended``, ``system`` or nothing, as the plan says."""
-
-    form: Form | Fused
-    inverse: Tensor | None = None  # [n, n]
-    emended: Tensor | None = None  # [N, I]
-    column: Tensor | None = None  # [N], the emended column of ones: db = dy^T column
-    system: conjugate.System | None = None  # solved in backward
-    gram: Tensor | None = None  # [n, n], the system's, where it is stored
-
-    def keeps_x(self) -> bool:
-        """Whether backward reads ``x``."""
-        return self.inverse is not None or self.system is not None or isinstance(self.form, Fused)
+LARGEST_INVERSE = {torch.float32: 1e25, torch.float64: 1e200}  # kLargestInverse in csrc/autograd.cpp; see `in_range`
 
 
 # Asked for once: torch.compile of torch 2.11 does not see through the question.
@@ -73,174 +52,58 @@ def prepare(
     backend: Any,
     need_weight: bool,
     need_bias: bool,
-    fusible: bool = False,
-) -> Prepared:
+    plan: Plan | None = None,
+) -> Kept:
     """Everything that does not depend on ``dy``.
 
     Args:
         x: ``[N, I]``, ``N > 0``, detached.
         bias: Whether the layer has a bias, which then stands in the Gram.
-        outputs: ``O``, for the cost model.
-        fusible: Whether `Fused` is something that the caller's backward can do.
+        outputs: ``O``.
+        plan: As `cost.plan` has chosen it, or None to choose it here. Ranks that share a batch choose when they meet.
     """
     if options.process_group is not None:
         emended, column = distributed.emended_input(x, bias, outputs, options, backend)
-        return keep_emended("dual", emended, column, need_weight, need_bias)
-    plan = cost.choose(x.shape[0], x.shape[1] + bias, outputs, x.dtype, options)
+        return keep_emended(emended, column, need_weight, need_bias)
+    if plan is None:
+        plan = cost.plan(x, bias, outputs, options)
     if plan.solver == "cg":
         system = conjugate.System(bias, options)
-        return Prepared(plan.form, system=system, gram=system.gram(x, backend) if plan.gram == "stored" else None)
-    fusible = fusible and need_weight and x.shape[0] <= backend.MAX_FUSED_ROWS
-    if fusible and cost.is_fused(plan, x, bias, outputs, options):
-        return Prepared(Fused(bias, options.damping, options.damping_mode, options.scale))
+        return Conjugate(system, system.gram(x, backend) if plan.gram == "stored" else None)
+    if plan.applied_to == "fused":
+        return FusedCall(bias, options.damping, options.damping_mode, options.scale)
     arguments = (x, bias, plan.form, options.damping, options.damping_mode, options.scale)
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
-        return keep_emended(plan.form, emended, column, need_weight, need_bias)
-    return keep_inverse(plan.form, backend.input_inverse(*arguments), x, need_weight)
+        return keep_emended(emended, column, need_weight, need_bias)
+    unit = None
+    if (
+        not bias
+        and options.damping_mode == "relative"
+        and (torch.compiler.is_compiling() or _torch.transforms_active())
+    ):
+        # Nobody can look there whether the inverse is in range, and only without a bias can that of x / unit be taken.
+        unit = reference.unit_of(x, bias, options.damping_mode)
+        arguments = (x / unit, *arguments[1:])
+    inverse = backend.input_inverse(*arguments)
+    if unit is None and not in_range(inverse):
+        emended, column = backend.emended_input(*arguments)
+        return keep_emended(emended, column, need_weight, need_bias)
+    return keep_inverse(Inverse(inverse, plan.form, None if options.scale == "gradient" else unit), x, need_weight)
 
 
-def keep_emended(form: Form, emended: Tensor, column: Tensor, need_weight: bool, need_bias: bool) -> Prepared:
-    """What of an emended input, ``[N, I]`` and its column ``[N]``, is needed."""
-    return Prepared(form, None, emended if need_weight else None, column if need_bias else None)
+def in_range(inverse: Tensor) -> bool:
+    """Whether products with an inverse ``[n, n]`` neither overflow nor lose digits; True where the host cannot look.
 
-
-def keep_inverse(form: Form, inverse: Tensor, x: Tensor, need_weight: bool) -> Prepared:
-    """What of an inverse ``[n, n]`` is needed: itself, or its part for the bias alone."""
-    if need_weight:
-        return Prepared(form, inverse)
-    return Prepared(form, None, None, emended_ones(inverse, x, form))
-
-
-def emended_ones(inverse: Tensor, x: Tensor, form: Form) -> Tensor:
-    """The emended input's column for the bias alone, ``[N]``, from the inverse with the bias in it."""
-    if form == "dual":
-        return inverse.sum(1)
-    border = inverse[-1]
-    return x.to(inverse.dtype) @ border[:-1] + border[-1]
-
-
-def weight_grad(
-    prepared: Prepared, x: Tensor | None, dy: Tensor, backend: Any, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """``dw [O, I]`` and ``db [O]``, each None where it is not needed.
-
-    Args:
-        x: ``[N, I]``; read only where ``prepared`` keeps it.
-        dy: ``[N, O]``.
+    It is of the size of ``1 / x^2``, which may leave the type's range where the emended input, ``1 / x``, does not.
     """
-    form, inverse, emended, column, system, gram = prepared
-    if isinstance(form, Fused):
-        assert x is not None
-        dw, db = backend.fused_weight_grad(x, dy, *form)
-        return dw, db if need_bias else None
-    if system is not None:
-        assert x is not None
-        gradients = conjugate.weight_grad(system, gram, x, dy, backend)
-        return gradients if need_bias else (gradients[0], None)
-    if inverse is None:
-        if dy.shape[0] == 0:  # a rank without rows in a distributed batch; an empty column would mean no bias
-            dw = None if emended is None else dy.new_zeros(dy.shape[1], emended.shape[1])
-            return dw, None if column is None else dy.new_zeros(dy.shape[1])
-        if emended is None:
-            assert column is not None
-            return None, backend.weight_grad(dy, column[:, None], column)[1]
-        nothing = emended.new_empty(0)
-        dw, db = backend.weight_grad(dy, emended, nothing if column is None else column)
-        return dw, db if need_bias else None
-    assert x is not None
-    ones = inverse.new_ones(x.shape[0] if need_bias else 0)
-    if form == "dual":
-        dw, db = backend.weight_grad(inverse @ dy, x, ones)  # P is symmetric: dw = (P dy)^T x
-        return dw, db if need_bias else None
-    has_bias = inverse.shape[0] > x.shape[1]
-    plain, plain_bias = backend.weight_grad(dy, x, inverse.new_ones(x.shape[0] if has_bias else 0))
-    if not has_bias:
-        return plain @ inverse, None
-    border = inverse[-1, :-1]
-    dw = torch.addr(plain @ inverse[:-1, :-1], plain_bias, border)
-    return dw, plain @ border + plain_bias * inverse[-1, -1] if need_bias else None
-
-
-def update(
-    weight: Tensor | None, bias: Tensor | None, prepared: Prepared, x: Tensor | None, dy: Tensor, lr: float | Tensor
-) -> None:
-    """``W <- W - lr*dw`` and ``b <- b - lr*db`` in place, without a ``dw`` in memory; each is left alone where None.
-
-    One product adds to the weight where all types are the same. Where ``dw`` is rounded or multiplied on its way, which
-    autocast, float16, conjugate gradients and the primal inverse on the gradient's side need, it is there one eighth
-    at a time.
-
-    Args:
-        weight: ``[O, I]``.
-        bias: ``[O]``.
-        x: ``[N, I]``; read only where ``prepared`` keeps an inverse or a system.
-        dy: ``[N, O]``, ``N > 0``. One infinity or NaN makes every weight NaN, as the gradient would be.
-        lr: A number, or a 0-dimensional tensor on the weight's device, which the host does not read.
-    """
-    form, inverse, emended, column, system, gram = prepared
-    assert not isinstance(form, Fused), "a step has no dw to compute"
-    errors, alpha = _scaled(dy, lr)
-    if system is not None:
-        assert x is not None
-        for part in _blocks(errors.t()):
-            dw, db = conjugate.weight_grad(system, gram, x, errors[:, part], reference)
-            if weight is not None:
-                weight[part].add_(dw, alpha=alpha)
-            if bias is not None and db is not None:
-                bias[part].add_(db, alpha=alpha)
-        return
-    if bias is not None:
-        if inverse is not None:
-            assert x is not None
-            column = emended_ones(inverse, x, form)
-        assert column is not None
-        bias.add_(errors.to(column.dtype).t() @ column, alpha=alpha)
-    if weight is None:
-        return
-    if inverse is None:
-        assert emended is not None
-        _add_product(weight, errors, emended, alpha)
-    elif form == "dual":
-        assert x is not None
-        _add_product(weight, inverse @ errors, x, alpha)  # P is symmetric: dw = (P dy)^T x
-    else:
-        assert x is not None
-        inputs = x.shape[1]
-        for rows in _blocks(weight):
-            some = errors[:, rows]  # [N, o]
-            weight[rows].addmm_(some.t() @ x, inverse[:inputs, :inputs], alpha=alpha)
-            if inverse.shape[0] > inputs:
-                weight[rows].addr_(some.sum(0), inverse[-1, :-1], alpha=alpha)
-
-
-def _scaled(dy: Tensor, lr: float | Tensor) -> tuple[Tensor, float]:
-    """Errors and a number whose product is ``-lr * dy``, NaN everywhere where one entry of ``dy`` is not finite."""
-    if isinstance(lr, Tensor):
-        dy = dy.to(emended_dtype(dy.dtype))  # lr times a float16 may leave its range
-        return dy * ((0 * dy).sum().to(compute_dtype(dy.dtype)) - lr), 1.0
-    if dy.device.type != "cpu":
-        dy = dy + (0 * dy).sum()
-    elif not math.isfinite(dy.sum().item()) and not dy.isfinite().all():  # a sum of finite entries may overflow
-        dy = torch.full_like(dy, math.nan)
-    return (dy, -lr) if lr else (0 * dy, 1.0)  # with alpha=0 a product is skipped, and a NaN with it
-
-
-def _add_product(weight: Tensor, errors: Tensor, rows: Tensor, alpha: float) -> None:
-    """``weight [O, I] += alpha * errors^T rows``, of ``errors [N, O]`` and ``rows [N, I]``."""
-    if weight.dtype == rows.dtype == errors.dtype:
-        weight.addmm_(errors.t(), rows, alpha=alpha)
-        return
-    errors = errors.to(rows.dtype)
-    for some in _blocks(weight):
-        weight[some].add_(errors[:, some].t() @ rows, alpha=alpha)
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    """The rows of ``weight [O, ...]`` in at most eight parts."""
-    outputs = weight.shape[0]
-    size = max(1, math.ceil(outputs / 8))
-    return (slice(begin, begin + size) for begin in range(0, outputs, size))
+    if inverse.device.type != "cpu" or type(inverse) is not Tensor or inverse.numel() == 0:
+        return True
+    if torch.compiler.is_compiling() or _torch.transforms_active():
+        return True
+    largest = LARGEST_INVERSE[inverse.dtype]
+    least, most = torch.aminmax(inverse.diagonal())  # it is positive definite
+    return 1 / largest < least.item() and most.item() < largest
 
 
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -255,42 +118,61 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
         with torch.no_grad():
             gradients = backward(ctx, *grads)
         # torch.func asks for a graph always, and has its own refusal; a compiler's backward has no second one.
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        transformed = torch.compiler.is_compiling() or _torch.transforms_active()
         if transformed or not torch.is_grad_enabled():
             return gradients
-        error: Any = torch._C._functions.DelayedError(  # type: ignore[attr-defined]
-            b"trying to differentiate twice an emended gradient, which is @once_differentiable", len(gradients)
-        )
-        return error(*(None if one is None else one.detach().requires_grad_() for one in gradients))
+        return tuple(_torch.forbid_derivative(gradients, grads))
 
     return wrapper
+
+
+def refuse_jacobian(ctx: Any, first: int) -> None:
+    """Raise where torch.func asks for a Jacobian with respect to an emended parameter.
+
+    Args:
+        ctx: Of a Function whose ``setup_context`` kept ``levels``.
+        first: The place of the first parameter among its inputs; the second follows it.
+    """
+    if any(ctx.needs_input_grad[first : first + 2]) and _torch.new_vmap_level(ctx.levels):
+        raise RuntimeError(_torch.JACOBIAN)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`, whose output is no view: one that a Function returned could not change in place."""
+    y = F.linear(x, weight, bias)
+    return y if y.ndim == 2 else _torch.not_a_view(y)
+
+
+@once_differentiable
+def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *tensors = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = _torch.needed_gradients(ctx, 3)
+    dw = db = None
+    with full_precision(dy.device.type):
+        dx = dy @ weight if needs_x else None
+        if needs_weight or needs_bias:
+            rows = math.prod(dy.shape[:-1])
+            flat_x = None if x is None else x.reshape(rows, x.shape[-1])
+            flat_dy = dy.reshape(rows, dy.shape[-1])
+            kept = restored(ctx.kind, ctx.static, *tensors)
+            dw, db = kept.weight_grad(flat_x, flat_dy, ctx.backend, needs_weight, needs_bias)
+    return dx, dw, db, *(None,) * 5
 
 
 class EmendedLinear(torch.autograd.Function):
     """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``.
 
-    The arguments after the bias are the backend that serves `weight_grad`, and those of `Prepared`.
+    The arguments after the bias are the backend that serves backward, and what forward keeps, flat.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save(ctx, inputs)
-        return F.linear(*inputs[:3])
+        return plain_linear(*inputs[:3])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse, emended, column, gram = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dw = db = None
-        with full_precision(dy.device.type):
-            dx = dy @ weight if needs_x else None
-            if needs_weight or needs_bias:
-                rows = math.prod(dy.shape[:-1])
-                flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-                prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
-                dw, db = weight_grad(prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.backend, needs_bias)
-        return dx, dw, db, *(None,) * 7
+        return _linear_backward(ctx, dy)
 
 
 class TransformableEmendedLinear(EmendedLinear):
@@ -300,54 +182,33 @@ class TransformableEmendedLinear(EmendedLinear):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
-        return F.linear(*inputs[:3])
+        return plain_linear(*inputs[:3])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
-
-
-class UpdatedLinear(torch.autograd.Function):
-    """``x W^T + b`` whose backward steps ``W`` and ``b`` instead of returning their gradients; see `optim`.
-
-    The parameters come twice. First as views of them, through which backward learns whether anybody wants their
-    gradients (the engine answers that only for what lies above a leaf); then detached, in the type computed in.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, _, _, weight, bias, ctx.step, ctx.ratio, *rest = inputs
-        _keep(ctx, x, weight, Prepared(*rest))
-        ctx.step.used_by(ctx)
-        return F.linear(x, weight, bias)
+        ctx.levels = _torch.transform_levels()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.step.backward(ctx, dy), *(None,) * 12
+        refuse_jacobian(ctx, 1)
+        return _linear_backward(ctx, dy)
 
-
-def updated_linear_backward(ctx: Any, dy: Tensor) -> Tensor | None:
-    """The input's gradient ``[..., I]`` where it is needed; after that, the step."""
-    wants_weight, wants_bias = ctx.step.begin(ctx)
-    x, weight, inverse, emended, column, gram = ctx.saved_tensors
-    with full_precision(dy.device.type):
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-    rows = math.prod(dy.shape[:-1])
-    if rows > 0 and (wants_weight or wants_bias):
-        flat_x = None if x is None else x.reshape(rows, x.shape[-1])
-        prepared = Prepared(ctx.form, inverse, emended, column, ctx.system, gram)
-        with full_precision(dy.device.type):
-            ctx.step.update(wants_weight, wants_bias, prepared, flat_x, dy.reshape(rows, dy.shape[-1]), ctx.ratio)
-    return dx
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(_torch.FORWARD_MODE)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, _, ctx.backend, *rest = inputs
-    _keep(ctx, x, weight, Prepared(*rest))
+    x, weight, _, ctx.backend, *flat = inputs
+    keep(ctx, x, weight, *flat)
 
 
-def _keep(ctx: Any, x: Tensor, weight: Tensor, prepared: Prepared) -> None:
-    ctx.form, inverse, emended, column, ctx.system, gram = prepared
-    kept_x = x if prepared.keeps_x() else None
+def keep(
+    ctx: Any, x: Tensor, weight: Tensor, kind: str, static: tuple[Any, ...], first: Tensor | None, second: Tensor | None
+) -> None:
+    """Save what backward reads; what forward keeps is given flat."""
+    ctx.kind, ctx.static = kind, static
+    kept_x = x if restored(kind, static, first, second).keeps_x() else None
     kept_weight = weight if ctx.needs_input_grad[0] else None
-    ctx.save_for_backward(kept_x, kept_weight, inverse, emended, column, gram)
+    ctx.save_for_backward(kept_x, kept_weight, first, second)

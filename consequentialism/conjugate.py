@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from .options import DampingMode, Options, Scale
-from .reference import compute_dtype, float32_is_enough
+from .precision import gram_dtype
+from .reference import limited_damping, out_of_unit, separate, unit_of
 
 
 def error_bound(ratio: float, iterations: int) -> float:
@@ -87,6 +88,7 @@ def solve_gram(
     rank: int,
     rows: int,
     iterations: int,
+    unit: Tensor | None = None,
 ) -> Tensor:
     """``right * scale * (G + c I)^-1 [..., R, n]``: `reference.factor` applied to ``right``, without the factor.
 
@@ -97,18 +99,25 @@ def solve_gram(
         right: ``[..., R, n]``, of the Gram's type.
         rank: ``min(N, I)``, what a relative damping is relative to.
         rows: The multiplier of ``scale="nlms"``.
+        unit: Where the Gram is that of ``x / unit``: an absolute damping is meant for that of ``x``.
 
     Zero where the trace is zero and NaN where it is not finite.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)  # [..., n]
-    ridge = _ridge(diagonal, damping, damping_mode, rank)
+    ridge = _ridge(diagonal, damping, damping_mode, rank, unit)
     matrix = gram / ridge.unit
     matrix.diagonal(dim1=-2, dim2=-1).add_((ridge.c / ridge.unit).squeeze(-1))
     return _scaled_solve(lambda v: v @ matrix, right, ridge, scale, rows, iterations)
 
 
 def solve_rows(
-    x: Tensor, right: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, iterations: int
+    x: Tensor,
+    right: Tensor,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    iterations: int,
+    unit: Tensor | None = None,
 ) -> Tensor:
     """`solve_gram` with ``G = x^T x``, which is never there: two products with ``x`` an iteration.
 
@@ -116,7 +125,7 @@ def solve_rows(
         x: ``[N, I]``, with the bias's column of ones, if there is a bias.
         right: ``[R, I]``, of x's type.
     """
-    ridge = _ridge(x.square().sum(0), damping, damping_mode, max(min(x.shape), 1))
+    ridge = _ridge(x.square().sum(0), damping, damping_mode, max(min(x.shape), 1), unit)
 
     def times(v: Tensor) -> Tensor:
         return torch.addcmul((v @ x.T / ridge.unit) @ x, v, ridge.c / ridge.unit)
@@ -130,15 +139,19 @@ class _Ridge(NamedTuple):
     c: Tensor
     mean: Tensor
     unit: Tensor
+    excess: float  # of the inverse, whose ridge was limited
 
 
-def _ridge(diagonal: Tensor, damping: float, damping_mode: DampingMode, rank: int) -> _Ridge:
+def _ridge(diagonal: Tensor, damping: float, damping_mode: DampingMode, rank: int, unit: Tensor | None) -> _Ridge:
     """From the Gram's diagonal ``[..., n]``; a trace of zero gets a ridge of 1."""
+    damping, excess = limited_damping(damping, damping_mode, diagonal.dtype)
     order = max(diagonal.shape[-1], 1)
     mean = (diagonal / order).sum(-1)[..., None, None]  # divided first: the trace itself may overflow
     c = mean * (damping * order / rank) if damping_mode == "relative" else torch.full_like(mean, damping)
+    if damping_mode == "absolute" and unit is not None:
+        c = c / unit / unit
     c = torch.where(mean == 0, torch.ones_like(c), c)
-    return _Ridge(c, mean, mean + c)
+    return _Ridge(c, mean, mean + c, excess)
 
 
 def _scaled_solve(
@@ -150,8 +163,10 @@ def _scaled_solve(
     solution = solution * (size / ridge.unit)
     if scale == "nlms":
         solution = solution * rows
-    elif scale == "gradient":
+    if scale == "gradient":
         solution = solution * ridge.c
+    elif ridge.excess != 1:
+        solution = solution * ridge.excess
     solution = torch.where(ridge.mean == 0, torch.zeros_like(solution), solution)
     return torch.where(ridge.mean.isfinite(), solution, torch.full_like(solution, torch.nan))
 
@@ -165,12 +180,23 @@ class System(NamedTuple):
     def wide(self, x: Tensor) -> Tensor:
         """``x [N, I]`` in the type that Gram and iterates need: float64 where the direct solution would take it too."""
         rows, inputs = x.shape[0], x.shape[1] + self.bias
-        enough = float32_is_enough(rows, inputs, x.dtype, self.options.damping, self.options.damping_mode)
-        return x.to(compute_dtype(x.dtype) if enough or x.device.type == "mps" else torch.float64)
+        options = self.options
+        return x.to(gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type))
+
+    def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x / unit [N, I]``, wide, and the unit, as `reference.unit_of`."""
+        x = self.wide(x)
+        unit = unit_of(x, self.bias, self.options.damping_mode)
+        return x / unit, unit
 
     def gram(self, x: Tensor, backend: Any) -> Tensor:
-        """``x^T x [I, I]``, with the bias's column."""
-        return backend.input_gram(self.wide(x), self.bias, "primal")
+        """``x^T x / unit^2 [I, I]``, with the bias's column."""
+        x, unit = self.scaled(x)
+        gram = backend.input_gram(x, self.bias, "primal")
+        if self.bias:
+            gram[-1] /= unit
+            gram[:, -1] /= unit
+        return gram
 
 
 def weight_grad(
@@ -179,21 +205,21 @@ def weight_grad(
     """``dw [O, I] = (dy^T x) (x^T x + c I)^-1`` by conjugate gradients, and ``db [O]`` where there is a bias.
 
     Args:
-        gram: ``x^T x [I, I]``; None for products with ``x`` in its place.
+        gram: `System.gram` of ``x``; None for products with ``x`` in its place.
         x: ``[N, I]``.
         dy: ``[N, O]``. One infinity or NaN makes every entry NaN.
     """
     bias, options = system
-    dtype, inputs = dy.dtype, x.shape[1]
-    x = system.wide(x)
+    dtype = dy.dtype
+    x, unit = system.scaled(x)
     plain, plain_bias = backend.weight_grad(dy.to(x.dtype), x, x.new_ones(x.shape[0] if bias else 0))
-    right = torch.cat([plain, plain_bias[:, None]], dim=1) if bias else plain  # [O, I]
+    right = torch.cat([plain, plain_bias[:, None] / unit], dim=1) if bias else plain  # [O, I]
     settings = options.damping, options.damping_mode, options.scale
     if gram is None:
-        rows = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1) if bias else x
-        solution = solve_rows(rows, right, *settings, options.iterations)
+        rows = torch.cat([x, x.new_ones(x.shape[0], 1) / unit], dim=1) if bias else x
+        solution = solve_rows(rows, right, *settings, options.iterations, unit)
     else:
         rank = max(min(x.shape[0], right.shape[1]), 1)
-        solution = solve_gram(gram, right, *settings, rank, x.shape[0], options.iterations)
-    solution = solution.to(dtype)
-    return solution[:, :inputs].contiguous(), solution[:, inputs].contiguous() if bias else None
+        solution = solve_gram(gram, right, *settings, rank, x.shape[0], options.iterations, unit)
+    solution = out_of_unit(solution, unit, options.scale).to(dtype)
+    return separate(solution) if bias else (solution, None)

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _torch, conjugate, cost, dispatch, distributed, ops, reference
-from .autograd import full_precision, once_differentiable
+from .autograd import full_precision, once_differentiable, refuse_jacobian
 from .geometry import Geometry, is_compiled
 from .options import Form, Options, Scale
-from .reference import compute_dtype, conv_errors, float32_is_enough
+from .precision import gram_dtype
+from .reference import conv_errors
 
 
 class Prepared(NamedTuple):
@@ -56,10 +57,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
         if scale == "nlms":
             scale, samples = "raw", counts.samples  # which need not be a whole number
     rank = max(min(rows, inputs), 1)
-    dtype = compute_dtype(x.dtype)
-    enough = float32_is_enough(rows, inputs, x.dtype, options.damping, options.damping_mode)
-    if not enough and x.device.type != "mps":
-        dtype = torch.float64
+    dtype = gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type)
     if form == "dual":
         patches = geometry.patches(x).to(dtype)  # [groups, N, I], smaller than the primal Gram
         gram = patches @ patches.mT + int(bias)
@@ -162,7 +160,7 @@ def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format in which torch's own convolution gives the weight's gradient."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    if last is None or torch._C._are_functorch_transforms_active():
+    if last is None or _torch.transforms_active():
         return torch.contiguous_format
     either = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
     return last if either else torch.contiguous_format
@@ -184,6 +182,16 @@ def _plain_gradients(
     return dw, db if bias else None
 
 
+@once_differentiable
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, matrix = ctx.saved_tensors
+    prepared = Prepared(ctx.form, matrix, ctx.solved_with)
+    needs = Needs(*_torch.needed_gradients(ctx, 3))
+    with full_precision(dy.device.type):
+        dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
+    return dx, dw, db, *(None,) * 5
+
+
 class EmendedConv(torch.autograd.Function):
     """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias.
 
@@ -197,14 +205,8 @@ class EmendedConv(torch.autograd.Function):
         return geometry.forward(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, matrix = ctx.saved_tensors
-        prepared = Prepared(ctx.form, matrix, ctx.solved_with)
-        needs = Needs(*_torch.needed_gradients(ctx, 3))
-        with full_precision(dy.device.type):
-            dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
-        return dx, dw, db, *(None,) * 5
+        return _backward(ctx, dy)
 
 
 class TransformableEmendedConv(EmendedConv):
@@ -220,6 +222,16 @@ class TransformableEmendedConv(EmendedConv):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
+        ctx.levels = _torch.transform_levels()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_jacobian(ctx, 1)
+        return _backward(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(_torch.FORWARD_MODE)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from . import _torch
 from .autograd import full_precision
 from .conv_autograd import EmendedConv, Needs, TransformableEmendedConv, conv_gradients, prepare
-from .functional import _autocast, _check_floating, _check_match, _check_transforms
+from .functional import _check_floating, _check_match, autocast, check_differentiable
 from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, Sizes, normalized, normalized_transposed, per_dimension
 from .options import Options, OptionsDict, options_from
 from .samples import counted, ratio, scaled
@@ -150,17 +151,16 @@ def _emended(
     """
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, x.shape[0] if x.ndim == weight.ndim else 1)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check_conv(x, weight, bias, weight_shape)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _torch.transforms_active()
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
     if not (need_weight or need_bias):
         return plain(x, weight, bias)
-    if transformed:
-        _check_transforms()
+    check_differentiable(transformed, x, weight, bias)
     batched = x.ndim == weight.ndim
     normal = normalize(x if batched else x.unsqueeze(0), tuple(weight.shape[2:]))
     if normal is None or not normal[1].takes(normal[0], weight):

@@ -88,9 +88,8 @@ def convert(
         emended = module if isinstance(module, EmendedModule) else _swap(module, EMENDED[type(module)])
         emended.set_options(settings)  # type: ignore[operator]
         emended.qualified_name = name  # type: ignore[assignment]
-        module.__dict__.pop("factor_batch", None)
-        if batch is not None and isinstance(module, Linear):
-            module.factor_batch = batch
+        if isinstance(module, Linear):
+            module.attach(batch if module.recorder is None else module.recorder.over(batch))
     if left_alone:
         warnings.warn("consequentialism.convert left alone " + "; ".join(left_alone), UserWarning, stacklevel=2)
     return model
@@ -110,7 +109,7 @@ def revert(model: Model) -> Model:
         plain = PLAIN.get(type(module))
         if plain is None:
             continue
-        for name in (*OPTION_NAMES, "factor_batch", "qualified_name", "serial"):
+        for name in (*OPTION_NAMES, "recorder", "qualified_name", "serial"):
             module.__dict__.pop(name, None)
         _swap(module, plain)
     return model

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from .conjugate import error_bound
 from .options import ConvMethod, Form, Options
-from .reference import float32_is_enough
+from .precision import compute_dtype, gram_dtype, keeps_digits
 
-Side = Literal["input", "gradient"]
+Side = Literal["input", "gradient", "fused"]  # the last: to neither, one launch in backward does all; see `is_fused`
 
 # Measured on two cores, see docs/solvers.md; nobody has on a GPU.
 FACTOR_TIME = 2  # of an operation of factor and inverse, in those of a product: 1.7 at I = 1152, 2.2 at I = 2304
@@ -89,16 +89,26 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     Half types and ill-conditioned Grams with a factor are applied to the input only: there the result is rounded
     once, after the inverse; on the gradient's side the rounding would be amplified by the condition number.
     """
+    # A tracer's symbols have no hash, and the cache must not keep a batch's own count alive.
+    known = type(rows) is type(inputs) is type(outputs) is int and options.samples is None
+    return (_known_plan if known and not torch.compiler.is_compiling() else _choose)(
+        rows, inputs, outputs, dtype, options
+    )
+
+
+def _choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
     sizes = (rows, inputs, outputs)
     if options.solver == "cg":
         return _cheapest(_CG_PLANS, sizes, options.iterations)
-    enough = float32_is_enough(rows, inputs, dtype, options.damping, options.damping_mode)
-    well_conditioned = dtype == torch.float64 or (dtype == torch.float32 and enough)
+    well_conditioned = keeps_digits(rows, inputs, dtype, options.damping, options.damping_mode)
     direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
     if not _may_pay(inputs, dtype, options):
         return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
     return cg if _pays(cg, direct, sizes, options) else direct
+
+
+_known_plan = functools.lru_cache(maxsize=4096)(_choose)  # the same few layers, at every step
 
 
 def _may_pay(inputs: int, dtype: torch.dtype, options: Options) -> bool:
@@ -132,14 +142,27 @@ def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) 
         return False
     rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
     return (
-        plan.form == "dual"
+        plan.solver == "cholesky"
+        and plan.form == "dual"
         and rows <= FUSED_ROWS[x.dtype]
         and inputs * outputs <= FUSED_WEIGHTS
-        and (
-            x.dtype == torch.float64
-            or float32_is_enough(rows, inputs + bias, x.dtype, options.damping, options.damping_mode)
-        )
+        and gram_dtype(rows, inputs + bias, x.dtype, options.damping, options.damping_mode, x.device.type)
+        == compute_dtype(x.dtype)
     )
+
+
+def plan(x: Tensor, bias: bool, outputs: int, options: Options, fused_rows: int = 0) -> Plan:
+    """How the gradient of a linear layer with the input ``x [..., I]`` is emended: asked once in a forward.
+
+    Args:
+        bias: Whether the layer has a bias, which then stands in the Gram.
+        outputs: ``O``.
+        fused_rows: Up to how many rows the caller's backward can do everything in one launch.
+    """
+    rows = math.prod(x.shape[:-1])
+    chosen = choose(rows, x.shape[-1] + bias, outputs, x.dtype, options)
+    fused = fused_rows > 0 and rows <= fused_rows and is_fused(chosen, x, bias, outputs, options)
+    return chosen._replace(applied_to="fused") if fused else chosen
 
 
 @functools.lru_cache(maxsize=64)

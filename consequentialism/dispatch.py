@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import _torch, ops, reference
 
 AVAILABLE = "available"
 MIN_TRITON = (3, 6)
@@ -87,8 +87,8 @@ def _launch_error() -> str:
     return ""
 
 
-# torch.compiler.assume_constant_result, which would import all of Dynamo: a first call may come while it traces.
-_load_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A first call may come while the compiler traces.
+_torch.constant_while_tracing(_load_triton)
 
 
 def device_of(name: str) -> str:
@@ -121,7 +121,7 @@ def select(name: str, x: Tensor) -> Any:
     device = x.device.type
     if name == "auto":
         # torch.func's transforms see through plain PyTorch, not through a compiled op.
-        if torch._C._are_functorch_transforms_active():
+        if _torch.transforms_active():
             return reference
         if device in ops.device_types:
             return ops

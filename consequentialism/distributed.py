@@ -6,6 +6,7 @@ mean over ranks that DDP and FSDP2 take of the gradients makes it the emended gr
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import warnings
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .options import Options
-from .reference import apply_inverse, compute_dtype, emended_dtype, float32_is_enough
+from .precision import compute_dtype, emended_dtype, gram_dtype
+from .reference import apply_inverse
 from .samples import count
 
 WITNESSES = 8  # elements of a layer's weight that ranks compare
@@ -110,15 +112,15 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
         like: A tensor of the type that is exchanged next, and on its device.
 
     Raises:
-        RuntimeError: The ranks run different layers, or one layer with different options; on every rank.
+        RuntimeError: The ranks run different layers, or one layer with different options; on every rank. After the
+            group's timeout, a rank has left the layer out.
     """
     peers, group = options.process_group, group_of(options)
     name, serial, witnesses = "", 0, None
     if isinstance(peers, Peers):
         name, serial, witnesses = peers.name(), peers.serial(), peers.witnesses()
     settings = f"damping={options.damping!r}, damping_mode={options.damping_mode!r}, scale={options.scale!r}"
-    label = f"{shape}, {like.dtype}, {settings}"
-    label = f"{name!r}: {label}" if name else f"a layer without a name: {label}"
+    label = f"{name!r}, {shape}, {like.dtype}, {settings}"
     digest = hashlib.blake2b(label.encode(), digest_size=6).digest()  # exact in float64
     own = torch.tensor([rows, samples, int.from_bytes(digest, "big"), serial], dtype=torch.float64, device=like.device)
     own = torch.cat([own, own.new_zeros(WITNESSES)])
@@ -126,12 +128,18 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
         own[1] = count(options.samples, like.device)
     if witnesses is not None:
         own[4 : 4 + witnesses.shape[0]] = witnesses
-    table = _all_gather(own, group).tolist()
+    try:
+        table = _all_gather(own, group).tolist()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"consequentialism: process_group: not all ranks have come to {_named(label, options)}; a rank may have "
+            f"left it out, as experts do, or have stopped: {error}"
+        ) from error
     same_label = all(line[2] == table[0][2] for line in table)
     same_serial = all(line[3] == table[0][3] for line in table)
     same_weights = all(_alike(table[0][4:], line[4:]) for line in table)
     if not (same_label and (same_serial or same_weights)):
-        raise RuntimeError(_different_layers(label, like.device, group))
+        raise RuntimeError(_different_layers(_named(label, options), like.device, group))
     if not same_weights:
         warnings.warn(
             f"consequentialism: process_group: the weights of {label} differ between ranks, where DDP and FSDP2 keep "
@@ -141,6 +149,19 @@ def exchange_counts(shape: str, rows: int, samples: int, like: Tensor, options: 
             stacklevel=2,
         )
     return Counts([int(line[0]) for line in table], sum(line[1] for line in table))
+
+
+def _named(label: str, options: Options) -> str:
+    """The label with a name in place of an empty one: that in the largest module which holds the layer.
+
+    All objects are searched for it, which only an error is worth.
+    """
+    if not isinstance(options.process_group, Peers) or options.process_group.name():
+        return label
+    modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+    layer = options.process_group.layer
+    names = [name for module in modules for name, inner in module.named_modules() if inner is layer]
+    return label.replace("''", repr(max(names, key=len)), 1) if any(names) else label
 
 
 def _alike(a: list[float], b: list[float]) -> bool:
@@ -196,8 +217,7 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
     else:
-        if not float32_is_enough(total, inputs, x.dtype, damping, mode) and x.device.type != "mps":
-            work = work.double()
+        work = work.to(gram_dtype(total, inputs, x.dtype, damping, mode, x.device.type))
         gram = backend.input_gram(work, bias, "primal")
         dist.all_reduce(gram, group=group)
         inverse = backend.factor(gram, damping, mode, scale, max(min(total, inputs), 1), total)

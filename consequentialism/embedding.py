@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import distributed, samples
+from . import _torch, distributed, samples
+from .autograd import once_differentiable
 from .linear import EmendedModule
 from .options import DampingMode, Options, Scale, Solver
 from .reference import embedding_counts, emended_embedding_rows
@@ -138,7 +138,7 @@ class Embedding(EmendedModule, nn.Embedding):
         if self.max_norm is not None:
             with torch.no_grad():
                 torch.embedding_renorm_(self.weight, input.contiguous(), self.max_norm, self.norm_type)
-        transformed = torch._C._are_functorch_transforms_active()
+        transformed = _torch.transforms_active()
         if transformed:
             raise RuntimeError("consequentialism.Embedding does not support torch.func transforms; use revert() first")
         if not (torch.is_grad_enabled() and self.weight.requires_grad):

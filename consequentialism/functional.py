@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import cost, dispatch, ops, reference
+from . import _torch, cost, dispatch, ops, reference
 from .autograd import (
     EmendedLinear,
-    Prepared,
     TransformableEmendedLinear,
-    UpdatedLinear,
     autocasts,
     full_precision,
     prepare,
-    weight_grad,
 )
-from .factor_batch import FactorBatch, deferred_linear
 from .options import Options, OptionsDict, options_from
 from .samples import counted, ratio, scaled
-
-if TYPE_CHECKING:
-    from .optim.fused_sgd import LayerStep
-
-_plan = functools.lru_cache(maxsize=4096)(cost.choose)  # the same few layers, at every step
 
 FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,38 +50,59 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
     return emended_linear_with(x, weight, bias, options_from(options))
 
 
+class Deferral(Protocol):
+    """What puts off to backward all that depends on ``x`` alone; see `factor_batch`."""
+
+    def takes(self, options: Options) -> bool:
+        """Whether a call may wait."""
+        ...
+
+    def deferred(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        need_weight: bool,
+        need_bias: bool,
+        backend: Any,
+        plan: cost.Plan,
+    ) -> Tensor:
+        """``x W^T + b`` of checked arguments, after `takes` has been asked."""
+        ...
+
+
 def emended_linear_with(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, batch: FactorBatch | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, deferral: Deferral | None = None
 ) -> Tensor:
-    """`emended_linear` with its options as one object, and where ``batch`` is one, factored with its other layers."""
+    """`emended_linear` with its options as one object, put off to backward where a ``deferral`` takes it."""
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, math.prod(x.shape[:-1]))
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_linear(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
+    check_linear(x, weight, bias)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _torch.transforms_active()
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
     if not (need_weight or need_bias):
         return F.linear(x, weight, bias)
-    if transformed:
-        _check_transforms()
+    check_differentiable(transformed, x, weight, bias)
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
-    if batch is not None and not transformed and batch.takes(options):
-        return deferred_linear(x, weight, bias, options, batch, need_weight, need_bias)
     backend = dispatch.select(options.backend, x)
-    if backend is ops and options.process_group is None and not (transformed or torch.compiler.is_compiling()):
-        sizes = rows, x.shape[-1] + (bias is not None), weight.shape[0]
-        known = all(type(size) is int for size in sizes)  # a tracer's symbols have no hash
-        plan = (_plan if known else cost.choose)(*sizes, x.dtype, options)
-        if plan.solver == "cholesky":
-            fused = need_weight and cost.is_fused(plan, x, bias is not None, weight.shape[0], options)
-            applied_to = "fused" if fused else plan.applied_to
-            settings = options.damping, options.damping_mode, options.scale
-            return ops.emended_linear(x, weight, bias, plan.form, applied_to, *settings)
+    plan: cost.Plan | None = None
+    if deferral is not None and not transformed and deferral.takes(options):
+        plan = cost.plan(x, bias is not None, weight.shape[0], options)
+        return deferral.deferred(x, weight, bias, options, need_weight, need_bias, backend, plan)
+    if options.process_group is None:
+        fused_rows = backend.MAX_FUSED_ROWS if need_weight and not transformed else 0
+        plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
+    compiled = backend is ops and not (transformed or torch.compiler.is_compiling())
+    if compiled and plan is not None and plan.solver == "cholesky":
+        settings = options.damping, options.damping_mode, options.scale
+        return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *settings)
     with torch.no_grad(), full_precision(x.device.type):
         prepared = prepare(
             x.detach().reshape(rows, x.shape[-1]),
@@ -101,53 +112,10 @@ def emended_linear_with(
             backend,
             need_weight,
             need_bias,
-            fusible=not transformed,
+            plan,
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
-    return function.apply(x, weight, bias, backend, *prepared)
-
-
-def updated_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
-    """`emended_linear_with` for a layer of `consequentialism.optim.FusedSGD`: backward steps the weights in place.
-
-    Raises:
-        RuntimeError: Where that cannot be right; the message says what and why.
-        TypeError, ValueError: As `emended_linear`.
-    """
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    transformed = torch._C._are_functorch_transforms_active()
-    if not torch.is_grad_enabled() or not (trained or transformed):
-        return emended_linear_with(x, weight, bias, options)
-    if transformed:
-        raise RuntimeError(
-            "consequentialism.optim.FusedSGD does not support torch.func transforms, which must not change weights; "
-            "call its release() first"
-        )
-    return step.linear(x, weight, bias, options, step)
-
-
-def recorded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, step: LayerStep) -> Tensor:
-    """`updated_linear_with` where a backward may follow."""
-    if not step.alive():
-        return emended_linear_with(x, weight, bias, options)
-    step.check_forward(weight, bias, options)
-    cast_x, cast_weight, cast_bias = _autocast(x, weight.detach(), None if bias is None else bias.detach())
-    _check_linear(cast_x, cast_weight, cast_bias)
-    rows = math.prod(cast_x.shape[:-1])
-    prepared = Prepared("dual")
-    if rows > 0:
-        with torch.no_grad(), full_precision(cast_x.device.type):
-            prepared = prepare(
-                cast_x.detach().reshape(rows, cast_x.shape[-1]),
-                bias is not None,
-                weight.shape[0],
-                options,
-                dispatch.select(options.backend, cast_x),
-                weight.requires_grad,
-                bias is not None and bias.requires_grad,
-            )
-    views = weight.view_as(weight), None if bias is None else bias.view_as(bias)
-    return UpdatedLinear.apply(cast_x, *views, cast_weight, cast_bias, step, ratio(options, rows, weight), *prepared)
+    return function.apply(x, weight, bias, backend, *prepared.flat())
 
 
 def emended_weight_grad(
@@ -185,8 +153,11 @@ def emended_weight_grad(
     with torch.no_grad(), full_precision(x.device.type):
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         backend = dispatch.select(settings.backend, x)
-        prepared = prepare(x, bias, outputs, settings, backend, True, bias, fusible=True)
-        dw, db = weight_grad(prepared, x, dy, backend, bias)
+        plan = None
+        if settings.process_group is None:
+            plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
+        prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
+        dw, db = prepared.weight_grad(x, dy, backend, True, bias)
         assert dw is not None
         by = ratio(settings, rows, x) if settings.process_group is None else None
         if by is not None:
@@ -205,11 +176,11 @@ def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
     Returns:
         ``[N, O]``, or with x's leading dimensions.
     """
-    _check_linear(x, dw, db, names=("dw", "db"))
+    check_linear(x, dw, db, names=("dw", "db"))
     return reference.predict_change(x, dw, db)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to `torch.nn.functional.linear`."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not autocasts(device):
@@ -219,24 +190,25 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
 
 
-def _check_transforms() -> None:
-    """Refuse the torch.func transforms under which the gradient would silently be another one."""
+def check_differentiable(transformed: bool, *tensors: Tensor | None) -> None:
+    """Refuse forward mode, and the torch.func transforms under which the gradient would silently be another one."""
+    if not transformed:
+        if _torch.tangents_exist() and any(_torch.is_dual(tensor) for tensor in tensors):
+            raise RuntimeError(_torch.FORWARD_MODE)
+        return
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
             "the plain one; compile without the transform, or run the transform eagerly"
         )
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack) > 1:
-        raise RuntimeError(
-            "consequentialism: an emended gradient has no derivative, so torch.func.grad cannot be nested"
-        )
+    if _torch.grad_levels() > 1:
+        raise RuntimeError(f"{_torch.SECOND_DERIVATIVE}. torch.func.grad and its like cannot be nested over it")
 
 
 def _check_floating(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r} ({type(tensor).__name__})")
-    if type(tensor).__name__ == "DTensor":
+    if _torch.is_dtensor(tensor):
         raise TypeError(f"{name} is a DTensor, which is not supported; use {name}.to_local()")
     if tensor.dtype not in FLOATING_TYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
@@ -251,7 +223,7 @@ def _check_match(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise ValueError(f"{first} and {second} must be on the same device, got {a.device} and {b.device}")
 
 
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
     weight_name, bias_name = names
     _check_floating("x", x)
     _check_floating(weight_name, weight)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import Peers, SavedGroup
-from .factor_batch import FactorBatch
-from .functional import emended_linear_with, updated_linear_with
+from .functional import emended_linear_with
 from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver, check_samples
+from .recorder import Recorder
 from .samples import count
-
-if TYPE_CHECKING:
-    from .optim.fused_sgd import LayerStep
 
 _NOT_COPIED = ("samples", "serial")  # those of this batch, and of this object
 _serials = itertools.count(1)
@@ -36,14 +33,19 @@ class EmendedModule(nn.Module):
     samples: int | Tensor | None = None  # set by set_samples
     qualified_name: str | None = None  # set by convert: where in the model the layer is
     serial: int  # the place among all layers that this process has made
-    layer_step: LayerStep | None = None  # set by consequentialism.optim.FusedSGD, on this instance only
-    factor_batch: FactorBatch | None = None  # set by convert(batch_factors=True), on this instance only
+    recorder: Recorder | None = None  # set by `attach`, on this instance only
 
     def set_options(self, options: Options) -> None:
         """Take over checked options."""
         for name in OPTION_NAMES:
             setattr(self, name, getattr(options, name))
         self.__dict__.setdefault("serial", next(_serials))
+
+    def attach(self, recorder: Recorder | None) -> None:
+        """Let a recorder serve this layer's forward, or None."""
+        self.__dict__.pop("recorder", None)
+        if recorder is not None:
+            self.recorder = recorder
 
     def options(self) -> Options:
         """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
@@ -74,8 +76,8 @@ class EmendedModule(nn.Module):
         default = Options()
         shown = (name for name in OPTION_NAMES if name not in ("process_group", "samples"))
         changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
-        if self.factor_batch is not None:
-            changed.append("batch_factors=True")
+        if self.recorder is not None and self.recorder.label:
+            changed.append(self.recorder.label)
         return ", ".join([super().extra_repr(), *changed])
 
 
@@ -180,6 +182,5 @@ class Linear(EmendedModule, nn.Linear):
         self.set_options(options)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.layer_step is not None:
-            return updated_linear_with(input, self.weight, self.bias, self.options(), self.layer_step)
-        return emended_linear_with(input, self.weight, self.bias, self.options(), self.factor_batch)
+        linear = emended_linear_with if self.recorder is None else self.recorder.linear
+        return linear(input, self.weight, self.bias, self.options())

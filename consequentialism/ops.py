@@ -15,8 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _torch
 from .flops import count_ops_of
 from .options import ConvMethod, DampingMode, Form, Scale
+from .precision import compute_dtype, emended_dtype
 from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
@@ -50,9 +52,12 @@ def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
     """The types of device for which the extension has all of these kernels."""
     if module is None:
         return ()
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
     keys = {"cpu": "CPU", "cuda": "CUDA"}
-    return tuple(d for d, key in keys.items() if all(has(f"consequentialism::{name}", key) for name in names))
+    return tuple(
+        device
+        for device, key in keys.items()
+        if all(_torch.has_kernel(f"consequentialism::{name}", key) for name in names)
+    )
 
 
 device_types = _device_types(NAMES)
@@ -141,19 +146,14 @@ def fused_weight_grad(
     return torch.ops.consequentialism.fused_weight_grad.default(x, dy, bias, damping, damping_mode, scale)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _square(x: Tensor, bias: bool, form: str) -> Tensor:
     n = x.shape[0] if form == "dual" else x.shape[1] + int(bias)
-    return x.new_empty((n, n), dtype=_compute_dtype(x.dtype))
+    return x.new_empty((n, n), dtype=compute_dtype(x.dtype))
 
 
 def _emended(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    kept = torch.float32 if x.dtype == torch.float16 else x.dtype
-    emended = x.new_empty(x.shape, dtype=kept)
-    return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=_compute_dtype(x.dtype))
+    emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
+    return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=compute_dtype(x.dtype))
 
 
 if module is not None:

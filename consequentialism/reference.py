@@ -18,42 +18,51 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .options import DampingMode, Form, Scale
+from .precision import MAX_FLOAT32_CONDITION as MAX_FLOAT32_CONDITION
+from .precision import MAX_FLOAT32_CONDITION_HALF as MAX_FLOAT32_CONDITION_HALF
+from .precision import MAX_FLOAT32_CONDITION_TALL as MAX_FLOAT32_CONDITION_TALL
+from .precision import compute_dtype as compute_dtype
+from .precision import emended_dtype as emended_dtype
+from .precision import float32_is_enough as float32_is_enough
+from .precision import gram_dtype
+from .precision import max_float32_condition as max_float32_condition
 
 MAX_FUSED_ROWS = 128  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
 
 
-# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
-MAX_FLOAT32_CONDITION = 2e3
-# With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
-MAX_FLOAT32_CONDITION_TALL = 6e3
-# Where x and dw have been rounded to half types, which costs more.
-MAX_FLOAT32_CONDITION_HALF = 5e4
+# A relative damping above the first is taken as the second, which in that type leaves nothing of the Gram beside it.
+LARGEST_DAMPING = 2.0**80
+NOTHING_BESIDE = {torch.float32: 2.0**40, torch.float64: 2.0**80}
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which Gram, factor and sums are computed: float32 for half types."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def limited_damping(damping: float, damping_mode: DampingMode, dtype: torch.dtype) -> tuple[float, float]:
+    """A damping whose ridge stays in the range of a Gram's type, and the factor by which its inverse is then too large.
 
-
-def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
-    """``trace(G) / c``, the largest that the condition number can be, up to which a float32 Gram of ``x`` will do."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return MAX_FLOAT32_CONDITION_HALF
-    return MAX_FLOAT32_CONDITION_TALL if rows > inputs else MAX_FLOAT32_CONDITION
-
-
-def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
-    """Whether a Gram in x's own type, or float32 for half types, keeps the digits that its inverse needs.
-
-    ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing
-    bounds an absolutely damped one before it is there.
+    ``G + c I`` is ``c I`` to the last bit long before ``c`` overflows.
     """
-    if damping_mode != "relative":
-        return False
-    if dtype == torch.float64:  # there is no wider one
-        return True
-    return min(rows, inputs) <= max_float32_condition(rows, inputs, dtype) * damping
+    if damping_mode == "absolute" or damping <= LARGEST_DAMPING:
+        return damping, 1.0
+    limit = NOTHING_BESIDE[dtype]
+    return limit, limit / damping
+
+
+def unit_of(x: Tensor, bias: bool, damping_mode: DampingMode) -> Tensor:
+    """A power of two, 0-dimensional, near the largest entry of ``x``: in this unit its squares stay in range.
+
+    A bias's column of ones, and an absolute ridge, are in range and large beside a small ``x``: 1 is then the least.
+    """
+    if x.numel() == 0:
+        return x.new_ones(())
+    largest = x.abs().amax()
+    unit = largest / (2 * torch.frexp(largest).mantissa)  # exact
+    least = 1.0 if bias or damping_mode == "absolute" else 0.0
+    return torch.where((largest > 0) & largest.isfinite(), unit.clamp(min=least), torch.ones_like(unit))
+
+
+def out_of_unit(emended: Tensor, unit: Tensor, scale: Scale) -> Tensor:
+    """What was emended from ``x / unit``, a gradient included, as if from ``x``."""
+    return emended * unit if scale == "gradient" else emended / unit
 
 
 def _rows(x: Tensor, bias: bool) -> Tensor:
@@ -85,8 +94,16 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     Zero where the trace is zero and NaN where it is not finite. Where the factor breaks down the ridge
     grows tenfold, at most three times; then the Gram's diagonal stands in for it.
     """
+    limited, excess = limited_damping(damping, damping_mode, gram.dtype)
+    c = ridge(gram, limited, damping_mode, rank)
+    inverse = _factor(gram, c, scale, rows)
+    return inverse if excess == 1 or scale == "gradient" else inverse * excess
+
+
+def _factor(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
+    """`factor` with the ridges ``c [...]`` as they are."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    c = ridge(gram, damping, damping_mode, rank)[..., None, None]
+    c = c[..., None, None]
     c = torch.where(trace == 0, torch.ones_like(c), c)
     growth = 10.0 ** torch.arange(RETRIES + 1, dtype=gram.dtype, device=gram.device)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -112,17 +129,28 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
 
 def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
-    narrow = compute_dtype(x.dtype)
-    return _wide_inverse(x, bias, form, damping, damping_mode, scale).to(narrow)
+    inverse, _, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    if scale != "gradient":  # there c and the Gram have the same unit
+        inverse = inverse / unit / unit
+    return inverse.to(compute_dtype(x.dtype))
 
 
-def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    """`input_inverse` in the type that Gram and factor need: float64 where float32 would lose the inverse's digits."""
+def _wide_inverse(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`input_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
+
+    In the type that Gram and factor need: float64 where float32 would lose the inverse's digits.
+    """
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)
-    if not float32_is_enough(rows, inputs, x.dtype, damping, damping_mode) and x.device.type != "mps":
-        x = x.double()
-    return factor(input_gram(x, bias, form), damping, damping_mode, scale, rank, rows)
+    x = x.to(gram_dtype(rows, inputs, x.dtype, damping, damping_mode, x.device.type))
+    unit = unit_of(x, bias, damping_mode)
+    scaled = _rows(x, bias) / unit
+    gram = input_gram(scaled, False, form)
+    if damping_mode == "absolute":
+        return _factor(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
+    return factor(gram, damping, damping_mode, scale, rank, rows), scaled, unit
 
 
 def apply_inverse(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
@@ -145,9 +173,11 @@ def emended_input(
     ``dw = dy^T y`` and ``db = dy^T u`` are then the emended gradients. bfloat16 gives a bfloat16 ``y``,
     float16 a float32 one (its range is too small); ``u`` is always in the type computed in.
     """
-    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
-    emended, column = apply_inverse(inverse, x.to(inverse.dtype), bias, form)
-    return emended.to(emended_dtype(x.dtype)), column.to(compute_dtype(x.dtype))
+    inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    emended = out_of_unit(inverse @ rows if form == "dual" else rows @ inverse, unit, scale)
+    column = emended[:, -1] if bias else emended.new_zeros(0)
+    emended = emended[:, :-1] if bias else emended
+    return emended.to(emended_dtype(x.dtype)).contiguous(), column.to(compute_dtype(x.dtype)).contiguous()
 
 
 def emended_inputs(
@@ -170,18 +200,13 @@ def emended_inputs(
     return [kept for kept, _ in pairs], [column for _, column in pairs]
 
 
-def emended_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which an emended input of ``dtype`` is kept."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """``dw = dy^T rows [O, I]`` and ``db = dy^T column [O]`` (empty where ``column`` is), in dy's type.
 
     With emended rows these are the emended gradients; with ``x`` and ones, the plain ones. One infinity or NaN
     in ``dy [N, O]`` makes every entry NaN.
     """
-    errors = _nan_unless_finite(dy)
+    errors = poisoned(dy)
     dw = errors.to(rows.dtype).T @ rows
     db = errors.to(column.dtype).T @ column if column.shape[0] else errors.new_zeros(0)
     return dw.to(dy.dtype), db.to(dy.dtype)
@@ -197,7 +222,7 @@ def fused_weight_grad(
     return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
 
 
-def _nan_unless_finite(dy: Tensor) -> Tensor:
+def poisoned(dy: Tensor) -> Tensor:
     """``dy``, or NaN everywhere where one entry is not finite."""
     return dy + (0 * dy).sum()
 
@@ -222,13 +247,17 @@ def emended_weight_grad(
         return zeros, dy.new_zeros(dy.shape[1]) if bias else None
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
-    inverse = _wide_inverse(x, bias, form, damping, damping_mode, scale)
-    rows = _rows(x.to(inverse.dtype), bias)
-    errors = _nan_unless_finite(dy).to(rows.dtype)
+    inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    errors = poisoned(dy).to(rows.dtype)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
-    if not bias:
-        return dw.to(dy.dtype), None
-    return dw[:, :-1].to(dy.dtype), dw[:, -1].to(dy.dtype)
+    dw = out_of_unit(dw, unit, scale).to(dy.dtype)
+    return separate(dw) if bias else (dw, None)
+
+
+def separate(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """``dw [O, I]`` and ``db [O]`` from a matrix that has the second as its last column, each in memory of its own."""
+    dw = gradients[:, :-1].clone(memory_format=torch.contiguous_format)
+    return dw, gradients[:, -1].clone(memory_format=torch.contiguous_format)
 
 
 def plain_weight_grad(x: Tensor, dy: Tensor, bias: bool = True) -> tuple[Tensor, Tensor | None]:

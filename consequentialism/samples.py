@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .options import OPTION_NAMES, Options
-from .reference import compute_dtype
+from .precision import compute_dtype
 
 
 def count(samples: int | Tensor, device: torch.device) -> Tensor:

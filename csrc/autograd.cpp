@@ -2,6 +2,7 @@
 // between the steps. There stands the meaning of every branch; tests hold the two to the same bits.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/addr.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
@@ -64,6 +65,35 @@ std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
   return op.call(x, dy, bias, damping, mode, scale);
 }
 
+constexpr const char* kSecondDerivative =  // consequentialism/_torch.py says the same
+    "consequentialism: trying to differentiate twice an emended gradient, which is @once_differentiable: it has no "
+    "derivative. consequentialism.revert(model) gives back torch's own layers, whose gradients have one";
+
+// Products with an inverse, of the size of 1 / x^2, may leave the type's range where the emended input, of 1 / x, does
+// not. Its diagonal tells, for it is positive definite; only a CPU's can be looked at.
+constexpr double kLargestInverseFloat = 1e25;
+constexpr double kLargestInverseDouble = 1e200;
+
+template <typename scalar_t>
+bool diagonal_in_range(const at::Tensor& inverse, double largest) {
+  const scalar_t* data = inverse.const_data_ptr<scalar_t>();
+  const int64_t step = inverse.stride(0) + inverse.stride(1);
+  for (int64_t i = 0; i < inverse.size(0); ++i) {
+    const double entry = data[i * step];
+    if (!(entry > 1 / largest && entry < largest)) return false;
+  }
+  return true;
+}
+
+bool in_range(const at::Tensor& inverse) {
+  if (inverse.key_set().has(c10::DispatchKey::Python) || inverse.key_set().has(c10::DispatchKey::Functionalize)) {
+    return true;
+  }
+  if (!inverse.device().is_cpu() || !inverse.has_storage()) return true;
+  return inverse.scalar_type() == at::kDouble ? diagonal_in_range<double>(inverse, kLargestInverseDouble)
+                                              : diagonal_in_range<float>(inverse, kLargestInverseFloat);
+}
+
 // Where the inverse is applied; kFused leaves everything to one op in backward.
 enum class Side { kInput, kGradient, kFused };
 
@@ -113,7 +143,8 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
       std::string_view form, std::string_view applied_to, double damping, std::string_view damping_mode,
       std::string_view scale) {
     const Side side = parse_side(applied_to);
-    const at::Tensor y = at::linear(x, weight, bias);  // not below autograd, where it takes other products
+    at::Tensor y = at::linear(x, weight, bias);  // not below autograd: it takes other products there
+    if (y.is_view()) y = at::_unsafe_view_symint(y, y.sym_sizes());  // a view could not be changed in place
     const PlainKernelGuard plain;
     const at::Tensor rows = as_rows(x);
     const bool has_bias = bias.has_value();
@@ -127,7 +158,12 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
       if (!needs_bias) column = at::Tensor();
     } else if (side == Side::kGradient) {
       inverse = input_inverse(rows, has_bias, form, damping, damping_mode, scale);
-      if (!needs_weight) {
+      if (!in_range(inverse)) {
+        inverse = at::Tensor();
+        std::tie(emended, column) = emended_input(rows, has_bias, form, damping, damping_mode, scale);
+        if (!needs_weight) emended = at::Tensor();
+        if (!needs_bias) column = at::Tensor();
+      } else if (!needs_weight) {
         column = emended_ones(inverse, rows, primal);
         inverse = at::Tensor();
       }
@@ -158,39 +194,46 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
       const bool needs_weight = ctx->needs_input_grad(1);
       const bool needs_bias = ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2);
       if (needs_weight || needs_bias) {
-        auto [dw, db] = weight_grads(saved, as_rows(dy), ctx->saved_data, needs_bias);
+        auto [dw, db] = weight_grads(saved, as_rows(dy), ctx->saved_data, needs_weight, needs_bias);
         if (needs_weight) result[1] = dw;
         if (needs_bias) result[2] = db;
       }
     }
-    return twice ? once_differentiable(std::move(result)) : result;
+    return twice ? once_differentiable(std::move(result), {dy, saved[kX], saved[kWeight]}) : result;
   }
 
  private:
   static std::tuple<at::Tensor, at::Tensor> weight_grads(
-      const variable_list& saved, const at::Tensor& dy, const SavedData& data, bool needs_bias) {
-    if (saved[kInverse].defined()) {
+      const variable_list& saved, const at::Tensor& dy, const SavedData& data, bool needs_weight, bool needs_bias) {
+    if (saved[kInverse].defined() && needs_weight) {
       return grads_by_inverse(saved[kInverse], as_rows(saved[kX]), dy, data.at("primal").toBool(), needs_bias);
+    }
+    if (saved[kInverse].defined()) {
+      const at::Tensor ones = emended_ones(saved[kInverse], as_rows(saved[kX]), data.at("primal").toBool());
+      return weight_grad(dy, ones.unsqueeze(1), ones);
     }
     if (saved[kX].defined()) {
       return fused_weight_grad(
           as_rows(saved[kX]), dy, data.at("has_bias").toBool(), data.at("damping").toDouble(),
           data.at("damping_mode").toStringView(), data.at("scale").toStringView());
     }
-    const at::Tensor& column = saved[kColumn];
-    if (!saved[kEmended].defined()) return weight_grad(dy, column.unsqueeze(1), column);
+    const at::Tensor column = needs_bias ? saved[kColumn] : at::Tensor();
+    if (!needs_weight) return weight_grad(dy, column.unsqueeze(1), column);
     return weight_grad(dy, saved[kEmended], column.defined() ? column : saved[kEmended].new_empty({0}));
   }
 
-  // The gradients, whose own differentiation is an error; see the decorator of that name in autograd.py.
-  static variable_list once_differentiable(variable_list result) {
-    torch::autograd::DelayedError error(
-        "trying to differentiate twice an emended gradient, which is @once_differentiable",
-        static_cast<int64_t>(result.size()));
+  // The gradients, whose own differentiation is an error, with respect to the sources too; see the decorator of that
+  // name in autograd.py.
+  static variable_list once_differentiable(variable_list result, const variable_list& sources) {
+    const size_t count = result.size();
     for (at::Tensor& gradient : result) {
       if (gradient.defined()) gradient = gradient.detach().requires_grad_();
     }
-    return error.apply(std::move(result));
+    result.insert(result.end(), sources.begin(), sources.end());
+    torch::autograd::DelayedError error(kSecondDerivative, static_cast<int64_t>(result.size()));
+    result = error.apply(std::move(result));
+    result.resize(count);
+    return result;
   }
 };
 

@@ -28,10 +28,21 @@ struct FactorArguments {
   int64_t rank;  // min(N, I), what a relative damping is relative to
   int64_t rows;  // N, the multiplier of Scale::kNlms
   double max_float32_condition = kMaxFloat32Condition;
+  double excess = 1;  // by which the inverse is too large where the damping has been limited
 
   // A relative damping tells the condition before the Gram is there.
   bool float32_is_enough() const { return relative && static_cast<double>(rank) <= max_float32_condition * damping; }
 };
+
+// A damping whose ridge stays in the range of a Gram's type: `limited_damping` in reference.py, with the same numbers.
+inline FactorArguments limited(FactorArguments arguments, at::ScalarType dtype) {
+  constexpr double kLargestDamping = 0x1p80;
+  if (!arguments.relative || arguments.damping <= kLargestDamping) return arguments;
+  const double limit = dtype == at::kDouble ? 0x1p80 : 0x1p40;
+  arguments.excess = limit / arguments.damping;
+  arguments.damping = limit;
+  return arguments;
+}
 
 inline FactorArguments factor_arguments(
     double damping, std::string_view damping_mode, std::string_view scale, int64_t rank, int64_t rows) {

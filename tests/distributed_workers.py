@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import consequentialism as cw
 
 RANKS = 2
+PATIENCE = timedelta(seconds=2)  # where the timeout is what is tested
 Job = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]  # work(rank, *arguments)
 
 
@@ -211,7 +212,8 @@ def different_layers(rank: int) -> dict[str, Any]:
     convolution = cw.Conv1d(4, 4, 1, process_group=group)
     first, second = cw.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), process_group=group)
     damped = cw.Linear(4, 4, damping=0.5 + rank, process_group=group)
-    ddp = DistributedDataParallel(Routed(experts()), find_unused_parameters=True)
+    routed = Routed(nn.ModuleList(cw.Linear(4, 4, process_group=group) for _ in range(2)))
+    ddp = DistributedDataParallel(routed, find_unused_parameters=True)
 
     def skipped() -> None:  # rank 1 leaves out the first layer
         y = x if rank == 1 else first(x)
@@ -239,6 +241,18 @@ def different_layers(rank: int) -> dict[str, Any]:
         except RuntimeError as error:
             heard[name] = str(error)
     return heard
+
+
+def left_out(rank: int) -> dict[str, Any]:
+    """What rank 0 hears of a layer that rank 1 leaves out, with no other after it."""
+    layer = cw.convert(nn.ModuleDict({"last": nn.Linear(4, 4)}), process_group=dist.new_group(timeout=PATIENCE))["last"]
+    dist.barrier()
+    if rank == 0:
+        try:
+            layer(torch.ones(3, 4))
+        except RuntimeError as error:
+            return {"heard": str(error)}
+    return {}
 
 
 class Routed(nn.Module):

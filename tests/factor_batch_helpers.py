@@ -33,7 +33,7 @@ def pair(dtype: torch.dtype = F64, widths: tuple[int, ...] = WIDTHS, **options: 
 
 
 def batch_of(model: nn.Module) -> factor_batch.FactorBatch:
-    (batch,) = {m.factor_batch for m in model.modules() if isinstance(m, cw.Linear)}
+    (batch,) = {m.recorder for m in model.modules() if isinstance(m, cw.Linear)}
     assert batch is not None
     return batch
 

@@ -119,6 +119,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for one in ACCURACY_CASES:
         jobs[f"accuracy {one}"] = (workers.functional, (*accuracy_batch(*one), ACCURACY_COUNTS, ACCURACY_OPTIONS))
     jobs["different layers"] = (workers.different_layers, ())
+    jobs["left out"] = (workers.left_out, ())
     jobs["no false alarm"] = (workers.no_false_alarm, ())
     jobs["evaluation"] = (workers.evaluation, ())
     jobs["uneven inputs"] = (workers.uneven_inputs, ())
@@ -241,8 +242,8 @@ def test_different_layers_are_an_error_on_every_rank(found: list[dict[str, Any]]
     names = {
         "named experts": ("'0'", "'1'"),
         "experts of zeros": ("'0'", "'1'"),
-        "find_unused_parameters": ("'0'", "'1'"),
-        "unnamed experts": ("different layers of one kind", "without a name"),
+        "find_unused_parameters": ("'module.layers.0'", "'module.layers.1'"),
+        "unnamed experts": ("different layers", "'', linear, I=4, O=4"),
         "a layer skipped": ("'0'", "'1'"),
         "another kind": ("linear", "convolution"),
         "in backward": ("embedding", "linear"),
@@ -255,10 +256,16 @@ def test_different_layers_are_an_error_on_every_rank(found: list[dict[str, Any]]
                 assert part in message, f"{name}: {message!r}"
 
 
+def test_a_layer_that_a_rank_leaves_out_is_named_after_the_timeout(found: list[dict[str, Any]]) -> None:
+    message = results_of(found, "left out")[0]["heard"]
+    for part in ("process_group", "'last', linear, I=4, O=4", "left it out"):
+        assert part in message
+
+
 def test_equal_layers_are_no_error(found: list[dict[str, Any]]) -> None:
     for result in results_of(found, "no false alarm"):
         (warning,) = result["warnings"]
-        assert "the weights of a layer without a name" in warning
+        assert "the weights of '', linear, I=4, O=3" in warning
 
 
 def test_eval_mode_is_silent(found: list[dict[str, Any]]) -> None:

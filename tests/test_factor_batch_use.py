@@ -45,6 +45,18 @@ def test_hooks_on_saved_tensors() -> None:
     assert_same(alone, batched, train)
 
 
+def test_compiled_autograd() -> None:
+    torch._dynamo.reset()
+    alone, batched = pair()
+    x = randn(8, 12)
+    alone(x).square().sum().backward()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        batched(x).square().sum().backward()
+    for name, expected in gradients(alone).items():
+        assert_close(name, gradients(batched)[name], expected, TRANSFORM[F64])
+    torch._dynamo.reset()
+
+
 def test_compile_in_a_full_graph(calls: list[int]) -> None:
     torch._dynamo.reset()
     alone, batched = pair()
@@ -128,13 +140,13 @@ def test_convert_links_and_revert_unlinks() -> None:
     state = model.state_dict()
     assert cw.convert(model, batch_factors=True) is model
     batch = batch_of(model)
-    assert "factor_batch" not in model[0].__dict__
+    assert "recorder" not in model[0].__dict__
     assert list(model.state_dict()) == list(state)
     model.load_state_dict(state)
     assert "batch_factors=True" in repr(model)
     cw.convert(model, filter_fn=lambda module, name: name == "1.0")
-    assert model[1][0].factor_batch is None
-    assert model[1][2].factor_batch is batch
+    assert model[1][0].recorder is None
+    assert model[1][2].recorder is batch
     assert "batch_factors" not in repr(model[1][0])
     cw.revert(model)
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before

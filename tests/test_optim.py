@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import consequentialism as cw
 from consequentialism import autograd, cost
-from consequentialism.optim import FusedSGD, SpentGradient
+from consequentialism.optim import FusedSGD, SpentGradient, step
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -194,9 +194,10 @@ def test_large_finite_errors_stay_finite(device_scalar: bool) -> None:
     layer = cw.Linear(4, 3, bias=False, scale="raw", dtype=F16)
     nn.init.zeros_(layer.weight)
     x, dy = randn(100, 4, dtype=F16), torch.full((100, 3), torch.finfo(F16).max / 2, dtype=F16)
-    prepared = autograd.prepare(x, False, 3, layer.options(), cw.reference, True, False)
+    plan = cost.plan(x, False, 3, layer.options())
+    prepared = autograd.prepare(x, False, 3, layer.options(), cw.reference, True, False, plan)
     with torch.no_grad():
-        autograd.update(layer.weight, None, prepared, x, dy, torch.tensor(8.0) if device_scalar else 8.0)
+        step.update(layer.weight, None, prepared, x, dy, torch.tensor(8.0) if device_scalar else 8.0)
     expected = -8 * cw.reference.emended_weight_grad(x.double(), dy.double(), False, scale="raw")[0]
     assert_close("weight", layer.weight, expected, TOLERANCE[F16])
 
@@ -209,16 +210,16 @@ def test_update_with_a_rate_on_the_device(dtype: torch.dtype, device_scalar: boo
         if dtype in (BF16, F16) and plan.applied_to == "gradient":
             continue
         x, dy = randn(rows, inputs, dtype=dtype), randn(rows, outputs, seed=1, dtype=dtype)
-        prepared = autograd.prepare(x, True, outputs, cw.Options(), cw.reference, True, True)
+        prepared = autograd.prepare(x, True, outputs, cw.Options(), cw.reference, True, True, plan)
         weight, bias = torch.zeros(outputs, inputs, dtype=dtype), torch.zeros(outputs, dtype=dtype)
         lr = torch.tensor(0.3, dtype=F32) if device_scalar else torch.tensor(0.3, dtype=F32).item()
-        autograd.update(weight, bias, prepared, x, dy, lr)
+        step.update(weight, bias, prepared, x, dy, lr)
         dw, db = cw.reference.emended_weight_grad(x.double(), dy.double(), True)
         assert db is not None
         assert_close("weight", weight, -0.3 * dw, max(TOLERANCE[dtype], 1e-7))
         assert_close("bias", bias, -0.3 * db, max(TOLERANCE[dtype], 1e-7))
         dy[0, 0] = float("inf")
-        autograd.update(weight, bias, prepared, x, dy, lr)
+        step.update(weight, bias, prepared, x, dy, lr)
         assert weight.isnan().all()
         assert bias.isnan().all()
 

@@ -50,12 +50,16 @@ def test_gradients_are_spent_until_the_step_and_none_after() -> None:
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_after_the_step_or_before_backward(set_to_none: bool) -> None:
-    model, optimizer = (m := Mixed()), FusedSGD(m, 0.01)
-    for _ in range(2):
-        optimizer.zero_grad(set_to_none)
-        backward(model, torch.arange(11))
-        optimizer.step()
-        model.zero_grad(set_to_none)
+    model = Mixed()
+    twin = copy.deepcopy(model)
+    for one, optimizer in ((model, FusedSGD(model, 0.01)), (twin, torch.optim.SGD(twin.parameters(), 0.01))):
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none)
+            backward(one, torch.arange(11))
+            optimizer.step()
+            one.zero_grad(set_to_none)
+    for name, expected in twin.named_parameters():
+        assert_close(name, model.get_parameter(name), expected, TOLERANCE[F64])
 
 
 def test_step_without_backward_does_nothing() -> None:
@@ -90,12 +94,20 @@ def test_schedulers(tensor: bool) -> None:
 
 def test_one_cycle_with_two_rates() -> None:
     model = Mixed()
-    optimizer = FusedSGD(model, 0.1, other_lr=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.1, 0.01], total_steps=4, cycle_momentum=False)
-    for _ in range(3):
-        backward(model, torch.arange(11))
-        optimizer.step()
-        scheduler.step()
+    twin = copy.deepcopy(model)
+    linear = [p for m in twin.modules() if isinstance(m, cw.Linear) for p in m.parameters()]
+    known = {id(p) for p in linear}
+    others = [p for p in twin.parameters() if id(p) not in known]
+    plain = torch.optim.SGD([{"params": linear, "lr": 0.1}, {"params": others, "lr": 0.01}])
+    for one, optimizer in ((model, FusedSGD(model, 0.1, other_lr=0.01)), (twin, plain)):
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.1, 0.01], total_steps=4, cycle_momentum=False)
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(one, torch.arange(11))
+            optimizer.step()
+            scheduler.step()
+    for name, expected in twin.named_parameters():
+        assert_close(name, model.get_parameter(name), expected, 1e-10)
 
 
 def test_a_rate_given_as_a_tensor_is_used_as_it_is() -> None:
@@ -121,7 +133,7 @@ def test_state_dict_round_trip() -> None:
     loaded.load_state_dict(torch.load(buffer, weights_only=True))
     assert [group["lr"] for group in loaded.param_groups] == [0.125, 0.25]
     assert loaded.state_dict() == optimizer.state_dict()
-    assert isinstance(model.left.layer_step, cw.optim.LayerStep)
+    assert isinstance(model.left.recorder, cw.optim.LayerStep)
     backward(model, torch.arange(11))
     loaded.step()
 
@@ -137,10 +149,10 @@ def test_the_model_itself_is_as_before() -> None:
     buffer.seek(0)
     copies = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False))
     for copied in copies:
-        assert copied[0].layer_step is None
+        assert copied[0].recorder is None
         backward(copied, randn(10, 6))
         assert copied[0].weight.grad is not None
-    assert isinstance(model[0].layer_step, cw.optim.LayerStep)
+    assert isinstance(model[0].recorder, cw.optim.LayerStep)
     for attempt in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="state_dict"):
             attempt(optimizer)
@@ -153,7 +165,7 @@ def test_release() -> None:
     for k in range(4):
         if k == 2:
             fused.release()
-            assert model[0].layer_step is None
+            assert model[0].recorder is None
         for one, optimizer in ((model, fused), (twin, plain)):
             optimizer.zero_grad()
             backward(one, x)

@@ -7,11 +7,10 @@ takes no memory, and raises when anything reads it.
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,10 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from ..autograd import Prepared, update, updated_linear_backward
-from ..functional import recorded_linear
+from .. import _torch
+from ..functional import emended_linear_with
+from ..kept import Kept
 from ..linear import Linear
 from ..options import Options
+from ..recorder import Recorder
+from .step import update, updated_linear, updated_linear_backward
 
 NAME = "consequentialism.optim.FusedSGD"
 REFUSED_KEYS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "betas")  # of a parameter group
@@ -37,9 +39,7 @@ class SpentGradient(Tensor):
 
     @staticmethod
     def __new__(cls, parameter: Tensor) -> SpentGradient:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
-        )
+        return _torch.without_memory(cls, parameter)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"SpentGradient({list(self.shape)})"
@@ -53,19 +53,25 @@ class SpentGradient(Tensor):
         )
 
 
-@functools.cache  # at the first use, for it imports the compiler
-def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(
-        function,
-        reason=f"{NAME} does not support torch.compile in a full graph: backward changes the weights. Compile "
-        "without fullgraph=True, or use torch.optim.SGD",
-    )
+def _itself(recorder: Recorder | None) -> Recorder | None:
+    return recorder
+
+
+FULL_GRAPH = (
+    f"{NAME} does not support torch.compile in a full graph: backward changes the weights. Compile without "
+    "fullgraph=True, or use torch.optim.SGD"
+)
 
 
 class LayerStep:
-    """What a layer knows of its optimizer: how to step its own weight and bias in backward. Copied or pickled, None."""
+    """What a layer knows of its optimizer: how to step its own weight and bias in backward.
 
-    def __init__(self, name: str, weight: Tensor, bias: Tensor | None, optimizer: FusedSGD) -> None:
+    It is the layer's `Recorder`, above the one that the layer had, which is what a copy gets.
+    """
+
+    def __init__(
+        self, name: str, weight: Tensor, bias: Tensor | None, optimizer: FusedSGD, below: Recorder | None
+    ) -> None:
         self.name = name
         self.weight = weight
         self.bias = bias
@@ -73,11 +79,46 @@ class LayerStep:
         self.uses: list[weakref.ref[Any]] = []  # the nodes of all graphs that are alive
         self.updated: list[Tensor] = []  # since the last step()
         self.lr: float | None = None  # what they were updated with; None for a tensor
-        self.linear = _outside_graphs(recorded_linear)
-        self.backward = _outside_graphs(updated_linear_backward)
+        self.below = below
+        self.updated_linear = _torch.outside_graphs(LayerStep.recorded_linear, FULL_GRAPH)
+        self.backward = _torch.outside_graphs(updated_linear_backward, FULL_GRAPH)
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()
+    def __reduce__(self) -> tuple[Any, tuple[Recorder | None]]:
+        return _itself, (self.below,)
+
+    @property
+    def label(self) -> str:
+        """That of the recorder below."""
+        return "" if self.below is None else self.below.label
+
+    def over(self, below: Recorder | None) -> Recorder:
+        """This, above another recorder."""
+        self.below = below
+        return self
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """``x W^T + b``, and a step in backward where one may follow."""
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        transformed = _torch.transforms_active()
+        if not torch.is_grad_enabled() or not (trained or transformed):
+            return self.handed_on(x, weight, bias, options)
+        if transformed:
+            raise RuntimeError(
+                f"{NAME} does not support torch.func transforms, which must not change weights; call its release() "
+                "first"
+            )
+        return self.updated_linear(self, x, weight, bias, options)
+
+    def recorded_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """`linear` where a backward may follow."""
+        if not self.alive():
+            return self.handed_on(x, weight, bias, options)
+        return updated_linear(x, weight, bias, options, self)
+
+    def handed_on(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        """``x W^T + b`` as without an optimizer."""
+        linear = emended_linear_with if self.below is None else self.below.linear
+        return linear(x, weight, bias, options)
 
     def parameters(self) -> Iterator[Tensor]:
         """The weight, and the bias where there is one."""
@@ -121,7 +162,7 @@ class LayerStep:
     def check_backward(self) -> None:
         """Refuse a backward that uses the layer twice, is the second since ``step()``, or adds to other gradients."""
         nodes = [node for node in (use() for use in self.uses) if node is not None]
-        nodes = [node for node in nodes if torch._C._will_engine_execute_node(node)]
+        nodes = [node for node in nodes if _torch.will_run(node)]
         wants = [self.wanted(node) for node in nodes]
         if sum(map(any, wants)) > 1:
             raise RuntimeError(
@@ -154,19 +195,17 @@ class LayerStep:
         return self._wanted(weight_view), self._wanted(bias_view)
 
     def _wanted(self, view: Any) -> bool:
-        if view is None or not torch._C._will_engine_execute_node(view):
+        if view is None or not _torch.will_run(view):
             return False
-        try:
-            return torch._C._will_engine_execute_node(view.next_functions[0][0])
-        except RuntimeError as error:  # torch's way to say that torch.autograd.grad asks for this parameter
+        leaf = view.next_functions[0][0]
+        if _torch.is_asked_for(leaf):
             raise RuntimeError(
                 f"{NAME}: torch.autograd.grad asks for a gradient of layer {self.name!r}, which is never made; use "
                 "torch.optim.SGD"
-            ) from error
+            )
+        return _torch.will_run(leaf)
 
-    def update(
-        self, weight: bool, bias: bool, prepared: Prepared, x: Tensor | None, dy: Tensor, ratio: Tensor | None
-    ) -> None:
+    def update(self, weight: bool, bias: bool, kept: Kept, x: Tensor | None, dy: Tensor, ratio: Tensor | None) -> None:
         """``W <- W - lr*dw`` and ``b <- b - lr*db``, each where it is wanted. ``x [N, I]``, ``dy [N, O]``.
 
         ``ratio`` is that of `samples.ratio`, by which the gradients are multiplied.
@@ -176,7 +215,7 @@ class LayerStep:
         self.check_parameters(weight, bias)
         lr = rate(optimizer.param_groups[0]["lr"], self.weight)
         targets = (self.weight if weight else None, self.bias if bias else None)
-        update(*targets, prepared, x, dy, lr if ratio is None else lr * ratio)
+        update(*targets, kept, x, dy, lr if ratio is None else lr * ratio)
         self.lr = None if isinstance(lr, Tensor) else lr
         self.updated = [parameter for parameter in targets if parameter is not None]
         for parameter in self.updated:
@@ -260,12 +299,14 @@ class FusedSGD(torch.optim.Optimizer):
         self._checked_task = -1
         super().__init__(groups, {"lr": lr})
         for name, layer in layers.items():
-            layer.layer_step = LayerStep(name, layer.weight, layer.bias, self)
-            self.layer_steps.append(layer.layer_step)
+            below = layer.recorder.below if isinstance(layer.recorder, LayerStep) else layer.recorder
+            layer_step = LayerStep(name, layer.weight, layer.bias, self, below)
+            layer.attach(layer_step)
+            self.layer_steps.append(layer_step)
 
     def check_backward(self) -> None:
         """Check all layers, once in a backward."""
-        task = torch._C._current_graph_task_id()
+        task = _torch.backward_number()
         if task != self._checked_task:
             for layer_step in self.layer_steps:
                 layer_step.check_backward()
@@ -304,8 +345,9 @@ class FusedSGD(torch.optim.Optimizer):
         for layer_step in self.layer_steps:
             layer_step.finish()
         for layer in self._layers:
-            if layer.__dict__.get("layer_step") in self.layer_steps:
-                del layer.layer_step
+            recorder = layer.__dict__.get("recorder")  # which a reverted layer has not
+            if isinstance(recorder, LayerStep) and recorder in self.layer_steps:
+                layer.attach(recorder.below)
         self.layer_steps = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -383,10 +425,10 @@ def _obstacle(layer: Linear, holders: Counter[tuple[str, int]]) -> str | None:
     """Why the layer cannot be stepped in backward, or None."""
     if parametrize.is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not a parameter"
-    if layer.layer_step is not None and layer.layer_step.alive():
+    if isinstance(layer.recorder, LayerStep) and layer.recorder.alive():
         return "another FusedSGD steps it; call that one's release() first"
     parameters = list(layer.parameters(recurse=False))
-    if any(type(p.data).__name__ == "DTensor" for p in parameters):
+    if any(_torch.is_dtensor(p.data) for p in parameters):
         return "its parameters are DTensors"
     if any(holders[_identity(p)] > 1 for p in parameters):
         return "its parameters are tied to another module's, whose gradient would have to be added first"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..flops import count_ops_of
 from ..options import DampingMode, Form, Scale
-from ..reference import compute_dtype, emended_dtype
+from ..precision import compute_dtype, emended_dtype
 from . import launch
 from .language import INTERPRETED
 from .launch import breakdowns

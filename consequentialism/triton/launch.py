@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..options import DampingMode, Form, Scale
-from ..reference import RETRIES, compute_dtype, emended_dtype, float32_is_enough
+from ..precision import compute_dtype, emended_dtype, gram_dtype
+from ..reference import RETRIES
 from . import plans, tune
 from .checks import check_form, check_fused, check_gram, check_lists, check_options, check_weight_grad, check_x
 from .conv import conv_gram_kernel
@@ -229,9 +230,8 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     return inverse
 
 
-def _float32_is_enough(x: Tensor, bias: bool, damping: float, damping_mode: DampingMode) -> bool:
-    enough = float32_is_enough(x.shape[0], x.shape[1] + bias, x.dtype, damping, damping_mode)
-    return enough and x.dtype != torch.float64
+def _gram_dtype(x: Tensor, bias: bool, damping: float, damping_mode: DampingMode) -> torch.dtype:
+    return gram_dtype(x.shape[0], x.shape[1] + bias, x.dtype, damping, damping_mode, x.device.type)
 
 
 def _gram_and_ridge(
@@ -242,9 +242,8 @@ def _gram_and_ridge(
     check_form(form)
     rank = max(1, min(x.shape[0], x.shape[1] + bias))
     ridge = _ridge(damping, damping_mode, scale, rank, x.shape[0])
-    narrow = _float32_is_enough(x, bias, damping, damping_mode)
-    wide = torch.float32 if narrow else torch.float64
-    return _gram_of(x if narrow else x.double(), bias, form, wide), ridge
+    wide = _gram_dtype(x, bias, damping, damping_mode)
+    return _gram_of(x if wide == torch.float32 else x.double(), bias, form, wide), ridge
 
 
 def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
@@ -366,8 +365,7 @@ def fused_weight_grad(
     ridge = _ridge(damping, damping_mode, scale, rank, rows)
     if rows == 0 or outputs == 0:
         return dy.new_zeros(outputs, inputs), dy.new_zeros(outputs if bias else 0)
-    narrow = _float32_is_enough(x, bias, damping, damping_mode)
-    wide = torch.float32 if narrow else torch.float64
+    wide = _gram_dtype(x, bias, damping, damping_mode)
     plan = plans.plan_fused(rows, wide.itemsize)
     if plan is None:  # too many rows for one program to hold
         form: Form = "dual" if rows <= inputs + bias else "primal"
@@ -376,7 +374,7 @@ def fused_weight_grad(
     tiles = max(_NONE, ceil_div(inputs, plan.inputs))
     groups = min(ceil_div(outputs, plan.outputs), max(_NONE, plans.PROCESSORS // tiles))  # all programs at once
     programs = tiles * groups
-    x, dy = (x, dy) if narrow else (x.double(), dy.double())
+    x, dy = (x, dy) if wide == torch.float32 else (x.double(), dy.double())
     room = x.new_empty(programs, 3, plan.size, plan.size, dtype=wide)
     with _on_device(x):
         fused_weight_grad_kernel[(programs,)](

@@ -1,10 +1,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
+#include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,6 +22,8 @@ namespace consequentialism::cpu {
 
 namespace {
 
+constexpr double kLeastDamping = std::numeric_limits<double>::min();
+
 struct Inversion {
   FactorArguments arguments;
   bool bias;
@@ -25,7 +31,47 @@ struct Inversion {
   at::Tensor x;        // [N, I], float32 or float64, in a layout that BLAS reads
   at::Tensor inverse;  // [n, n], in the same type; before, the Gram's lower triangle
   bool done = false;
+  double unit = 1;  // a power of two: x has been divided by it, the inverse is that of its Gram
 };
+
+// Where float64 squares of x may leave their range, a power of two near its largest entry; else 1.
+double unit_of(const at::Tensor& gram, const at::Tensor& x) {
+  constexpr double kMinTrace = 1e-250;
+  const double trace = gram.diagonal().sum().item<double>();
+  if (trace > kMinTrace && trace < 1 / kMinTrace) return 1;
+  const double largest = at::amax(x.abs()).item<double>();
+  return largest > 0 && std::isfinite(largest) ? std::exp2(std::ilogb(largest)) : 1;
+}
+
+// The Gram of x / unit, whose bias's column of ones is as small. A relative damping does not see the unit.
+void measure_in_unit_(Inversion& item) {
+  item.unit = unit_of(item.inverse, item.x);
+  if (item.unit == 1) return;
+  const double one = 1 / item.unit;
+  const int64_t inputs = item.x.size(1);
+  item.x = item.x.div(item.unit);
+  if (item.primal) {
+    item.inverse = lower_input_gram(item.x, item.bias, true);
+    if (item.bias) {
+      item.inverse.select(0, inputs).mul_(one);
+      item.inverse.select(0, inputs).select(0, inputs).mul_(one);
+    }
+  } else {
+    item.inverse = lower_input_gram(item.x, false, false).add_(item.bias ? one * one : 0);
+  }
+  if (!item.arguments.relative) item.arguments.damping = std::max(item.arguments.damping * one * one, kLeastDamping);
+}
+
+// From what was emended in the unit: as from x.
+double out_of_unit(const Inversion& item) {
+  return item.arguments.scale == Scale::kGradient ? item.unit : 1 / item.unit;
+}
+
+// The inverse of x's own Gram; out of range where that is.
+at::Tensor inverse_of(const Inversion& item) {
+  if (item.unit == 1 || item.arguments.scale == Scale::kGradient) return item.inverse;
+  return item.inverse.div(item.unit).div_(item.unit);
+}
 
 Inversion inversion_of(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
@@ -66,6 +112,7 @@ void invert_(c10::ArrayRef<Inversion*> items) {
     if (item->done) continue;
     item->x = item->x.to(at::kDouble);
     item->inverse = lower_input_gram(item->x, item->bias, item->primal);
+    measure_in_unit_(*item);
     wide.push_back(item);
   }
   for_each_gram(wide, [](Inversion& item) { item.inverse = factor_lower(item.inverse, item.arguments); });
@@ -90,9 +137,14 @@ std::tuple<at::Tensor, at::Tensor> apply(const Inversion& item, at::ScalarType d
     emended = at::mm(rows, square);
     if (item.bias) {
       const at::Tensor border = inverse.select(0, inputs);
-      emended.add_(border.narrow(0, 0, inputs));
-      column = at::mv(rows, border.narrow(0, 0, inputs)).add_(border.select(0, inputs));
+      emended.add_(border.narrow(0, 0, inputs), 1 / item.unit);
+      column = at::mv(rows, border.narrow(0, 0, inputs)).add_(border.select(0, inputs), 1 / item.unit);
     }
+  }
+  if (item.unit != 1) {
+    if (item.bias) column = column.mul(out_of_unit(item));
+    if (item.bias && !item.primal) column = column.div(item.unit);
+    emended = emended.mul(out_of_unit(item));
   }
   return {emended.to(dtype == at::kHalf ? at::kFloat : dtype), column.to(wide_type(dtype))};
 }
@@ -105,7 +157,7 @@ at::Tensor input_inverse(
   const PlainKernelGuard guard;
   Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale);
   invert_({&item});
-  return item.inverse.to(wide_type(x.scalar_type()));
+  return inverse_of(item).to(wide_type(x.scalar_type()));
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
@@ -137,7 +189,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
       kept.push_back(emended);
       columns.push_back(column);
     } else {
-      kept.push_back(items[i].inverse.to(wide_type(dtype)));
+      kept.push_back(inverse_of(items[i]).to(wide_type(dtype)));
       columns.push_back(at::empty({0}, kept.back().options()));
     }
   }

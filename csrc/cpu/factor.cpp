@@ -29,6 +29,7 @@ constexpr int64_t kLeafStep = 64;
 constexpr int64_t kInversePanel = 128;  // rows of a panel of S S^T
 constexpr int kRetries = 3;
 constexpr double kMinFloat32Trace = 1e-30;  // below, squares of float32 inputs underflow
+constexpr double kMaxFloat32Ridge = 1e30;   // above, the inverse does
 
 std::atomic<int64_t> breakdown_count{0};
 
@@ -61,9 +62,9 @@ double ridge_of(const FactorArguments& arguments, double trace) {
 double multiplier_of(const FactorArguments& arguments, double c) {
   switch (arguments.scale) {
     case Scale::kNlms:
-      return static_cast<double>(arguments.rows);
+      return static_cast<double>(arguments.rows) * arguments.excess;
     case Scale::kRaw:
-      return 1;
+      return arguments.excess;
     default:
       return c;
   }
@@ -119,7 +120,8 @@ bool invert_(const at::Tensor& a, double multiplier) {
 
 }  // namespace
 
-at::Tensor factor_lower(const at::Tensor& gram, const FactorArguments& arguments) {
+at::Tensor factor_lower(const at::Tensor& gram, const FactorArguments& asked_for) {
+  const FactorArguments arguments = limited(asked_for, gram.scalar_type());
   const double trace = trace_of(gram);
   if (!std::isfinite(trace)) {
     return at::full_like(gram, std::numeric_limits<double>::quiet_NaN());
@@ -137,12 +139,13 @@ at::Tensor factor_lower(const at::Tensor& gram, const FactorArguments& arguments
   return at::diag(gram.diagonal().add(c).reciprocal_().mul_(multiplier));
 }
 
-bool try_factor_float32_(const at::Tensor& gram, const FactorArguments& arguments) {
+bool try_factor_float32_(const at::Tensor& gram, const FactorArguments& asked_for) {
+  const FactorArguments arguments = limited(asked_for, at::kFloat);
   const double trace = trace_of(gram);
   // Also false for NaN.
   if (!(trace > kMinFloat32Trace && trace < std::numeric_limits<float>::max())) return false;
   const double c = ridge_of(arguments, trace);
-  if (!(c > kMinFloat32Trace && trace <= arguments.max_float32_condition * c)) return false;
+  if (!(c > kMinFloat32Trace && c < kMaxFloat32Ridge && trace <= arguments.max_float32_condition * c)) return false;
   add_to_diagonal_(gram, c);
   return invert_(gram, multiplier_of(arguments, c));
 }

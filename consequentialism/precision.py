@@ -1,0 +1,74 @@
+"""The policy of types: what a Gram, its inverse, an emended input and the sums over errors are computed in.
+
+Half types are computed in float32, float32 and float64 as they are; a Gram whose inverse would lose digits is float64.
+The compiled kernels know the same limits (``csrc/factor_arguments.h``): on the CPU they look at the Gram of an absolute
+damping first, and stay in float32 where its condition allows that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .options import DampingMode
+
+# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
+MAX_FLOAT32_CONDITION = 2e3
+# With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
+MAX_FLOAT32_CONDITION_TALL = 6e3
+# Where x and dw have been rounded to half types, which costs more.
+MAX_FLOAT32_CONDITION_HALF = 5e4
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+WITHOUT_FLOAT64 = ("mps",)  # types of device
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over ``x`` and ``dy`` of ``dtype`` are computed: float32 for half types."""
+    return torch.float32 if dtype in HALF_TYPES else dtype
+
+
+def emended_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which an emended input of ``dtype`` is kept: float16's range is too small."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
+    """``trace(G) / c``, the largest that the condition number can be, up to which a float32 Gram of ``x`` will do."""
+    if dtype in HALF_TYPES:
+        return MAX_FLOAT32_CONDITION_HALF
+    return MAX_FLOAT32_CONDITION_TALL if rows > inputs else MAX_FLOAT32_CONDITION
+
+
+def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
+    """Whether a Gram in x's own type, or float32 for half types, keeps the digits that its inverse needs.
+
+    ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing
+    bounds an absolutely damped one before it is there.
+    """
+    if damping_mode != "relative":
+        return False
+    if dtype == torch.float64:  # there is no wider one
+        return True
+    return min(rows, inputs) <= max_float32_condition(rows, inputs, dtype) * damping
+
+
+def gram_dtype(
+    rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode, device_type: str
+) -> torch.dtype:
+    """The type of the Gram of ``x [N, I]`` and of its inverse.
+
+    Args:
+        rows: ``N``, over all ranks that share the batch.
+        inputs: ``I``, with the bias's.
+        dtype: Of ``x``.
+    """
+    if device_type in WITHOUT_FLOAT64 or float32_is_enough(rows, inputs, dtype, damping, damping_mode):
+        return compute_dtype(dtype)
+    return torch.float64
+
+
+def keeps_digits(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
+    """Whether an inverse in x's own type may be kept and applied to the gradient, where its rounding is amplified."""
+    if dtype in HALF_TYPES:
+        return False
+    return dtype == torch.float64 or float32_is_enough(rows, inputs, dtype, damping, damping_mode)

@@ -1,0 +1,96 @@
+"""One place where something else takes over a linear layer's forward."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+from pathlib import Path
+
+from cases import F64, TOLERANCE, assert_close, assert_identical, randn
+from factor_batch_helpers import network
+from torch import Tensor, nn
+
+import consequentialism as cw
+from consequentialism.factor_batch import FactorBatch
+from consequentialism.optim import FusedSGD, LayerStep
+
+PACKAGE = Path(cw.__file__).parent
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of this package that a file imports when it runs."""
+    names: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names |= {node.module} if node.module else {alias.name for alias in node.names}
+    return names
+
+
+def test_layers_import_no_optimizer_and_there_is_no_circle() -> None:
+    graph = {file.stem: imports(file) & {other.stem for other in PACKAGE.glob("*.py")} for file in PACKAGE.glob("*.py")}
+    layers = [file for file in PACKAGE.glob("*.py") if file.stem != "__init__"]
+    assert not [file.name for file in layers if "from .optim" in file.read_text()]
+    graph.pop("__init__")
+    while graph:
+        free = {name for name, used in graph.items() if not used & graph.keys()}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: used for name, used in graph.items() if name not in free}
+
+
+def test_a_recorder_serves_forward_and_is_shown() -> None:
+    class Doubled:
+        label = "doubled=True"
+
+        def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: cw.Options) -> Tensor:
+            return 2 * cw.functional.emended_linear_with(x, weight, bias, options)
+
+        def over(self, below: object) -> Doubled:
+            return self
+
+    layer, x = cw.Linear(5, 3, dtype=F64), randn(4, 5)
+    plain = layer(x)
+    layer.attach(Doubled())
+    assert_identical("y", layer(x), 2 * plain)
+    assert "doubled=True" in repr(layer)
+    layer.attach(None)
+    assert_identical("y", layer(x), plain)
+    assert "recorder" not in layer.__dict__
+
+
+def test_an_optimizer_lies_above_a_batch() -> None:
+    model = cw.convert(network(), batch_factors=True)
+    batch = model[0].recorder
+    assert isinstance(batch, FactorBatch)
+    optimizer = FusedSGD(model, 0.1)
+    assert isinstance(model[0].recorder, LayerStep)
+    assert "batch_factors=True" in repr(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        (shared,) = {layer.recorder for layer in other if isinstance(layer, cw.Linear)}
+        assert isinstance(shared, FactorBatch)
+        assert shared is not batch
+    cw.convert(model)
+    optimizer.release()
+    assert model[0].recorder is None
+    cw.convert(model, batch_factors=True)
+    optimizer = FusedSGD(model, 0.1)
+    optimizer.release()
+    assert isinstance(model[0].recorder, FactorBatch)
+
+
+def test_revert_leaves_nothing_of_any() -> None:
+    for batched in (False, True):
+        model = network()
+        before = {name: set(module.__dict__) for name, module in model.named_modules()}
+        cw.convert(model, batch_factors=batched)
+        optimizer = FusedSGD(model, 0.1)
+        cw.revert(model)
+        assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+        x = randn(8, 12)
+        model(x).sum().backward()
+        twin = nn.Sequential(*[copy.deepcopy(module) for module in model])
+        twin.zero_grad()
+        twin(x).sum().backward()
+        for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            assert_close("gradient", own.grad, expected.grad, TOLERANCE[F64])
+        optimizer.release()
