@@ -160,7 +160,8 @@ def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
     """The memory format in which torch's own convolution gives the weight's gradient."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
-    if last is None or _torch.transforms_active():
+    # A compiler chooses layouts itself, and Dynamo of torch 2.13 loses the autocast state over these questions.
+    if last is None or torch.compiler.is_compiling() or _torch.transforms_active():
         return torch.contiguous_format
     either = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
     return last if either else torch.contiguous_format
