@@ -1,5 +1,8 @@
-"""Optimizers: `FusedSGD`, whose step is taken inside backward."""
+"""Optimizers: `Emended` steps any other in coordinates, `Muon` is one, `FusedSGD` steps inside backward."""
 
+from .emended import Emended
 from .fused_sgd import FusedSGD, LayerStep, SpentGradient
+from .muon import Muon
+from .rules import declare
 
-__all__ = ["FusedSGD", "LayerStep", "SpentGradient"]
+__all__ = ["Emended", "FusedSGD", "LayerStep", "Muon", "SpentGradient", "declare"]

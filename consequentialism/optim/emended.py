@@ -1,0 +1,495 @@
+"""`Emended`: any optimizer's steps taken in coordinates in which a unit step has a unit consequence."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import _torch
+from ..linear import EmendedModule
+from ..options import check_choice
+from . import memory
+from .inside import POSITION, parts_of, standing_in, step_all, step_weight_by_weight
+from .record import Hook, Recorder
+from .root import inverse_root
+from .rules import decay_of, rule_of
+from .steps import local, rule_for
+from .units import Unit, find_units
+
+SCALES = ("auto", "gradient", "nlms")
+
+
+class Emended(torch.optim.Optimizer):
+    """An optimizer whose steps on the layers' weights are taken in emended coordinates.
+
+    A step ``dW`` changes a layer's outputs by ``x dW^T``, of mean square ``tr(dW A dW^T)`` with the second moment
+    ``A = E[x^T x]`` of its input. In coordinates ``V = W (A + c I)^(1/2)`` a unit step has a unit consequence, so the
+    optimizer works there: it gets the preconditioned gradient ``g S``, and what it adds is multiplied by ``S`` again,
+
+        S = ((A + c I) / t)^-s,    t = trace(A) / I,    c = damping * t,    W <- W + u S.
+
+    ``A`` is a mean over the rows of the batches in memory, taken in forward on one step in ``refresh_every``; between
+    these a step costs two products with ``S`` a layer. Gradients stay the plain ones until ``step()``, so clipping,
+    accumulation, loss scaling, DDP and FSDP2 work as they always do: a step over k micro-batches with ``memory=0`` is
+    that of their union, exactly. Linear layers, convolutions, transposed ones, `transformers`' ``Conv1D`` and
+    embeddings are served, a layer's bias as an input that is always 1; the optimizer steps the rest as ever.
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = cw.optim.Emended(optimizer, model)
+
+    Its state stands in ``optimizer.state[weight]`` beside the optimizer's own: ``input_gram``, ``root``, ``gram_rows``
+    and ``emended_steps``. Weight decay acts on ``W``: decoupled decay as that class does, coupled decay by entering the
+    gradient before ``S``. In eval mode and under ``no_grad`` nothing is recorded; a batch whose Gram is not finite does
+    not enter.
+
+    Make it before `torch.compile` sees a forward, for its hooks must be there. A compiled forward counts its batch at
+    once, an eager one when its backward runs.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer` that takes dense gradients and calls no closure within its step. It
+            shares its parameter groups and state with this one, which is to be used in its place.
+        model: The model whose parameters, or some of them, the optimizer has.
+        damping: Ridge relative to ``t``, above 0. ``math.inf``: ``S = I``, the plain optimizer bit for bit.
+        exponent: ``s``, above 0 and at most 1; None: 1/2, and 1/4 for optimizers that orthogonalise, as Muon.
+        scale: ``"gradient"``: as above, so that rates carry over from the plain optimizer; ``"nlms"``: without the
+            division by ``t``, so that the rate of SGD is NLMS's dimensionless step size (``A`` then counts a
+            convolution's samples, not its rows); ``"auto"``: ``"nlms"`` for `torch.optim.SGD`, else ``"gradient"``.
+        memory: What older rows are multiplied by at a refresh, at least 0 and below 1.
+        refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1.
+        block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks.
+        process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
+            group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
+            summed over it, and nothing else ever is.
+        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of its range; an optimizer that cannot be wrapped; a model of whose layers it has no
+            weight; a weight that two layers use differently; a weight decay of which nothing is known (`declare`
+            says it).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        damping: float = 0.03,
+        exponent: float | None = None,
+        scale: Literal["auto", "gradient", "nlms"] = "auto",
+        memory: float = 0.95,
+        refresh_every: int = 10,
+        block: int = 1024,
+        process_group: Any = "auto",
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ) -> None:
+        _check_optimizer(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        _check_numbers(damping, exponent, memory, refresh_every, block)
+        check_choice("scale", scale, SCALES)
+        if filter_fn is not None and not callable(filter_fn):
+            raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
+        _check_process_group(process_group)
+        rule = rule_of(optimizer)
+        if exponent is None:
+            exponent = 0.25 if rule.orthogonalises else 0.5
+        if scale == "auto":
+            scale = "nlms" if isinstance(optimizer, torch.optim.SGD) else "gradient"
+        self.damping, self.exponent, self.scale, self.memory = damping, exponent, scale, memory
+        self.refresh_every, self.block, self.process_group = refresh_every, block, process_group
+        self._rule, self._name = rule, type(optimizer).__name__
+        self._model, self._filter_fn = model, filter_fn
+        self._own_step = rule_for(optimizer)
+        self._recorder = Recorder()
+        self._steps = torch.zeros((), dtype=torch.int64)
+        self._unseen_named = False
+        self.units: list[Unit] = []
+        self.left_alone: dict[str, str] = {}
+        groups = optimizer.param_groups
+        super().__init__([dict(group) for group in groups], dict(optimizer.defaults))
+        self.optimizer = optimizer
+        for name in ("_base_groups", "_base_state"):
+            del self.__dict__[name]
+        self._attach()
+        weakref.finalize(self, self._recorder.detach)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of the optimizer inside."""
+        return self.__dict__["optimizer"].param_groups if "optimizer" in self.__dict__ else self._base_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if "optimizer" in self.__dict__:
+            self.optimizer.param_groups = groups
+        else:
+            self._base_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """That of the optimizer inside, ours beside it."""
+        return self.__dict__["optimizer"].state if "optimizer" in self.__dict__ else self._base_state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if "optimizer" in self.__dict__:
+            self.optimizer.state = state
+        else:
+            self._base_state = state
+
+    def __getattr__(self, name: str) -> Any:
+        """What this class has not, such as a schedule-free optimizer's ``train()`` and ``eval()``."""
+        optimizer = self.__dict__.get("optimizer")
+        if optimizer is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(optimizer, name)
+        return self._moving(value) if name in ("train", "eval") and callable(value) else value
+
+    def _moving(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that moves parameters, in coordinates."""
+
+        @torch.no_grad()
+        def move(*args: Any, **kwargs: Any) -> Any:
+            if self._rule.reads != "position" or not self.units:
+                return method(*args, **kwargs)
+            pairs = [
+                (u, p) for u in self.units for p in (u.weight, u.bias) if p is not None and POSITION in self.state[p]
+            ]
+            states = self._states()
+            with standing_in(self.optimizer, [p for _, p in pairs], [], states, self._rule) as changes:
+                result = method(*args, **kwargs)
+                done = dict(zip((id(p) for _, p in pairs), changes(), strict=True))
+            for unit, state in zip(self.units, states, strict=True):
+                own = [p for u, p in pairs if u is unit]
+                if own:
+                    root = state["root"].view(unit.slot.shape)
+                    moved = unit.multiply(root, done[id(own[0])], done[id(own[1])] if len(own) > 1 else None)
+                    for parameter, change in zip(own, moved, strict=False):
+                        if change is not None:
+                            local(parameter).add_(change)
+            return result
+
+        return move
+
+    def _attach(self) -> None:
+        """Find the layers, and hook those that are new."""
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        if not owned & {id(p) for p in self._model.parameters()}:
+            raise ValueError("model: the optimizer has none of its parameters; give both the same model")
+        self._recorder.detach()
+        self._recorder.end()
+        self._recorder.slots = []
+        if math.isinf(self.damping):
+            return
+        with_biases = not self._rule.orthogonalises
+        self.units, self.left_alone = find_units(self._model, owned, self._filter_fn, self.block, with_biases)
+        if not self.units:
+            why = "; ".join(f"{name or '(the model itself)'}: {reason}" for name, reason in self.left_alone.items())
+            raise ValueError(f"model: it has no layer that can be stepped in coordinates. {why}".rstrip())
+        self._check_converted()
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for unit in self.units:
+            for parameter in (unit.weight, unit.bias):
+                if parameter is not None:
+                    decay = decay_of(self._rule, groups[id(parameter)], self._name)
+                    if decay != "none" and self._rule.reads == "position":
+                        raise ValueError(
+                            f"optimizer: weight_decay of {self._name} acts on several places in the coordinates; "
+                            "set it to 0"
+                        )
+        self._check_one_process()
+        per_sample = self.scale == "nlms"
+        for unit in self.units:
+            self._recorder.slots.append(unit.slot)
+            for module, kind in unit.uses:
+                hook = Hook(self._recorder, unit.slot, kind, unit.blocks, per_sample)
+                self._recorder.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if self._is_due():
+            self._recorder.begin()
+
+    def _check_converted(self) -> None:
+        converted = [unit.name for unit in self.units if isinstance(unit.module, EmendedModule)]
+        if converted:
+            raise ValueError(
+                f"model: layers {', '.join(map(repr, converted[:5]))} are emended by consequentialism.convert already, "
+                "and a gradient is emended once; consequentialism.revert(model) first, or leave them out by filter_fn"
+            )
+
+    def _check_one_process(self) -> None:
+        wrapped = any(isinstance(module, DistributedDataParallel) for module in self._model.modules())
+        sharded = any(_torch.is_dtensor(unit.weight) for unit in self.units)
+        self._recorder.one_process = self.process_group is None
+        if self.process_group is None and (wrapped or sharded):
+            which = "DistributedDataParallel" if wrapped else "a device mesh"
+            raise ValueError(
+                f"process_group must not be None with {which}: replicas with roots of their own would drift apart; use "
+                "process_group='auto'"
+            )
+
+    def _is_due(self) -> bool:
+        return int(self._steps) % self.refresh_every == 0
+
+    def _states(self) -> list[memory.State]:
+        """Each weight's state, with ours in it."""
+        states = []
+        for unit in self.units:
+            state = self.state[unit.weight]
+            if "root" not in state:
+                state.update(memory.fresh_state(unit), emended_steps=self._steps)
+            states.append(state)
+        return states
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss; called once, with gradients on.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        if not self.units:
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        states = self._states()
+        recorder = self._recorder
+        due, ran = recorder.recording, recorder.ran
+        if due and ran:
+            self._refresh(states)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        parts = parts_of(self.units, states, groups, self._rule, self._name)
+        if self._own_step is not None:
+            step_weight_by_weight(self.optimizer, parts, self._own_step)
+        else:
+            step_all(self.optimizer, parts, states, self._rule)
+        if due and not ran:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
+            return loss
+        self._steps += 1
+        if self._is_due():
+            recorder.begin()
+        return loss
+
+    def _refresh(self, states: Sequence[memory.State]) -> None:
+        if not self._unseen_named:
+            self._unseen_named = True
+            self._name_unseen()
+        memory.refresh(self.units, states, self.memory, self._root, self._process_groups())
+        self._recorder.end()
+
+    def _name_unseen(self) -> None:
+        unseen = [u.name for u in self.units if u.slot.calls == [] and u.weight.grad is not None]
+        if unseen:
+            warnings.warn(
+                f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, unseen))}, which have "
+                "gradients: their own forward did not run, ran in eval mode, or was compiled before the optimizer was "
+                "made. They are stepped plainly",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _root(self, unit: Unit, moment: Tensor) -> Tensor:
+        """``S`` of ``A``, both with the stored shape."""
+        divided = self.scale == "gradient"
+        wide = moment.view(unit.slot.shape)
+        return inverse_root(wide, unit.blocks.columns, self.damping, self.exponent, divided).view(moment.shape)
+
+    def _process_groups(self) -> list[Any]:
+        """The groups over which Grams are summed, one after the other."""
+        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
+            return []
+        if self.process_group != "auto":
+            return [self.process_group]
+        weights: list[Any] = [unit.weight for unit in self.units]
+        meshes = {weight.device_mesh: None for weight in weights if _torch.is_dtensor(weight)}
+        if meshes:
+            (mesh, *others) = meshes
+            if others:
+                raise ValueError("process_group: the weights belong to several meshes; give the group that shares them")
+            return [group for group in mesh.get_all_groups() if dist.get_world_size(group) > 1]
+        wrapped = [m for m in self._model.modules() if isinstance(m, DistributedDataParallel)]
+        group = wrapped[0].process_group if wrapped else dist.group.WORLD
+        return [group] if dist.get_world_size(group) > 1 else []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget the rows that were counted with them since the last step."""
+        self._recorder.discard()
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; layers whose weights are among them are stepped in coordinates too."""
+        if "optimizer" not in self.__dict__:  # torch's own constructor
+            super().add_param_group(param_group)
+            return
+        self.optimizer.add_param_group(param_group)
+        recording = self._recorder.recording
+        self._attach()
+        if recording and not self._recorder.recording:
+            self._recorder.begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, with ours in each weight's state."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, also with another ``refresh_every``, ``damping`` or ``memory``.
+
+        A state of the plain optimizer is taken with a warning: the coordinates then begin anew.
+
+        Raises:
+            ValueError: A state that does not fit, or with NaN or infinity in the memory; nothing is then changed.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        loaded = self._checked(state_dict)
+        rest = {
+            key: {k: v for k, v in value.items() if k not in memory.KEYS} if isinstance(value, dict) else value
+            for key, value in state_dict["state"].items()
+        }
+        self.optimizer.load_state_dict({**state_dict, "state": rest})
+        if loaded is not None:
+            self._install(loaded)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _checked(self, state_dict: dict[str, Any]) -> list[memory.State] | None:
+        """Ours of a state, for each unit, on its device; None where there is none, or nothing is in coordinates."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        if len(saved) != len(own):
+            return None  # torch's own error
+        places = {id(p): i for i, p in zip(saved, own, strict=True)}
+        loaded, missing = [], []
+        for unit in self.units:
+            state = state_dict["state"].get(places[id(unit.weight)], {})
+            if not all(key in state for key in memory.KEYS):
+                missing.append(unit.name)
+                continue
+            loaded.append(_checked_state(unit, state))
+        if missing and loaded:
+            raise ValueError(
+                f"state_dict has no coordinates of layers {', '.join(map(repr, missing))}: an optimizer with other "
+                "layers saved it"
+            )
+        if missing and state_dict["state"]:
+            warnings.warn(
+                "consequentialism.optim.Emended: the plain optimizer saved this state; the coordinates begin anew",
+                UserWarning,
+                stacklevel=3,
+            )
+        return loaded or None
+
+    def _install(self, loaded: Sequence[memory.State]) -> None:
+        """Take checked states; what is equal is one again."""
+        self._steps = torch.tensor(max(int(state["emended_steps"]) for state in loaded), dtype=torch.int64)
+        known: list[memory.State] = []
+        for unit, state in zip(self.units, loaded, strict=True):
+            same = next((other for other in known if _same(state, other)), state)
+            if same is state:
+                known.append(state)
+            self.state[unit.weight].update(same, emended_steps=self._steps)
+        self._recorder.end()
+        if self._is_due():
+            self._recorder.begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "consequentialism.optim.Emended cannot be copied or pickled, it belongs to its model; save its state_dict()"
+        )
+
+    def __repr__(self) -> str:
+        options = f"damping={self.damping}, exponent={self.exponent}, scale={self.scale!r}, memory={self.memory}"
+        return f"Emended({options}, refresh_every={self.refresh_every}, block={self.block}) of {self.optimizer!r}"
+
+
+def _same(one: memory.State, other: memory.State) -> bool:
+    names = ("input_gram", "root", "gram_rows")
+    return all(one[n].shape == other[n].shape and one[n].dtype == other[n].dtype for n in names) and all(
+        one[n].device == other[n].device and torch.equal(one[n], other[n]) for n in names
+    )
+
+
+def _checked_state(unit: Unit, state: memory.State) -> memory.State:
+    """Copies in the unit's type on its device."""
+    slot, own = unit.slot, {}
+    for key in ("input_gram", "root"):
+        value = local(state[key])
+        if tuple(value.shape) != unit.stored_shape():
+            raise ValueError(
+                f"state_dict: {key} of layer {unit.name!r} must have the shape {list(unit.stored_shape())}, got "
+                f"{list(value.shape)}: it was saved with another block, bias or layer"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
+        own[key] = value.detach().to(slot.device, slot.dtype, copy=True)
+    rows = local(state["gram_rows"])
+    if not bool(rows.isfinite()) or float(rows) < 0:
+        raise ValueError(
+            f"state_dict: gram_rows of layer {unit.name!r} must be finite and at least 0, got {float(rows)}"
+        )
+    wide = torch.float32 if slot.device.type == "mps" else torch.float64
+    own["gram_rows"] = rows.detach().to(slot.device, wide, copy=True).view(())
+    own["emended_steps"] = torch.as_tensor(int(state["emended_steps"]))
+    return own
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
+    reason = rule_of(optimizer).refused
+    if reason is not None:
+        raise ValueError(f"optimizer: {type(optimizer).__name__} cannot be stepped in coordinates, for {reason}")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("optimizer: differentiable=True cannot be stepped in coordinates")
+
+
+def _check_numbers(damping: Any, exponent: Any, memory: Any, refresh_every: Any, block: Any) -> None:
+    for name, value in (
+        ("damping", damping),
+        ("memory", memory),
+        *([("exponent", exponent)] if exponent is not None else []),
+    ):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not damping > 0:
+        raise ValueError(f"damping must be above 0, got {damping!r}")
+    if exponent is not None and not 0 < exponent <= 1:
+        raise ValueError(f"exponent must be above 0 and at most 1, or None, got {exponent!r}")
+    if not 0 <= memory < 1:
+        raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
+    for name, value in (("refresh_every", refresh_every), ("block", block)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer of at least 1, got {value!r} ({type(value).__name__})")
+        if value < 1:  # type: ignore[operator]
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def _check_process_group(group: Any) -> None:
+    if group is None or (isinstance(group, str) and group == "auto"):
+        return
+    if isinstance(group, str) or not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group must be 'auto', None or a process group, got {group!r} ({type(group).__name__})"
+        )

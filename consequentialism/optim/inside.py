@@ -1,0 +1,229 @@
+"""One step of the optimizer inside on gradients in coordinates, and its answer applied to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .memory import KEYS, State
+from .rules import Rule, decay_of, kept_share
+from .steps import Rule as Step
+from .steps import local
+from .units import Unit
+
+POSITION = "position"  # the state of optimizers that keep a place in the coordinates
+
+
+class Part(NamedTuple):
+    """A weight with a gradient, the bias beside it, and their groups."""
+
+    unit: Unit
+    root: Tensor
+    parameters: list[Any]  # the weight and, where it has a gradient, the bias
+    groups: list[dict[str, Any]]
+    decays: list[str]
+
+    def gradients(self) -> list[Tensor]:
+        """``[g | g_bias] S`` in the gradients' type, coupled decay counted."""
+        own = [local(parameter.grad) + decay for parameter, decay in zip(self.parameters, self.coupled(), strict=True)]
+        multiplied = self.multiplied(own)
+        return [product.to(gradient.dtype) for product, gradient in zip(multiplied, own, strict=True)]
+
+    def coupled(self) -> list[Any]:
+        """What coupled decay adds to each gradient."""
+        return [
+            local(parameter) * (group["weight_decay"] * (-1 if group.get("maximize") else 1))
+            if decay == "coupled"
+            else 0
+            for parameter, group, decay in zip(self.parameters, self.groups, self.decays, strict=True)
+        ]
+
+    def multiplied(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """``[values] S`` in S's type."""
+        product, column = self.unit.multiply(self.root, values[0], values[1] if len(values) > 1 else None)
+        return [product] if column is None else [product, column]
+
+    def shares(self) -> list[Any]:
+        """What decoupled decay multiplies each parameter by."""
+        pairs = zip(self.groups, self.decays, strict=True)
+        return [kept_share(group) if decay == "decoupled" else 1 for group, decay in pairs]
+
+    def apply(self, changes: Sequence[Tensor], shares: Sequence[Any]) -> None:
+        """``W <- share * W + change S``."""
+        for parameter, change, share in zip(self.parameters, self.multiplied(changes), shares, strict=True):
+            own = local(parameter)
+            if isinstance(share, Tensor) or share != 1:
+                own.mul_(share)
+            own.add_(change)
+
+
+def parts_of(
+    units: Sequence[Unit], states: Sequence[State], groups: dict[int, Any], rule: Rule, name: str
+) -> list[Part]:
+    """The units whose weights have gradients.
+
+    Raises:
+        ValueError: A group with a weight decay of which nothing is known.
+    """
+    parts = []
+    for unit, state in zip(units, states, strict=True):
+        weight, bias = unit.weight, unit.bias
+        if weight.grad is None or id(weight) not in groups:
+            continue
+        if weight.grad.layout != torch.strided:
+            raise ValueError(f"layer {unit.name!r} has a sparse gradient; leave it out by filter_fn")
+        parameters = [weight]
+        if bias is not None and bias.grad is not None and id(bias) in groups:
+            parameters.append(bias)
+        own = [groups[id(parameter)] for parameter in parameters]
+        root = state["root"].view(unit.slot.shape)
+        parts.append(Part(unit, root, parameters, own, [decay_of(rule, group, name) for group in own]))
+    return parts
+
+
+def step_weight_by_weight(optimizer: torch.optim.Optimizer, parts: Sequence[Part], step: Step) -> None:
+    """Our own step for the weights in coordinates, the optimizer's for the rest."""
+    hidden = [(parameter, parameter.grad) for part in parts for parameter in part.parameters]
+    try:
+        for parameter, _ in hidden:
+            parameter.grad = None
+        optimizer.step()
+    finally:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
+    for part in parts:
+        changes = [
+            step(parameter, gradient, optimizer.state[parameter], group)
+            for parameter, gradient, group in zip(part.parameters, part.gradients(), part.groups, strict=True)
+        ]
+        part.apply(changes, part.shares())
+
+
+def step_all(optimizer: torch.optim.Optimizer, parts: Sequence[Part], states: Sequence[State], rule: Rule) -> None:
+    """The optimizer's own step, on values that stand for places in the coordinates.
+
+    Most optimizers only add to a parameter: it is then zero and becomes the change, and rounding takes nothing of it.
+    """
+    gradients = [gradient for part in parts for gradient in part.gradients()]
+    if rule.reads == "weights":  # the optimizer will add the coupled decay once more
+        again = [decay for part in parts for decay in part.coupled()]
+        gradients = [gradient - decay for gradient, decay in zip(gradients, again, strict=True)]
+    parameters = [parameter for part in parts for parameter in part.parameters]
+    positions = rule.reads == "position"
+    with standing_in(optimizer, parameters, gradients, states, rule) as changes:
+        memory = [_asgd_memory(optimizer, p) for p in parameters] if _is_asgd(optimizer) else None
+        optimizer.step()
+        done = changes()
+    begin = 0
+    for part in parts:
+        end = begin + len(part.parameters)
+        shares: list[Any] = [1] * len(part.parameters) if positions else part.shares()
+        if memory is not None:
+            shares = [share for share, _ in memory[begin:end]]
+        own, stood = done[begin:end], [local(p).clone() for p in part.parameters] if rule.reads == "weights" else []
+        if rule.reads == "weights":
+            own = [change + before * (1 - share) for change, before, share in zip(own, stood, shares, strict=True)]
+        part.apply(own, shares)
+        if memory is not None:
+            for parameter, before, change, (share, mu) in zip(
+                part.parameters, stood, own, memory[begin:end], strict=True
+            ):
+                inner = before * share + change
+                local(optimizer.state[parameter]["ax"]).add_((local(parameter) - inner) * mu)
+        begin = end
+
+
+class standing_in:
+    """Parameters hold what the optimizer is to see, and the states nothing of ours; all as it was afterwards.
+
+    Entered, it gives a function for the changes so far, one for each parameter.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Any],
+        gradients: Sequence[Tensor],
+        states: Sequence[State],
+        rule: Rule,
+    ) -> None:
+        self.optimizer, self.parameters, self.gradients, self.states, self.rule = (
+            optimizer,
+            parameters,
+            gradients,
+            states,
+            rule,
+        )
+
+    def __enter__(self) -> Any:
+        rule, parameters = self.rule, self.parameters
+        self.plain = [parameter.grad for parameter in parameters]
+        self.weights = [local(parameter).clone() for parameter in parameters]
+        self.positions = [self._position(parameter) for parameter in parameters] if rule.reads == "position" else []
+        self.ours = [{key: state.pop(key) for key in KEYS if key in state} for state in self.states]
+        for parameter, gradient in zip(parameters, self.gradients, strict=False):
+            parameter.grad = _like(parameter, gradient)
+        for i, parameter in enumerate(parameters):
+            if rule.reads == "change":
+                local(parameter).zero_()
+            elif rule.reads == "position":
+                local(parameter).copy_(self.positions[i])
+                if self.gradients:
+                    self.optimizer.state[parameter].pop(POSITION, None)
+        return self.changes
+
+    def _position(self, parameter: Any) -> Tensor:
+        position = self.optimizer.state[parameter].get(POSITION)
+        return local(parameter).clone() if position is None else local(position)
+
+    def changes(self) -> list[Tensor]:
+        """What the optimizer has added to each parameter."""
+        now = [local(parameter) for parameter in self.parameters]
+        if self.rule.reads == "change":
+            return [own.clone() for own in now]
+        begins = self.positions if self.rule.reads == "position" else self.weights
+        changes = [own - begin for own, begin in zip(now, begins, strict=True)]
+        if self.rule.reads == "position":
+            self.positions = [own.clone() for own in now]
+        return changes
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, weight, gradient in zip(self.parameters, self.weights, self.plain, strict=True):
+            local(parameter).copy_(weight)
+            parameter.grad = gradient
+        for state, ours in zip(self.states, self.ours, strict=True):
+            state.update(ours)
+        for parameter, position in zip(self.parameters, self.positions, strict=False):
+            self.optimizer.state[parameter][POSITION] = _like(parameter, position)
+
+
+def _like(parameter: Any, own: Tensor) -> Tensor:
+    """This rank's part as a tensor that is sharded as the parameter is."""
+    if not _torch.is_dtensor(parameter):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    places = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(own, *places, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def _is_asgd(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.ASGD)
+
+
+def _asgd_memory(optimizer: torch.optim.Optimizer, parameter: Any) -> tuple[Any, Any]:
+    """What ASGD multiplies the weights by in its next step, and how much of them its average takes."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    state = optimizer.state.get(parameter, {})
+    eta, mu = state.get("eta"), state.get("mu")
+    rate = group["lr"] if eta is None else _number(eta)
+    return 1 - group["lambd"] * rate, 1 if mu is None else _number(mu)
+
+
+def _number(value: Tensor) -> Any:
+    """Its value, read where the host has it, before it changes."""
+    return value.item() if value.device.type == "cpu" else value.clone()

@@ -1,0 +1,226 @@
+"""What the layers of a model are to steps in coordinates: how each kind makes rows, and how its weight lies as rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import dispatch, reference
+from ..conv_functional import _place, _primal_gram
+from ..options import Options
+from .root import Blocks
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def moment_dtype(weight: Tensor) -> torch.dtype:
+    """The type of second moments and roots: float32, but for float64 weights."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+class Kind:
+    """A linear layer with a weight ``[O, I]``; the other kinds differ in its methods.
+
+    Attributes:
+        name: In messages; equal for layers that use a weight in the same way.
+    """
+
+    name = "a linear layer"
+    groups = 1
+    outputs_first = True  # whether the weight's first dimension is that of the outputs
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weight_name = "weight"
+        self.bias_name = "bias"
+
+    def weight(self, module: nn.Module) -> Any:
+        return module._parameters.get(self.weight_name)
+
+    def bias(self, module: nn.Module) -> Any:
+        return module._parameters.get(self.bias_name)
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The weight as ``[groups, O/groups, ...]``, of which the last dimensions are the inputs; always a view."""
+        return weight[None]
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for layers that make the same rows of the same input and whose weights lie alike."""
+        return (self.name,)
+
+    def layout(self) -> tuple[Any, ...]:
+        """Equal for layers whose rows have the same meaning for a weight that they share."""
+        return (self.name, self.groups)
+
+    def inputs(self, weight: Tensor) -> int:
+        """``I`` without the bias's."""
+        return math.prod(self.view(weight).shape[2:])
+
+    def scale_count(self, x: Tensor, rows: int, per_sample: bool) -> int:
+        """What the Gram is divided by: its rows, or with ``per_sample`` a convolution's samples."""
+        return rows
+
+    def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """``x^T x`` of the rows, ``[groups, n, b, b]`` in ``dtype``, and how many there are."""
+        rows = x.reshape(-1, x.shape[-1])
+        if dtype == torch.float64:
+            rows = rows.double()
+        backend = dispatch.select("auto", rows)
+        if blocks.count == 1:
+            return backend.input_gram(rows, blocks.bias, "primal").to(dtype)[None, None], rows.shape[0]
+        cut = rows.new_zeros(1, blocks.count, blocks.order, blocks.order, dtype=dtype)
+        for i, (begin, end) in enumerate(blocks.spans):
+            bias = blocks.bias and i == blocks.count - 1
+            part = backend.input_gram(rows[:, begin:end].contiguous(), bias, "primal")
+            cut[0, i, : part.shape[0], : part.shape[0]] = part
+        return cut, rows.shape[0]
+
+
+class TransposedLinear(Kind):
+    """A linear layer with a weight ``[I, O]``, as `transformers`' ``Conv1D``."""
+
+    name = "a linear layer with a transposed weight"
+    outputs_first = False
+
+    def view(self, weight: Tensor) -> Tensor:
+        return weight.T[None]
+
+
+class Convolution(Kind):
+    """Its rows are patches."""
+
+    name = "a convolution"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        own: Any = module
+        self.groups = own.groups
+        self.geometry = (own.stride, own.padding, own.dilation, own.groups)
+        self.kernel = tuple(own.kernel_size)
+        padded = own.padding_mode != "zeros"
+        self.padding_mode = own.padding_mode if padded else None
+        self.sides = own._reversed_padding_repeated_twice if padded else []
+
+    def signature(self) -> tuple[Any, ...]:
+        return (self.name, self.kernel, self.geometry, self.padding_mode)
+
+    def view(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1))
+
+    def scale_count(self, x: Tensor, rows: int, per_sample: bool) -> int:
+        if not per_sample:
+            return rows
+        return x.shape[0] if x.ndim == len(self.kernel) + 2 else 1
+
+    def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
+        batch = x if x.ndim == len(self.kernel) + 2 else x[None]
+        stride, padding, dilation, groups = self.geometry
+        if self.padding_mode is not None:
+            batch, padding = F.pad(batch, self.sides, mode=self.padding_mode), 0
+        placed = _place(batch, self.kernel, stride, padding, dilation, groups)
+        assert placed is not None
+        return self._gram(*placed, blocks, dtype)
+
+    def _gram(self, batch: Tensor, geometry: Any, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
+        rows = batch.shape[0] * math.prod(geometry.positions(batch))
+        backend = dispatch.select("auto", batch)
+        gram = _primal_gram(backend, batch, geometry, blocks.bias, Options.patch_bytes, dtype)
+        return blocks.of(gram), rows
+
+
+class TransposedConvolution(Convolution):
+    """The convolution of its input, zeros between the entries, with the reversed kernel."""
+
+    name = "a transposed convolution"
+    outputs_first = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        own: Any = module
+        self.output_padding = tuple(own.output_padding)
+
+    def signature(self) -> tuple[Any, ...]:
+        return (*super().signature(), self.output_padding)
+
+    def view(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+
+    def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
+        batch = x if x.ndim == len(self.kernel) + 2 else x[None]
+        stride, padding, dilation, groups = self.geometry
+        spread = batch.new_zeros(
+            *batch.shape[:2], *((n - 1) * s + 1 for n, s in zip(batch.shape[2:], stride, strict=True))
+        )
+        places: Any = (..., *(slice(None, None, s) for s in stride))
+        spread[places] = batch
+        sides: list[int] = []
+        for k, p, d, extra in reversed(list(zip(self.kernel, padding, dilation, self.output_padding, strict=True))):
+            before = d * (k - 1) - p
+            sides += [before, before + extra]
+        placed = _place(F.pad(spread, sides), self.kernel, (1,) * len(stride), (0,) * len(stride), dilation, groups)
+        assert placed is not None
+        geometry = placed[1]
+        rows = batch.shape[0] * math.prod(geometry.positions(placed[0]))
+        backend = dispatch.select("auto", batch)
+        gram = _primal_gram(backend, placed[0], geometry, blocks.bias, Options.patch_bytes, dtype)
+        return blocks.of(self._in_order_of_weight(gram, blocks.inputs)), rows
+
+    def _in_order_of_weight(self, gram: Tensor, inputs: int) -> Tensor:
+        """The kernel's entries reversed in both dimensions."""
+        order = torch.arange(gram.shape[-1], device=gram.device)
+        order[:inputs] = order[:inputs].view(-1, math.prod(self.kernel)).flip(1).reshape(-1)
+        return gram[:, order][:, :, order]
+
+
+class Lookup(Kind):
+    """An embedding: rows are one-hot, their Gram is diagonal."""
+
+    name = "an embedding"
+    outputs_first = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        own: Any = module
+        self.padding_idx = own.padding_idx
+
+    def bias(self, module: nn.Module) -> Any:
+        return None
+
+    def signature(self) -> tuple[Any, ...]:
+        return (self.name, self.padding_idx)
+
+    def view(self, weight: Tensor) -> Tensor:
+        return weight.T[None]
+
+    def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
+        counts, _ = reference.embedding_counts(x.reshape(-1), blocks.inputs, self.padding_idx)
+        return counts.to(dtype), x.numel()
+
+
+def kind_of(module: nn.Module) -> Kind | str | None:
+    """How a layer makes rows; why it cannot be stepped in coordinates; or None, where it is no such layer."""
+    forward = type(module).forward
+    kinds: list[tuple[Any, type[Kind]]] = [(nn.Linear, Kind), (nn.Embedding, Lookup)]
+    kinds += [(plain, Convolution) for plain in CONVOLUTIONS]
+    kinds += [(plain, TransposedConvolution) for plain in TRANSPOSED]
+    for plain, kind in kinds:
+        if not isinstance(module, plain):
+            continue
+        if "forward" in module.__dict__:
+            return "its forward is replaced on the instance"
+        if forward is not plain.forward:
+            return f"{type(module).__name__} is a subclass of {plain.__name__} with code of its own"
+        if isinstance(module, nn.Embedding) and module.sparse:
+            return "its gradient is sparse"
+        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+            return "scale_grad_by_freq already divides by the counts"
+        return kind(module)
+    if any(
+        f"{base.__module__}.{base.__qualname__}" == "transformers.pytorch_utils.Conv1D" for base in type(module).__mro__
+    ):
+        return TransposedLinear(module)
+    return None

@@ -1,0 +1,167 @@
+"""The input second moment over time, and when its root is made anew.
+
+In ``optimizer.state[weight]``, for layers that share an input the same tensors:
+
+- ``input_gram``: ``A``, the mean of ``x^T x`` over rows, older ones forgotten by the factor ``memory`` a refresh.
+- ``root``: ``S``.
+- ``gram_rows``: how many rows stand in ``A``, forgotten likewise; a convolution's samples with ``scale="nlms"``.
+- ``emended_steps``: how many steps there were, which says when the next refresh is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .units import Unit
+
+KEYS = ("input_gram", "root", "gram_rows", "emended_steps")
+State = dict[str, Any]
+Root = Callable[[Unit, Tensor], Tensor]
+
+
+def fresh_state(unit: Unit) -> State:
+    """Before the first refresh: no rows, and the identity for a root."""
+    slot = unit.slot
+    shape = unit.stored_shape()
+    moment = torch.zeros(shape, dtype=slot.dtype, device=slot.device)
+    if unit.diagonal:
+        root = torch.ones_like(moment)
+    else:
+        root = torch.eye(shape[-1], dtype=slot.dtype, device=slot.device).expand(shape).clone()
+    rows = torch.zeros((), dtype=torch.float32 if slot.device.type == "mps" else torch.float64, device=slot.device)
+    return {"input_gram": moment, "root": root, "gram_rows": rows, "emended_steps": torch.zeros((), dtype=torch.int64)}
+
+
+def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, root: Root, groups: Sequence[Any]) -> None:
+    """Take what was recorded into every ``A``, and make every ``S`` anew.
+
+    Args:
+        units: All of them, with open slots.
+        states: Their states, which get new tensors.
+        memory: What the older rows are multiplied by.
+        root: ``S`` of a unit and its ``A``.
+        groups: The process groups that the weights' replicas and shards belong to, one after the other.
+    """
+    shared = _sharing(units, states, groups)
+    for members in shared:
+        unit, state = units[members[0]], states[members[0]]
+        gram, count = unit.slot.gram, unit.slot.count
+        assert gram is not None
+        assert count is not None
+        own = _folded(gram.view(state["input_gram"].shape), count, state, memory)
+        made = root(unit, own["input_gram"])
+        usable = made.sum().isfinite()
+        own["root"] = torch.where(usable, made, state["root"])
+        own["input_gram"] = torch.where(usable, own["input_gram"], state["input_gram"])
+        own["gram_rows"] = torch.where(usable, own["gram_rows"], state["gram_rows"])
+        for member in members:
+            states[member].update(own)
+
+
+def _folded(gram: Tensor, count: Tensor, state: State, memory: float) -> State:
+    """``A`` and its rows with a window's Gram; both as they were where the window has no row."""
+    before = state["gram_rows"]
+    # The mean over all rows, each forgotten as often as there were refreshes with rows since.
+    kept, new = memory * before, (1 - memory) * count
+    total = kept + new
+    share = new / torch.where(count == 0, 1, total)
+    moment = state["input_gram"]
+    mean = gram / torch.where(count == 0, 1, count).to(gram.dtype)
+    moment = torch.lerp(moment, mean, share.to(gram.dtype))
+    return {"input_gram": moment, "gram_rows": torch.where(count == 0, before, total)}
+
+
+def _sharing(units: Sequence[Unit], states: Sequence[State], groups: Sequence[Any]) -> list[list[int]]:
+    """The units by what they share, their slots summed over the groups.
+
+    Units share ``A`` where they did before, or both begin, and where they have seen the same since. Ranks agree on
+    that: over several, what is equal is found after the sum; a rank on which a member has seen something else says so
+    beside the sum, and the members' own Grams are then summed too.
+    """
+    before = _before(states, units)
+    if groups:
+        _sum_over(groups, units, states, before)
+    shared: list[list[int]] = []
+    for members in before:
+        classes: list[list[int]] = []
+        for member in members:
+            own = next((c for c in classes if _equal(units[c[0]], units[member], bool(groups))), None)
+            if own is None:
+                classes.append([member])
+            else:
+                own.append(member)
+        shared += classes
+    return shared
+
+
+def _before(states: Sequence[State], units: Sequence[Unit]) -> list[list[int]]:
+    """Units that share a moment until now; those without rows are together where their shapes are the same."""
+    classes: dict[Any, list[int]] = {}
+    for i, (unit, state) in enumerate(zip(units, states, strict=True)):
+        begins = int(state["emended_steps"]) == 0
+        alike = (unit.kind.layout(), unit.stored_shape(), unit.blocks.columns, unit.slot.dtype, unit.slot.device)
+        classes.setdefault(alike if begins else id(state["input_gram"]), []).append(i)
+    return list(classes.values())
+
+
+def _equal(one: Unit, other: Unit, summed: bool) -> bool:
+    """Whether two units have seen the same rows since the last step."""
+    first, second = one.slot, other.slot
+    if one is other:
+        return True
+    if not summed and first.calls is not None and second.calls is not None:
+        return first.calls == second.calls
+    assert first.gram is not None
+    assert second.gram is not None
+    assert first.count is not None
+    assert second.count is not None
+    return bool(torch.equal(first.count, second.count) and torch.equal(first.gram, second.gram))
+
+
+def _sum_over(groups: Sequence[Any], units: Sequence[Unit], states: Sequence[State], before: list[list[int]]) -> None:
+    """Sum the slots over all ranks, those of units that share a moment once."""
+    shared = [members for members in before if len(members) > 1 and int(states[members[0]]["emended_steps"]) > 0]
+    leaders, followers = [members[0] for members in shared], [members[1:] for members in shared]
+    single = [i for members in before if members not in shared for i in members]
+    flags = torch.tensor(
+        [
+            float(any(not _equal(units[leader], units[i], False) for i in rest))
+            for leader, rest in zip(leaders, followers, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    _all_reduce([units[i] for i in (*leaders, *single)], groups, flags)
+    late = [i for flag, rest in zip(flags.tolist(), followers, strict=True) if flag for i in rest]
+    if late:
+        _all_reduce([units[i] for i in late], groups, None)
+    for flag, leader, rest in zip(flags.tolist(), leaders, followers, strict=True):
+        for i in () if flag else rest:
+            units[i].slot.gram, units[i].slot.count = units[leader].slot.gram, units[leader].slot.count
+
+
+def _all_reduce(units: Sequence[Unit], groups: Sequence[Any], flags: Tensor | None) -> None:
+    """One sum for each type and device, in the order of the units; the counts and flags go along."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault((unit.slot.dtype, unit.slot.device), []).append(unit)
+    for k, ((dtype, device), members) in enumerate(kinds.items()):
+        extra = flags if flags is not None and k == 0 else torch.zeros(0)
+        counts = [unit.slot.count.view(1).to(dtype) for unit in members]  # type: ignore[union-attr]
+        parts = [unit.slot.gram.reshape(-1) for unit in members]  # type: ignore[union-attr]
+        flat = torch.cat([*parts, *counts, extra.to(dtype=dtype, device=device)])
+        for group in groups:
+            dist.all_reduce(flat, group=group)
+        begin = 0
+        for unit, part in zip(members, parts, strict=True):
+            unit.slot.gram = flat[begin : begin + part.numel()].view(unit.slot.shape)
+            begin += part.numel()
+        for unit in members:
+            unit.slot.count = flat[begin].to(unit.slot.count.dtype)  # type: ignore[union-attr]
+            begin += 1
+        if extra.numel():
+            extra.copy_(flat[begin:])

@@ -1,0 +1,193 @@
+"""`Muon`: hidden matrices by Muon in emended coordinates, the rest by AdamW, in one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import steps
+from .emended import Emended
+from .layers import Kind, Lookup, kind_of
+from .rules import kept_share
+
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False}
+_ADAM_ONLY = {"maximize": False, "capturable": False, "fused": False}
+
+
+class Muon(Emended):
+    """Muon in emended coordinates for the hidden matrices of a model, AdamW for its other parameters.
+
+    The hidden matrices are the weights of linear layers and convolutions, those of a convolution as a matrix with a row
+    an output; not the last such layer of several, which is taken for the head, and none that an embedding shares.
+    Embeddings, the head, biases and norms go to AdamW, plainly.
+
+        optimizer = cw.optim.Muon(model, lr=0.02, aux=dict(lr=1e-3))
+
+    Args:
+        model: The model; its parameters that want gradients are taken.
+        lr: The hidden matrices' rate.
+        aux: AdamW's options, with ``lr``; also ``betas``, ``eps``, ``weight_decay`` and ``amsgrad``.
+        momentum: At least 0 and below 1.
+        nesterov: Whether the momentum is Nesterov's.
+        weight_decay: The hidden matrices', decoupled.
+        ns_coefficients, ns_steps, eps, adjust_lr_fn: As `torch.optim.Muon`.
+        qkv: The last parts of the names of layers whose matrix holds those of queries, keys and values, one over the
+            other, as ``("c_attn",)``: each is orthogonalised on its own. Without, it is one matrix.
+        damping, exponent, scale, memory, refresh_every, block, process_group: As `Emended`; the exponent is 1/4.
+        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers' weights are hidden matrices;
+            None: as above.
+
+    Raises:
+        TypeError, ValueError: As `Emended`; an ``aux`` without ``lr`` or with an option that there is not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        *,
+        aux: Mapping[str, Any],
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        ns_steps: int = 5,
+        eps: float = 1e-7,
+        adjust_lr_fn: str | None = None,
+        qkv: Sequence[str] = (),
+        damping: float = 0.03,
+        exponent: float | None = None,
+        scale: Any = "auto",
+        memory: float = 0.95,
+        refresh_every: int = 10,
+        block: int = 1024,
+        process_group: Any = "auto",
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        options = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ns_coefficients": ns_coefficients,
+            "ns_steps": ns_steps,
+            "eps": eps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        hidden = hidden_matrices(model, filter_fn)
+        inner = MuonWithAdamW(model, hidden, qkv, {"lr": lr, **options}, aux)
+        chosen = {id(module) for module, _ in hidden.values()}
+        super().__init__(
+            inner,
+            model,
+            damping=damping,
+            exponent=exponent,
+            scale=scale,
+            memory=memory,
+            refresh_every=refresh_every,
+            block=block,
+            process_group=process_group,
+            filter_fn=lambda module, _: id(module) in chosen,
+        )
+
+
+def hidden_matrices(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> dict[str, tuple[nn.Module, Kind]]:
+    """The layers whose weights Muon takes, by name."""
+    found: dict[str, tuple[nn.Module, Kind]] = {}
+    looked_up: set[int] = set()
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if isinstance(kind, Lookup) or isinstance(module, nn.Embedding):
+            looked_up.add(id(module.weight))
+        elif isinstance(kind, Kind) and isinstance(kind.weight(module), nn.Parameter):
+            found[name] = module, kind
+    wanted = {name: pair for name, pair in found.items() if pair[1].weight(pair[0]).requires_grad}
+    if filter_fn is not None:
+        return {name: pair for name, pair in wanted.items() if filter_fn(pair[0], name)}
+    if len(wanted) > 1:
+        del wanted[next(reversed(wanted))]
+    return {name: pair for name, pair in wanted.items() if id(pair[1].weight(pair[0])) not in looked_up}
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for some parameters and AdamW for the others, told apart by their groups' ``use_muon``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hidden: Mapping[str, tuple[nn.Module, Kind]],
+        qkv: Sequence[str],
+        options: dict[str, Any],
+        aux: Mapping[str, Any],
+    ) -> None:
+        _check(options, qkv, aux)
+        if not hidden:
+            raise ValueError("model: it has no hidden matrix; choose some by filter_fn")
+        parts: dict[int, list[Any]] = {}
+        taken: set[int] = set()
+        for name, (module, kind) in hidden.items():
+            weight = kind.weight(module)
+            if id(weight) in taken:
+                continue
+            taken.add(id(weight))
+            count = 3 if any(name == end or name.endswith("." + end) for end in qkv) else 1
+            if count == 3 and (weight.shape[0] % 3 or not kind.outputs_first):
+                raise ValueError(
+                    f"qkv: layer {name!r} has no three matrices one over the other in a weight {list(weight.shape)}"
+                )
+            parts.setdefault(count, []).append(weight)
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        groups: list[dict[str, Any]] = [
+            {"params": weights, "use_muon": True, "parts": count, **options} for count, weights in parts.items()
+        ]
+        if rest:
+            groups.append({"params": rest, "use_muon": False, **ADAMW, **aux, **_ADAM_ONLY})
+        super().__init__(groups, {"use_muon": True, "parts": 1, **options})
+
+    @staticmethod
+    def emended_rule(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """The step of one parameter without its decay."""
+        own = steps.muon if group["use_muon"] else steps.adam
+        return own(parameter, gradient, state, group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """A step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradient = steps.local(parameter.grad).clone()
+                    change = self.emended_rule(parameter, gradient, self.state[parameter], group)
+                    steps.local(parameter).mul_(kept_share(group)).add_(change)
+        return loss
+
+
+def _check(options: dict[str, Any], qkv: Any, aux: Any) -> None:
+    lr, momentum, decay = options["lr"], options["momentum"], options["weight_decay"]
+    if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
+        raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__})")
+    if not isinstance(lr, Tensor) and not lr >= 0:
+        raise ValueError(f"lr must be at least 0, got {lr!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
+    if not decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {decay!r}")
+    if options["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        raise ValueError(f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw', got {options['adjust_lr_fn']!r}")
+    if isinstance(qkv, str) or not isinstance(qkv, Sequence):
+        raise TypeError(f"qkv must be a sequence of names, got {qkv!r} ({type(qkv).__name__})")
+    if not isinstance(aux, Mapping):
+        raise TypeError(f"aux must be a dict of AdamW's options, got {aux!r} ({type(aux).__name__})")
+    unknown = [name for name in aux if name not in ("lr", *ADAMW)]
+    if "lr" not in aux or unknown:
+        raise ValueError(f"aux must have 'lr' and may have {', '.join(map(repr, ADAMW))}, got {dict(aux)!r}")

@@ -1,0 +1,124 @@
+"""The optimizer inside, one weight at a time: steps of our own with torch's numbers and less memory.
+
+A rule takes what the optimizer sees, ``g S``, keeps torch's own state, and gives what it wants to add
+to the coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+
+Group = dict[str, Any]
+Rule = Callable[[Tensor, Tensor, dict[str, Any], Group], Tensor]  # parameter, gradient, state, group
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if _torch.is_dtensor(tensor) else tensor
+
+
+def rule_for(optimizer: torch.optim.Optimizer) -> Rule | None:
+    """Our own step for exactly torch's SGD, Adam, AdamW and Muon; None for others."""
+    plain = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
+    if hasattr(torch.optim, "Muon"):
+        plain[torch.optim.Muon] = muon
+    return plain.get(type(optimizer), getattr(optimizer, "emended_rule", None))
+
+
+def sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+    """``-lr * m`` with torch's momentum, dampening and Nesterov's form; without momentum ``-lr * g``."""
+    if group["maximize"]:
+        gradient.neg_()
+    momentum = group["momentum"]
+    if momentum != 0:
+        kept = state.get("momentum_buffer")
+        if kept is None:
+            state["momentum_buffer"] = torch.empty_like(parameter)
+            kept = local(state["momentum_buffer"]).copy_(gradient)
+        else:
+            kept = local(kept).mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
+        gradient = gradient.add_(kept, alpha=momentum) if group["nesterov"] else kept
+    return gradient * -group["lr"]
+
+
+def adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+    """Adam's and AdamW's step without its decay."""
+    if group["maximize"]:
+        gradient.neg_()
+    on_device = group["capturable"] or group["fused"]
+    if "step" not in state:
+        wide = torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
+        state["step"] = torch.zeros((), dtype=wide, device=gradient.device if on_device else "cpu")
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
+        state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names})
+    state["step"] += 1
+    step = state["step"].item() if state["step"].device.type == "cpu" else state["step"]
+    beta1, beta2 = group["betas"]
+    mean = local(state["exp_avg"]).lerp_(gradient, 1 - beta1)
+    square = local(state["exp_avg_sq"]).mul_(beta2).add_(gradient.square_(), alpha=1 - beta2)
+    if group["amsgrad"]:
+        square = torch.maximum(local(state["max_exp_avg_sq"]), square, out=local(state["max_exp_avg_sq"]))
+    first, second = 1 - beta1**step, 1 - beta2**step
+    root = second.sqrt() if isinstance(second, Tensor) else math.sqrt(second)
+    denominator = torch.sqrt(square, out=gradient).div_(root).add_(group["eps"])
+    return torch.div(mean, denominator, out=denominator).mul_(-group["lr"] / first)
+
+
+def muon(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+    """Muon's step without its decay: ``-lr * orthogonalised(m)``, of a matrix or a convolution's as a matrix."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    momentum = group["momentum"]
+    kept = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+    wanted = gradient.lerp_(kept, momentum) if group["nesterov"] else kept
+    shard: Any = None
+    if _torch.is_dtensor(parameter):
+        from .units import Shard
+
+        shard = Shard(parameter)
+        wanted = shard.gathered(wanted)
+    matrix = wanted.flatten(1)
+    parts = group.get("parts", 1)
+    update = torch.cat([_orthogonal_step(part, group) for part in matrix.chunk(parts)]) if parts > 1 else None
+    update = _orthogonal_step(matrix, group) if update is None else update
+    update = update.view(wanted.shape)
+    return update if shard is None else shard.own(update)
+
+
+def _orthogonal_step(matrix: Tensor, group: Group) -> Tensor:
+    rate = -group["lr"] * size_factor(matrix.shape, group["adjust_lr_fn"])
+    return orthogonalised(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"]).mul_(rate)
+
+
+def size_factor(shape: torch.Size, adjust: str | None) -> float:
+    """What Muon's rate is multiplied by for a matrix ``[O, I]``, as torch's."""
+    outputs, inputs = shape
+    if adjust == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(outputs, inputs))
+    return math.sqrt(max(1, outputs / inputs))
+
+
+def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's ``U V^T`` of ``matrix = U D V^T``, roughly, by Newton and Schulz's quintic iteration.
+
+    On a GPU in bfloat16, as torch's; elsewhere in the matrix's type, float32 for half types.
+    """
+    a, b, c = coefficients
+    half = matrix.device.type == "cuda" and matrix.dtype != torch.float64
+    wide = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+    work = matrix.bfloat16() if half else wide
+    tall = matrix.shape[0] > matrix.shape[1]
+    work = work.mT if tall else work
+    work = work / work.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = work @ work.mT
+        work = torch.addmm(work, torch.addmm(gram, gram, gram, beta=b, alpha=c), work, beta=a)
+    work = work.mT if tall else work
+    return work.to(matrix.dtype)

@@ -1,0 +1,283 @@
+"""`Emended` around every optimizer: the step in coordinates, weight decay, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import F64, assert_close, randn
+from emended_helpers import EXACT, mlp, squares, train
+from torch import Tensor, nn
+
+import consequentialism as cw
+from consequentialism.optim.rules import _DECLARED
+
+Make = Callable[[Any], torch.optim.Optimizer]
+
+
+def soap(parameters: Any) -> torch.optim.Optimizer:
+    return pytest.importorskip("pytorch_optimizer").SOAP(parameters, lr=0.01, weight_decay=0.0)
+
+
+def lion(parameters: Any) -> torch.optim.Optimizer:
+    return pytest.importorskip("pytorch_optimizer").Lion(parameters, lr=0.01)
+
+
+def schedule_free(name: str, **options: Any) -> Make:
+    return lambda parameters: getattr(pytest.importorskip("pytorch_optimizer"), name)(parameters, lr=0.05, **options)
+
+
+def of_torch(name: str, **options: Any) -> Make:
+    return lambda parameters: getattr(torch.optim, name)(parameters, lr=0.02, **options)
+
+
+MAKERS: dict[str, Make] = {
+    "SGD": of_torch("SGD"),
+    "SGD foreach": of_torch("SGD", momentum=0.9, foreach=True),
+    "SGD fused": of_torch("SGD", momentum=0.9, fused=True),
+    "Adam": of_torch("Adam"),
+    "Adam foreach": of_torch("Adam", foreach=True),
+    "AdamW": of_torch("AdamW", weight_decay=0.0),
+    "AdamW tensor rate": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.02), weight_decay=0.0),
+    "NAdam": of_torch("NAdam"),
+    "RAdam": of_torch("RAdam"),
+    "Adamax": of_torch("Adamax"),
+    "Adagrad": of_torch("Adagrad"),
+    "Adagrad fused": of_torch("Adagrad", fused=True),
+    "Adadelta": of_torch("Adadelta"),
+    "RMSprop": of_torch("RMSprop", momentum=0.9, centered=True),
+    "RMSprop foreach": of_torch("RMSprop", foreach=True),
+    "Rprop": of_torch("Rprop"),
+    "ASGD": of_torch("ASGD", lambd=0.0),
+    "SOAP": soap,
+    "Lion": lion,
+    "ScheduleFreeSGD": schedule_free("ScheduleFreeSGD"),
+    "ScheduleFreeAdamW": schedule_free("ScheduleFreeAdamW"),
+    "ScheduleFreeRAdam": schedule_free("ScheduleFreeRAdam"),
+}
+
+
+def _start(optimizer: torch.optim.Optimizer) -> None:
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+
+
+def augmented(layer: nn.Linear, gradient: bool = False) -> Tensor:
+    pair = (layer.weight.grad, layer.bias.grad) if gradient else (layer.weight.detach(), layer.bias.detach())
+    return torch.cat([pair[0], pair[1][:, None]], 1)  # type: ignore[index,list-item]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_optimizer_works_in_coordinates(name: str) -> None:
+    """An oracle that keeps ``V`` itself, from ``V = 0``; the root stays as the first batch has it."""
+    layer = nn.Linear(6, 5, dtype=F64)
+    optimizer = cw.optim.Emended(MAKERS[name](layer.parameters()), layer, refresh_every=100, damping=0.1)
+    start, oracle = augmented(layer), copy.deepcopy(layer)
+    weight = nn.Parameter(torch.zeros(5, 6, dtype=F64))
+    bias = nn.Parameter(torch.zeros(5, dtype=F64))
+    inner = MAKERS[name]([weight, bias])
+    _start(optimizer)
+    _start(inner)
+    x = randn(30, 6)
+    for step in range(8):
+        rows = randn(30, 6, seed=step)
+        for one in (layer, oracle):
+            one.zero_grad()
+            squares(one(x if step == 0 else rows)).backward()
+        optimizer.step()
+        root = optimizer.state[layer.weight]["root"]
+        gradient = augmented(oracle, gradient=True) @ root
+        weight.grad, bias.grad = gradient[:, :-1].clone(), gradient[:, -1].clone()
+        inner.step()
+        place = start + torch.cat([weight, bias[:, None]], 1).detach() @ root
+        with torch.no_grad():
+            oracle.weight.copy_(place[:, :-1])
+            oracle.bias.copy_(place[:, -1])
+        bound = 2e-6 if "fused" in name else EXACT  # fused kernels keep some scalars in float32
+        assert_close(f"step {step}", augmented(layer) - start, place - start, bound)
+    if hasattr(optimizer, "eval"):  # the averaged weights, and back
+        before = augmented(layer)
+        optimizer.eval()
+        inner.eval()
+        averaged = start + torch.cat([weight, bias[:, None]], 1).detach() @ root
+        assert_close("averaged", augmented(layer), averaged, EXACT)
+        assert (augmented(layer) - before).abs().max() > 1e-4
+        optimizer.train()
+        assert_close("back", augmented(layer), before, EXACT)
+
+
+def test_asgd_averages_the_weights() -> None:
+    layer = nn.Linear(6, 5, dtype=F64)
+    inner = torch.optim.ASGD(layer.parameters(), lr=0.02, lambd=0.1, t0=2, weight_decay=0.1)
+    optimizer = cw.optim.Emended(inner, layer, refresh_every=100)
+    x, seen, expected = randn(30, 6), [], layer.weight.detach().clone()
+    for step in range(6):
+        optimizer.zero_grad()
+        squares(layer(x)).backward()
+        before = layer.weight.detach().clone()
+        eta = 0.02 if step == 0 else float(optimizer.state[layer.weight]["eta"])
+        gradient = augmented(layer, True) + 0.1 * augmented(layer)
+        optimizer.step()
+        root = optimizer.state[layer.weight]["root"]
+        expected = before * (1 - 0.1 * eta) - eta * (gradient @ root @ root)[:, :-1]
+        assert_close(f"step {step}", layer.weight, expected, EXACT)
+        seen.append(layer.weight.detach().clone())
+    own = seen[0]
+    for step, weight in enumerate(seen):
+        own = own + (weight - own) / max(1, step - 2)
+    assert_close("average", inner.state[layer.weight]["ax"], own, EXACT)
+
+
+def test_adafactor_reads_the_size_of_the_weights() -> None:
+    small, large = (nn.Linear(6, 5, False, dtype=F64) for _ in range(2))
+    with torch.no_grad():
+        small.weight.copy_(large.weight * 0.1)
+    changes = []
+    for layer in (small, large):
+        optimizer = cw.optim.Emended(torch.optim.Adafactor(layer.parameters(), lr=0.01, weight_decay=0.1), layer)
+        before = layer.weight.detach().clone()
+        layer(randn(30, 6)).backward(randn(30, 5, seed=1))
+        optimizer.step()
+        changes.append(layer.weight.detach() - before * (1 - 0.01 * 0.1))
+    assert_close("change", changes[1], changes[0] * 10, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_coupled_decay_enters_the_gradient(name: str, maximize: bool) -> None:
+    """As a gradient with the decay in it."""
+    model = mlp(F64)
+    twin = copy.deepcopy(model)
+    make = getattr(torch.optim, name)
+    decayed = cw.optim.Emended(make(model.parameters(), lr=0.02, weight_decay=0.1, maximize=maximize), model)
+    plain = cw.optim.Emended(make(twin.parameters(), lr=0.02, maximize=maximize), twin)
+    for step in range(4):
+        x = randn(20, 6, seed=step)
+        for one, optimizer in ((model, decayed), (twin, plain)):
+            optimizer.zero_grad()
+            squares(one(x)).backward()
+        for parameter in twin.parameters():
+            parameter.grad.add_(parameter.detach(), alpha=-0.1 if maximize else 0.1)  # type: ignore[union-attr]
+        decayed.step()
+        plain.step()
+    for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close("parameter", own, expected, EXACT)
+
+
+DECOUPLED: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "AdamW": lambda p, decay: torch.optim.AdamW(p, 0.02, weight_decay=decay),
+    "Adam": lambda p, decay: torch.optim.Adam(p, 0.02, weight_decay=decay, decoupled_weight_decay=True),
+    "NAdam": lambda p, decay: torch.optim.NAdam(p, 0.02, weight_decay=decay, decoupled_weight_decay=True),
+    "RAdam": lambda p, decay: torch.optim.RAdam(p, 0.02, weight_decay=decay, decoupled_weight_decay=True),
+    "Muon": lambda p, decay: torch.optim.Muon(p, 0.02, weight_decay=decay),
+    "Lion": lambda p, decay: pytest.importorskip("pytorch_optimizer").Lion(p, 0.02, weight_decay=decay),
+    "Lion fixed": lambda p, decay: pytest.importorskip("pytorch_optimizer").Lion(
+        p, 0.02, weight_decay=decay * 0.02, fixed_decay=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_decoupled_decay_multiplies_the_weights(name: str) -> None:
+    """The first step with decay is that without it, from the smaller weights."""
+    model = mlp(F64, bias=name != "Muon")
+    twin, start = copy.deepcopy(model), copy.deepcopy(model)
+    x = randn(20, 6)
+    for one, decay in ((model, 0.5), (twin, 0.0)):
+        train(one, cw.optim.Emended(DECOUPLED[name](one.parameters(), decay), one), x, 1)
+    for own, other, before in zip(model.parameters(), twin.parameters(), start.parameters(), strict=True):
+        expected = before * (1 - 0.02 * 0.5) + other - before
+        assert_close("parameter", own, expected, EXACT)
+
+
+class Unknown(torch.optim.SGD):
+    """A subclass is known as its base is; `Stranger` is not."""
+
+
+class Stranger(torch.optim.Optimizer):
+    def __init__(self, parameters: Any, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": 0.1, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(p.grad, alpha=group["lr"])
+
+
+def test_an_unknown_weight_decay_must_be_declared() -> None:
+    layer = nn.Linear(6, 5, dtype=F64)
+    with pytest.raises(ValueError, match=r"weight_decay=0.1 .* Stranger.*declare\(Stranger, decay='decoupled'\)"):
+        cw.optim.Emended(Stranger(layer.parameters(), 0.1), layer)
+    cw.optim.Emended(Stranger(layer.parameters()), layer)
+    cw.optim.Emended(Unknown(layer.parameters(), 0.1, weight_decay=0.1), layer)
+    try:
+        cw.optim.declare(Stranger, decay="decoupled")
+        twin = copy.deepcopy(layer)
+        train(layer, cw.optim.Emended(Stranger(layer.parameters(), 0.1), layer), randn(20, 6), 1)
+        train(twin, cw.optim.Emended(Stranger(twin.parameters()), twin), randn(20, 6), 1)
+    finally:
+        _DECLARED.pop(Stranger, None)
+    assert (layer.weight - twin.weight).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"damping": 0.0}, ValueError, "damping must be above 0, got 0.0"),
+        ({"damping": math.nan}, ValueError, "damping must be above 0, got nan"),
+        ({"damping": "x"}, TypeError, "damping must be a number, got 'x'"),
+        ({"exponent": 0}, ValueError, "exponent must be above 0 and at most 1"),
+        ({"exponent": 1.5}, ValueError, "exponent must be above 0 and at most 1, or None, got 1.5"),
+        ({"memory": 1.0}, ValueError, "memory must be at least 0 and below 1, got 1.0"),
+        ({"memory": -0.1}, ValueError, "memory must be at least 0"),
+        ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, got 0"),
+        ({"refresh_every": 1.5}, TypeError, "refresh_every must be an integer of at least 1, got 1.5"),
+        ({"block": 0}, ValueError, "block must be at least 1, got 0"),
+        ({"scale": "raw"}, ValueError, "scale must be one of 'auto', 'gradient', 'nlms', got 'raw'"),
+        ({"process_group": "world"}, TypeError, "process_group must be 'auto', None or a process group"),
+        ({"filter_fn": 3}, TypeError, "filter_fn must be callable or None, got 3"),
+        ({"filter_fn": lambda *_: False}, ValueError, "no layer that can be stepped in coordinates"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    model = mlp(F64)
+    with pytest.raises(error, match=match):
+        cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), model, **arguments)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_optimizers_that_cannot_be_wrapped() -> None:
+    model = mlp(F64)
+    for make, match in (
+        (torch.optim.LBFGS, "LBFGS cannot be stepped in coordinates, for it moves the parameters within a step"),
+        (torch.optim.SparseAdam, "SparseAdam cannot be stepped in coordinates, for it takes sparse gradients"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cw.optim.Emended(make(model.parameters()), model)
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(
+        ValueError, match="Emended cannot be stepped in coordinates, for it steps in coordinates already"
+    ):
+        cw.optim.Emended(cw.optim.Emended(inner, model), model)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got 3"):
+        cw.optim.Emended(3, model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
+        cw.optim.Emended(inner, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: the optimizer has none of its parameters"):
+        cw.optim.Emended(inner, mlp(F64))
+    norm = nn.LayerNorm(3)
+    of_norm = torch.optim.SGD(norm.parameters(), 0.1)
+    with pytest.raises(ValueError, match="no layer that can be stepped"):
+        cw.optim.Emended(of_norm, norm)
+    with pytest.raises(ValueError, match="differentiable=True"):
+        cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1, differentiable=True), model)
+    free = MAKERS["ScheduleFreeSGD"](model.parameters())
+    free.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="weight_decay of ScheduleFreeSGD acts on several places"):
+        cw.optim.Emended(free, model)
