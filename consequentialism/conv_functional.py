@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def emended_conv_with(
     options: Options,
 ) -> Tensor:
     """`emended_conv` with its options as one object."""
-    arguments = stride, padding, dilation, groups
+    arguments: Any = (stride, padding, dilation, groups)
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return CONVOLUTIONS[weight.ndim - 2](x, weight, bias, *arguments)

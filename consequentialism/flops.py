@@ -58,7 +58,7 @@ def emended_inputs(
     **__: Any,
 ) -> int:
     items = zip(xs, biases, forms, applied, strict=True)
-    return sum((emended_input if is_applied else input_inverse)(*item) for *item, is_applied in items)
+    return sum((emended_input if own else input_inverse)(x, bias, form) for x, bias, form, own in items)
 
 
 def weight_grad(dy: Shape, rows: Shape, column: Shape, **_: Any) -> int:

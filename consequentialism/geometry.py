@@ -107,7 +107,8 @@ class Geometry:
 
     def patches(self, x: Tensor) -> Tensor:
         """The rows ``[groups, N, I]``, all of them."""
-        return reference.conv_patches(x, *self._numbers(), self.groups)
+        kernel, stride, padding, dilation = self._numbers()
+        return reference.conv_patches(x, kernel, stride, padding, dilation, self.groups)
 
     def blocks(self, x: Tensor, patch_bytes: int, dtype: torch.dtype) -> Iterator[ConvBlock]:
         """``x`` in pieces in ``dtype`` whose patches take at most ``patch_bytes``, or are one row of positions.
@@ -123,7 +124,8 @@ class Geometry:
 
     def gram(self, backend: Any, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
         """``x^T x [groups, I, I]`` of the rows, with the bias's column; never more than ``patch_bytes`` of them."""
-        arguments = (x, *self._numbers(), self.groups, bias, patch_bytes, dtype)
+        kernel, stride, padding, dilation = self._numbers()
+        arguments = (x, kernel, stride, padding, dilation, self.groups, bias, patch_bytes, dtype)
         if not is_compiled(backend, x):
             own = backend if hasattr(backend, "conv_gram") and backend is not ops else reference
             return own.conv_gram(*arguments)
@@ -180,7 +182,9 @@ class TransposedGeometry(Geometry):
         return TRANSPOSED[len(self.kernel)](x, weight, bias, *arguments)
 
     def patches(self, x: Tensor) -> Tensor:
-        return reference.conv_transpose_patches(x, *self._numbers(), self.output_padding, self.groups)
+        kernel, stride, padding, dilation = self._numbers()
+        arguments = (kernel, stride, padding, dilation, self.output_padding, self.groups)
+        return reference.conv_transpose_patches(x, *arguments)
 
     def blocks(self, x: Tensor, patch_bytes: int, dtype: torch.dtype) -> Iterator[ConvBlock]:
         """``x`` in pieces of whole samples in ``dtype``: torch's own convolution of them unfolds one at a time."""

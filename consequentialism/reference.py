@@ -330,7 +330,8 @@ def conv_transpose_patches(
     spatial = len(kernel)
     sizes = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *sizes)
-    stuffed[(..., *(slice(None, None, t) for t in stride))] = x
+    places: Any = (..., *(slice(None, None, t) for t in stride))
+    stuffed[places] = x
     before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     sides = [side for b, more in zip(reversed(before), reversed(output_padding), strict=True) for side in (b, b + more)]
     ones, nothing = [1] * spatial, [0] * spatial

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import dispatch, reference
-from ..conv_functional import _place, _primal_gram
+from ..geometry import Geometry, normalized, normalized_transposed
 from ..options import Options
 from .root import Blocks
 
@@ -121,14 +121,13 @@ class Convolution(Kind):
         stride, padding, dilation, groups = self.geometry
         if self.padding_mode is not None:
             batch, padding = F.pad(batch, self.sides, mode=self.padding_mode), 0
-        placed = _place(batch, self.kernel, stride, padding, dilation, groups)
-        assert placed is not None
-        return self._gram(*placed, blocks, dtype)
+        normal = normalized(batch, self.kernel, stride, padding, dilation, groups)
+        assert normal is not None
+        return self._gram(*normal, blocks, dtype)
 
-    def _gram(self, batch: Tensor, geometry: Any, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
+    def _gram(self, batch: Tensor, geometry: Geometry, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
         rows = batch.shape[0] * math.prod(geometry.positions(batch))
-        backend = dispatch.select("auto", batch)
-        gram = _primal_gram(backend, batch, geometry, blocks.bias, Options.patch_bytes, dtype)
+        gram = geometry.gram(dispatch.select("auto", batch), batch, blocks.bias, Options.patch_bytes, dtype)
         return blocks.of(gram), rows
 
 
@@ -152,28 +151,8 @@ class TransposedConvolution(Convolution):
     def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
         batch = x if x.ndim == len(self.kernel) + 2 else x[None]
         stride, padding, dilation, groups = self.geometry
-        spread = batch.new_zeros(
-            *batch.shape[:2], *((n - 1) * s + 1 for n, s in zip(batch.shape[2:], stride, strict=True))
-        )
-        places: Any = (..., *(slice(None, None, s) for s in stride))
-        spread[places] = batch
-        sides: list[int] = []
-        for k, p, d, extra in reversed(list(zip(self.kernel, padding, dilation, self.output_padding, strict=True))):
-            before = d * (k - 1) - p
-            sides += [before, before + extra]
-        placed = _place(F.pad(spread, sides), self.kernel, (1,) * len(stride), (0,) * len(stride), dilation, groups)
-        assert placed is not None
-        geometry = placed[1]
-        rows = batch.shape[0] * math.prod(geometry.positions(placed[0]))
-        backend = dispatch.select("auto", batch)
-        gram = _primal_gram(backend, placed[0], geometry, blocks.bias, Options.patch_bytes, dtype)
-        return blocks.of(self._in_order_of_weight(gram, blocks.inputs)), rows
-
-    def _in_order_of_weight(self, gram: Tensor, inputs: int) -> Tensor:
-        """The kernel's entries reversed in both dimensions."""
-        order = torch.arange(gram.shape[-1], device=gram.device)
-        order[:inputs] = order[:inputs].view(-1, math.prod(self.kernel)).flip(1).reshape(-1)
-        return gram[:, order][:, :, order]
+        geometry = normalized_transposed(self.kernel, stride, padding, self.output_padding, groups, dilation)
+        return self._gram(batch, geometry, blocks, dtype)
 
 
 class Lookup(Kind):
