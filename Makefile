@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 # A process a core; one that has no tests left takes another's. ARGS="-n 0" runs all in this one.
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist worksteal
 SOURCES := setup.py pyproject.toml consequentialism/version.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix tests/*/*.,cpp h cu))
+CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(addprefix tools/*/*.,cpp h cu))
 
 # A second environment with torch's CUDA build, which needs no GPU to compile, link and import the CUDA kernels.
 CUDA_VENV := .venv-cuda
@@ -50,22 +50,21 @@ format: $(VENV)/.lint
 
 # Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt; `make cuda-build` does it too.
 kernels:
-	$(PYTHON) tests/cuda_resources.py $(ARGS)
+	$(PYTHON) tools/cuda_resources.py $(ARGS)
 
 # Every case of the Triton backend in Triton's interpreter, and its self-test; `make test` runs a part of them.
 triton: $(VENV)/.test
 	TRITON_INTERPRET=1 $(BIN)/python -m consequentialism check
-	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -k triton -o "python_files=test_*.py triton_kernels.py" \
-	  --ignore tests/test_triton_interpreter.py tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -m "triton or interpreter" $(ARGS)
 
 # Every configuration of a Triton kernel that the tuner may pick, compiled for chips that need not be here.
 triton-compile: $(VENV)/.test
-	$(BIN)/python $(PYTEST) -q tests/triton_candidates.py $(ARGS)
+	$(BIN)/python $(PYTEST) -q -m slow $(ARGS)
 
 # torch 2.11 is also the oldest that is supported: what depends on torch's version is tested too.
 # Run in another folder: in the checkout Python would import the checkout.
 cuda-build: $(CUDA_VENV)/.built
-	$(CUDA_PYTHON) tests/cuda_resources.py --built build/cuda
+	$(CUDA_PYTHON) tools/cuda_resources.py --built build/cuda
 	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
@@ -73,7 +72,7 @@ cuda-build: $(CUDA_VENV)/.built
 
 # On a machine with a GPU, with its own python3 and no network.
 gpu:
-	tests/gpu.sh $(ARGS)
+	tools/gpu.sh $(ARGS)
 
 wheel: $(VENV)/.built
 	rm -rf build/lib*
@@ -114,7 +113,7 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
-	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tests/cuda_resources.py --nvcc" \
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tools/cuda_resources.py --nvcc" \
 	  $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl

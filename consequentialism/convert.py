@@ -17,6 +17,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .factor_batch import FactorBatch
 from .linear import EmendedModule, Linear
+from .optim.record import is_stepped_in_coordinates
 from .options import OPTION_NAMES, OptionsDict, options_from
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,7 +59,8 @@ def convert(
         ``model``.
 
     Raises:
-        TypeError, ValueError: A bad option or argument; nothing is then converted.
+        TypeError, ValueError: A bad option or argument, or a layer that `optim.Emended` steps in coordinates; nothing
+            is then converted.
     """
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
@@ -79,6 +81,11 @@ def convert(
         candidate = isinstance(module, (*EMENDED, EmendedModule))
         if filter_fn is not None and candidate and not filter_fn(module, name):
             continue
+        if candidate and is_stepped_in_coordinates(module):
+            raise ValueError(
+                f"model: consequentialism.optim.Emended steps layer {name!r} in coordinates already, and a gradient is "
+                "emended once; leave the layer out by a filter_fn, there or here"
+            )
         reason = _obstacle(module, tied)
         if reason is None:
             chosen.append((name, module))

@@ -19,15 +19,14 @@ HALF_TYPES = (BF16, F16)
 Shape = tuple[int, int, int]  # N, I, O
 Gradients = tuple[Tensor, Tensor | None]  # dw [O, I], db [O]
 
+
+def _marks(name: str, state: str) -> list[pytest.MarkDecorator]:
+    skipped = [] if state == "available" else [pytest.mark.skip(reason=f"backend {name}: {state}")]
+    return [*skipped, *([pytest.mark.triton] if name == "triton" else [])]
+
+
 # Every backend of the package; where its hardware or its kernels are missing, a skip that names it and says why.
-BACKENDS = [
-    pytest.param(
-        name,
-        id=name,
-        marks=[] if state == "available" else [pytest.mark.skip(reason=f"backend {name}: {state}")],
-    )
-    for name, state in cw.backends().items()
-]
+BACKENDS = [pytest.param(name, id=name, marks=_marks(name, state)) for name, state in cw.backends().items()]
 HAS_KERNELS = cw.backends()["cpu"] == "available"
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason=f"backend cpu: {cw.backends()['cpu']}")
 

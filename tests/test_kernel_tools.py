@@ -125,7 +125,7 @@ def test_gpu_script_reports_every_part(
         (tmp_path / name).chmod(0o755)
     paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)}
     done = subprocess.run(
-        [ROOT / "tests/gpu.sh", "--op", "linear"],
+        [ROOT / "tools/gpu.sh", "--op", "linear"],
         env={**os.environ, "QUICK": "0", **paths, **settings},
         capture_output=True,
         text=True,

@@ -42,7 +42,7 @@ WARPGROUPS = (
 )
 
 
-# Of what the tuner may pick beside a plan's own numbers of warps and stages: the rest is in triton_candidates.py.
+# Of what the tuner may pick beside a plan's own numbers of warps and stages: the rest is in test_triton_candidates.py.
 TIMED = ("gram-bf16-fp32-dual-64-4w3s", "gram-fp32-fp32-primal-64-8w4s", "emend-fp32-fp32-dual-64-4w4s")
 # For other chips, the largest of each kind; the rest is there too.
 ELSEWHERE = (

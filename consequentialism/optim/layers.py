@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import dispatch, reference
 from ..geometry import Geometry, normalized, normalized_transposed
+from ..linear import EmendedModule
 from ..options import Options
 from .root import Blocks
 
@@ -191,7 +192,7 @@ def kind_of(module: nn.Module) -> Kind | str | None:
             continue
         if "forward" in module.__dict__:
             return "its forward is replaced on the instance"
-        if forward is not plain.forward:
+        if forward is not plain.forward and not _is_converted(module):
             return f"{type(module).__name__} is a subclass of {plain.__name__} with code of its own"
         if isinstance(module, nn.Embedding) and module.sparse:
             return "its gradient is sparse"
@@ -203,3 +204,8 @@ def kind_of(module: nn.Module) -> Kind | str | None:
     ):
         return TransposedLinear(module)
     return None
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Whether `convert` made it, whose forward is torch's own but for the gradient."""
+    return isinstance(module, EmendedModule) and type(module).__module__.startswith("consequentialism.")

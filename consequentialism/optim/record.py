@@ -169,6 +169,11 @@ class Hook:
         return _NoHook()
 
 
+def is_stepped_in_coordinates(module: nn.Module) -> bool:
+    """Whether an `Emended` optimizer records this layer's inputs."""
+    return any(isinstance(hook, Hook) for hook in module._forward_hooks.values())
+
+
 class _NoHook:
     """What a copied model has in the place of its hooks."""
 

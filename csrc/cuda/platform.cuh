@@ -1,4 +1,4 @@
-// What kernels are written against: CUDA, or, with CONSEQUENTIALISM_HOST_SHIM, g++ and tests/cuda_shim, where the
+// What kernels are written against: CUDA, or, with CONSEQUENTIALISM_HOST_SHIM, g++ and tools/cuda_shim, where the
 // threads of a block are fibers. Kernels and their launchers use nothing of CUDA that is not named here or in shim.h.
 #pragma once
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from itertools import product
@@ -27,11 +28,15 @@ from cases import (
 )
 from torch import Tensor
 
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
 import consequentialism as cw
 from consequentialism import check, dispatch, ops, reference
 from consequentialism import triton as triton_backend
 from consequentialism.triton import conv_gram, emended_inputs, fused_weight_grad, launch, plans, tune
 
+pytestmark = pytest.mark.interpreter
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
 OPS = torch.ops.consequentialism_triton
 RIDGE = launch.Ridge(0.5, True, 8, 1.0, False)

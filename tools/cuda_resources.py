@@ -1,9 +1,9 @@
 """Compiles every CUDA kernel and holds its registers, spills and shared memory to a committed table.
 
-    python tests/cuda_resources.py                  compile, print, compare with csrc/cuda/resources.txt
-    python tests/cuda_resources.py --update         write the table
-    python tests/cuda_resources.py --built FOLDER   the same of a build's objects, which compiles nothing
-    PYTORCH_NVCC="python tests/cuda_resources.py --nvcc"    nvcc for that build: reports are kept beside the objects
+    python tools/cuda_resources.py                  compile, print, compare with csrc/cuda/resources.txt
+    python tools/cuda_resources.py --update         write the table
+    python tools/cuda_resources.py --built FOLDER   the same of a build's objects, which compiles nothing
+    PYTORCH_NVCC="python tools/cuda_resources.py --nvcc"    nvcc for that build: reports are kept beside the objects
 
 Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90a and as PTX. A kernel that is missing from the
 table or new to it, that takes more registers or that spills more than the table says, fails.

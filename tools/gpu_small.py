@@ -1,4 +1,4 @@
-"""Every CUDA op once, on small shapes of each type: what the sanitizer watches (tests/gpu.sh)."""
+"""Every CUDA op once, on small shapes of each type: what the sanitizer watches (tools/gpu.sh)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// What tests/cuda_shim/__init__.py calls.
+// What tools/cuda_shim/__init__.py calls.
 #include <sys/mman.h>
 
 #include <algorithm>

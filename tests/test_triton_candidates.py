@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import triton_aot
-from test_triton_compile import ELSEWHERE, check_compiled, each, selected
+import pytest
+from test_triton_compile import ELSEWHERE, check_compiled, each, selected, triton_aot
 from triton_aot import MAIN_TARGETS, Case
 
+pytestmark = pytest.mark.slow
 MOST_MEMORY = ("gram-fp64-fp64-dual-64-8w3s", "gram-fp32-fp32-dual-64-8w4s", "emend-fp64-fp64-dual-64-8w3s")
 
 

@@ -69,7 +69,7 @@ part triton "$([ "$quick" = 1 ] && echo 30 || echo 90)" $python -m pytest "${tri
 # Our own kernels alone; without torch's cache every tensor is an allocation whose ends are watched.
 sanitize() { # sanitize TOOL SECONDS
   part "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    --kernel-regex kns=consequentialism $python tests/gpu_small.py
+    --kernel-regex kns=consequentialism $python tools/gpu_small.py
 }
 sanitize memcheck 60
 [ "$quick" = 1 ] || sanitize racecheck 90
