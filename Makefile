@@ -79,7 +79,7 @@ wheel: $(VENV)/.built
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_missing.txt
+	rm -rf $(VENV) $(CUDA_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_*.txt
 
 # torch alone first: whatever asks for it later finds it there.
 $(VENV)/.torch: constraints.txt
@@ -113,7 +113,7 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
-	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tools/cuda_resources.py --nvcc" \
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 CONSEQUENTIALISM_WERROR=1 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tools/cuda_resources.py --nvcc" \
 	  $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl

@@ -1,13 +1,15 @@
 """Builds `consequentialism._C`: for the CPU, or for CPU and CUDA.
 
 CUDA is built where torch was built for it and the CUDA toolkit is found, or where FORCE_CUDA=1 says so;
-TORCH_CUDA_ARCH_LIST names the architectures. CONSEQUENTIALISM_NO_EXT=1 builds without compiled kernels. Where
+TORCH_CUDA_ARCH_LIST names the architectures. CONSEQUENTIALISM_NO_EXT=1 builds without compiled kernels;
+CONSEQUENTIALISM_WERROR=1 makes nvcc's warnings errors, as this project's own checks do. Where
 torch or a compiler is missing the package is installed without them, slower, and says so when it is imported.
 torch is imported only to build, never for metadata.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shutil
@@ -24,6 +26,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "consequentialism/version.py").read_text())[1]  # type: ignore[index]
 REASON_FILE = "_C_missing.txt"  # in the package: why there are no compiled kernels
+TORCH_FILE = "_C_torch.txt"  # beside the extension: the torch that it was built for
+BUILD_IT = "`pip install --no-build-isolation .` in the source's folder"
 
 CPU_SOURCES = [
     "csrc/ops.cpp",
@@ -71,10 +75,7 @@ def reason_for_none() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return (
-            "built where torch could not be imported; install torch first, then "
-            "`pip install --no-build-isolation consequentialism`"
-        )
+        return f"built where torch could not be imported; with torch installed, {BUILD_IT} compiles them"
     if not has_compiler():
         return "built without a C++ compiler; install one (g++, clang++ or MSVC), then reinstall"
     return None
@@ -143,11 +144,12 @@ def extension() -> Any:
         ("CONSEQUENTIALISM_CUDA_VERSION", f'"{torch.version.cuda}"'),
         ("CONSEQUENTIALISM_CUDA_ARCHITECTURES", f'"{architectures}"'),
     ]
+    strict = ["-Werror", "all-warnings"] if os.environ.get("CONSEQUENTIALISM_WERROR") == "1" else []
     return CUDAExtension(
         "consequentialism._C",
         CPU_SOURCES + CUDA_SOURCES,
         define_macros=defines,
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Werror", "all-warnings"]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo", *strict]},
         extra_link_args=link_flags,
     )
 
@@ -159,14 +161,17 @@ class BuildPython(build_py):
         super().run()
         if MISSING is None:
             return
-        print(f"consequentialism: no compiled kernels: {MISSING}", file=sys.stderr)
+        atexit.register(print, f"consequentialism: no compiled kernels: {MISSING}", file=sys.stderr)  # the last line
         package = ROOT / "consequentialism" if self.editable_mode else Path(self.build_lib, "consequentialism")
         package.mkdir(parents=True, exist_ok=True)
         (package / REASON_FILE).write_text(MISSING + "\n")
 
 
 def keep_objects(build_ext: type[Any]) -> type[Any]:
-    """An editable build keeps its objects where any other build does: what did not change is not compiled again."""
+    """torch's own builder, which also writes down for which torch it built.
+
+    An editable build keeps its objects where any other build does: what did not change is not compiled again.
+    """
 
     class BuildExtension(build_ext):  # type: ignore[misc]
         def run(self) -> None:
@@ -175,6 +180,11 @@ def keep_objects(build_ext: type[Any]) -> type[Any]:
                 usual.ensure_finalized()
                 self.build_temp = usual.build_temp
             super().run()
+            import torch
+
+            built = Path(self.get_ext_fullpath("consequentialism._C")).parent
+            for package in {built, ROOT / "consequentialism"} if self.editable_mode else {built}:
+                (package / TORCH_FILE).write_text(torch.__version__ + "\n")
 
     return BuildExtension
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import sys
 from importlib import metadata
@@ -43,7 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     command = {"demo": _demo, "info": _info, "bench": _bench, "bench-train": _bench_train, "check": _check}[
         chosen.command
     ]
-    return command(chosen.arguments)
+    try:
+        code = command(chosen.arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 0
+    return code
 
 
 def _demo(arguments: list[str]) -> int:

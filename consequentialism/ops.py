@@ -24,19 +24,36 @@ from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
 CONV_NAMES = ("conv_gram",)
 
+BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
+
 
 def _load() -> tuple[ModuleType | None, str | None]:
     """The compiled module, or why there is none."""
     reason_file = Path(__file__).with_name("_C_missing.txt")
     if reason_file.exists():
         return None, reason_file.read_text().strip()
+    torch_file = Path(__file__).with_name("_C_torch.txt")
+    built_for = torch_file.read_text().strip() if torch_file.exists() else None
+    if built_for is not None and _release(built_for) != _release(torch.__version__):  # it might load, and crash
+        return None, _moved(built_for)
     try:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         if not any(Path(__file__).parent.glob("_C.*")):
             return None, "not built; `pip install --no-build-isolation .` builds it"
+        if built_for is not None and built_for != torch.__version__:
+            return None, _moved(built_for)
         return None, f"built, but it cannot be loaded with torch {torch.__version__}: {error}"
     return _C, None
+
+
+def _moved(built_for: str) -> str:
+    return f"built for torch {built_for}, but torch {torch.__version__} is here; {BUILD_AGAIN}"
+
+
+def _release(version: str) -> list[str]:
+    """Major and minor version: torch keeps its binary interface for no longer."""
+    return version.split(".")[:2]
 
 
 module, missing_reason = _load()

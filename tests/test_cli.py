@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shlex
 import struct
 import subprocess
 import sys
@@ -169,3 +170,11 @@ def test_demo_refuses_bad_arguments_in_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], part: str
 ) -> None:
     assert_one_clear_line(run_here(capsys, "demo", "--out", tmp_path, *arguments), part)
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    command = f"{shlex.quote(sys.executable)} -m consequentialism info | head -n 1"
+    finished = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert finished.stdout.startswith("consequentialism"), finished
+    assert "Traceback" not in finished.stderr
+    assert "BrokenPipe" not in finished.stderr

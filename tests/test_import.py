@@ -67,7 +67,7 @@ def assert_right(found: dict) -> None:
 @pytest.fixture
 def pure(tmp_path: Path) -> Path:
     """A copy of the package without its compiled kernels."""
-    ignore = shutil.ignore_patterns("_C.*", "_C_missing.txt", "__pycache__")
+    ignore = shutil.ignore_patterns("_C.*", "_C_*.txt", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "consequentialism", ignore=ignore)
     return tmp_path
 
@@ -98,6 +98,23 @@ def test_with_kernels_that_cannot_be_loaded(pure: Path) -> None:
 
     (pure / f"consequentialism/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
     assert_falls_back(run(STEP, pure), pure, "cannot be loaded")
+
+
+@pytest.mark.parametrize("built_for", ["2.9.1", torch.__version__ + ".post1"])
+def test_with_kernels_for_another_torch(pure: Path, built_for: str) -> None:
+    import sysconfig
+
+    (pure / f"consequentialism/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    (pure / "consequentialism/_C_torch.txt").write_text(built_for + "\n")
+    finished = run(STEP, pure)
+    reason = f"built for torch {built_for}, but torch {torch.__version__} is here; `pip install --no-build-isolation"
+    assert_falls_back(finished, pure, reason)
+    assert "invalid ELF" not in finished.stderr + finished.stdout, "the loader's own words help nobody"
+
+
+@needs_kernels
+def test_the_build_writes_down_its_torch() -> None:
+    assert (PACKAGE / "_C_torch.txt").read_text().strip() == torch.__version__
 
 
 def test_naming_the_missing_backend_says_why(pure: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import cuda_resources
 import pytest
 from cuda_resources import Resources
+
+from consequentialism import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = """\
@@ -138,3 +141,9 @@ def test_gpu_script_reports_every_part(
     assert ("--quick" in done.stdout) == (settings.get("QUICK") == "1")
     assert ("--device cuda" in done.stdout and "--op linear" in done.stdout) == ("BUILD" not in settings)
     assert ("racecheck" in done.stdout) == (settings.get("QUICK") != "1" and "BUILD" not in settings)
+
+
+def test_all_backends_retry_a_broken_factor_alike() -> None:
+    for file, name in (("cpu/factor.cpp", "kRetries"), ("cuda/factor.cuh", "kFactorRetries")):
+        found = re.findall(rf"constexpr int {name} = (\d+);", (ROOT / "csrc" / file).read_text())
+        assert found == [str(reference.RETRIES)], file

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-// One binary for every x86 processor: the loader picks the widest instruction set that is there.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// One binary for every x86 processor: the loader picks the widest instruction set that is there. That takes glibc's
+// ifunc, and GCC 12 to know the levels by these names (GCC's bug 101696).
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define CONSEQUENTIALISM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CONSEQUENTIALISM_CLONES
