@@ -16,6 +16,8 @@ from .embedding import Embedding
 from .functional import emended_linear, emended_weight_grad, predict_change
 from .linear import Linear, set_samples
 from .options import Options
+from .registry import register
+from .summary import summary
 from .version import __version__
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "param_groups",
     "predict_change",
     "reference",
+    "register",
     "revert",
     "set_samples",
+    "summary",
 ]
