@@ -18,7 +18,7 @@ from .embedding import Embedding
 from .factor_batch import FactorBatch
 from .linear import EmendedModule, Linear
 from .optim.record import is_stepped_in_coordinates
-from .options import OPTION_NAMES, OptionsDict, options_from
+from .options import OPTION_NAMES, OptionsDict, as_number, options_from
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,8 +52,8 @@ def convert(
             instead of each layer's in forward; the gradients are the same. For many small layers. Inputs are then
             kept until backward. Under torch.compile, torch.func, checkpointing, `optim.FusedSGD` and
             ``process_group=``, layers go on alone.
-        **options: The fields of `consequentialism.Options`, for every layer. Layers that are emended already
-            take them, and ``batch_factors``, too.
+        **options: The fields of `consequentialism.Options`, for every layer those that it uses. Layers that are emended
+            already take them, and ``batch_factors``, too.
 
     Returns:
         ``model``.
@@ -138,8 +138,8 @@ def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list
             mapping or names ``"params"``.
     """
     _check_model(model)
-    if isinstance(lr, bool) or not isinstance(lr, (int, float, torch.Tensor)):
-        raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__})")
+    if not isinstance(lr, torch.Tensor):
+        lr = as_number("lr", lr)
     if not isinstance(other, Mapping):
         raise TypeError(f"other must be a dict of optimizer options, got {other!r} ({type(other).__name__})")
     if "params" in other:

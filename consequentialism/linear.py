@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import Peers, SavedGroup
 from .functional import emended_linear_with
-from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver, check_samples
+from .options import LINEAR_OPTIONS, DampingMode, Options, Scale, Solver, check_samples
 from .recorder import Recorder
 from .samples import count
 
@@ -21,6 +21,8 @@ _serials = itertools.count(1)
 
 class EmendedModule(nn.Module):
     """What emended layers share: the options as plain attributes, which may be changed between steps."""
+
+    OPTIONS: ClassVar[tuple[str, ...]] = LINEAR_OPTIONS  # those that the layer uses
 
     damping: float
     damping_mode: DampingMode
@@ -36,8 +38,8 @@ class EmendedModule(nn.Module):
     recorder: Recorder | None = None  # set by `attach`, on this instance only
 
     def set_options(self, options: Options) -> None:
-        """Take over checked options."""
-        for name in OPTION_NAMES:
+        """Take over those of the checked options that the layer uses."""
+        for name in self.OPTIONS:
             setattr(self, name, getattr(options, name))
         self.__dict__.setdefault("serial", next(_serials))
 
@@ -49,7 +51,7 @@ class EmendedModule(nn.Module):
 
     def options(self) -> Options:
         """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
-        values = {name: getattr(self, name) for name in OPTION_NAMES}
+        values = {name: getattr(self, name) for name in self.OPTIONS}
         if self.process_group is not None:
             values["process_group"] = Peers(self.process_group, self) if self.training else None
         return Options(**values)
@@ -74,7 +76,7 @@ class EmendedModule(nn.Module):
 
     def extra_repr(self) -> str:
         default = Options()
-        shown = (name for name in OPTION_NAMES if name not in ("process_group", "samples"))
+        shown = (name for name in self.OPTIONS if name not in ("process_group", "samples"))
         changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
         if self.recorder is not None and self.recorder.label:
             changed.append(self.recorder.label)
