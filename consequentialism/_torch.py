@@ -144,3 +144,12 @@ def is_dtensor(tensor: Tensor) -> bool:
 def constant_while_tracing(function: Callable[..., Any]) -> None:
     """`torch.compiler.assume_constant_result` without its import of the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def never_inlined(function: Any, reason: str) -> None:
+    """Never trace a call of the function as a part of its caller's graph; ``reason`` is what a full graph's error says.
+
+    Unlike `outside_graphs` it does not import the compiler, which may still trace the function on its own.
+    """
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 from .conv_functional import emended_conv_with
 from .geometry import Sizes
 from .linear import EmendedModule
-from .options import DampingMode, Options, Scale, Solver
+from .options import CONV_OPTIONS, DampingMode, Options, Scale, Solver, is_whole
 
 
 class EmendedConvNd(EmendedModule):
     """What the three share: everything but the number of spatial dimensions."""
+
+    OPTIONS = CONV_OPTIONS
 
     weight: Tensor
     bias: Tensor | None
@@ -50,6 +53,9 @@ class EmendedConvNd(EmendedModule):
         iterations: int = Options.iterations,
     ) -> None:
         options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes, solver, iterations)
+        sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+        for name, size in sizes.items():
+            _check_size(name, size)
         super().__init__(  # type: ignore[call-arg]
             in_channels,
             out_channels,
@@ -72,6 +78,15 @@ class EmendedConvNd(EmendedModule):
             padding = (0,) * len(self.stride)
         arguments = (self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return emended_conv_with(input, *arguments, self.options())
+
+
+def _check_size(name: str, size: Any) -> None:
+    """Raise where torch's own layer would fail at a number without saying which argument it is."""
+    if isinstance(size, str):
+        return
+    several = isinstance(size, Iterable) and isinstance(size, Sized)
+    if not all(map(is_whole, size)) if several else not is_whole(size):
+        raise TypeError(f"{name} must be a whole number or several, got {size!r} ({type(size).__name__})")
 
 
 class Conv1d(EmendedConvNd, nn.Conv1d):

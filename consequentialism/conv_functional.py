@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -216,7 +216,7 @@ def emended_conv_weight_grad(
     if not isinstance(bias, bool):
         raise TypeError(f"bias must be True or False, got {bias!r} ({type(bias).__name__})")
     _check_match("x", x, "dy", dy)
-    spatial = x.ndim - 2 if isinstance(kernel_size, int) else len(kernel_size)
+    spatial = len(kernel_size) if isinstance(kernel_size, Sequence) else x.ndim - 2
     if spatial not in CONVOLUTIONS or x.ndim not in (spatial + 1, spatial + 2) or x.ndim != dy.ndim:
         raise ValueError(
             f"x [B, C, *spatial] and dy [B, O, *positions] must have 1 to 3 spatial dimensions, those of kernel_size, "

@@ -19,7 +19,7 @@ from .factor_batch import FactorBatch
 from .functional import FLOATING_TYPES
 from .linear import EmendedModule, Linear
 from .optim.record import is_stepped_in_coordinates
-from .options import OPTION_NAMES, Options, OptionsDict, options_from
+from .options import OPTION_NAMES, Options, OptionsDict, as_number, options_from
 from .registry import emended_class, form_of, like_name, plain_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,11 +46,10 @@ def convert(
         batch_factors: Factor the matrices of all linear layers that a backward reaches together, when it begins,
             instead of each layer's in forward; the gradients are the same. For many small layers. Inputs are then
             kept until backward. Under torch.compile, torch.func, checkpointing, `optim.FusedSGD` and
-            ``process_group=``, layers go on alone. A second convert
-            without it takes it back.
-        **options: The fields of `consequentialism.Options`, for every layer. Layers that are emended already, those
-            of classes made at run time (`parametrize`, ``fully_shard``) among them, take those that are named, and
-            keep the others as they are.
+            ``process_group=``, layers go on alone. A second convert without it takes it back.
+        **options: The fields of `consequentialism.Options`; every layer takes those that it uses. Layers that are
+            emended already, those of classes made at run time (`parametrize`, ``fully_shard``) among them, take those
+            that are named, and keep the others as they are.
 
     Returns:
         ``model``.
@@ -84,7 +83,7 @@ def convert(
             )
         reason = _obstacle(module, tied)
         if reason is None:
-            own = {option: getattr(module, option) for option in OPTION_NAMES} if emended else {}
+            own = {option: getattr(module, option) for option in module.OPTIONS} if emended else {}
             chosen.append((name, module, options_from({**own, **options}) if emended else settings))
         else:
             left_alone.append(f"{_place(name, module)}: {reason}")
@@ -142,8 +141,8 @@ def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list
             mapping or names ``"params"``.
     """
     _check_model(model)
-    if isinstance(lr, bool) or not isinstance(lr, (int, float, torch.Tensor)):
-        raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__})")
+    if not isinstance(lr, torch.Tensor):
+        lr = as_number("lr", lr)
     if not isinstance(other, Mapping):
         raise TypeError(f"other must be a dict of optimizer options, got {other!r} ({type(other).__name__})")
     if "params" in other:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import _torch
 from .options import Options
 from .precision import compute_dtype, emended_dtype, gram_dtype
 from .reference import apply_inverse
@@ -212,7 +213,7 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
     damping, mode = options.damping, options.damping_mode
     scale = "raw" if options.scale == "nlms" else options.scale  # times the samples, which need not be the rows
     if total <= inputs:
-        batch, begin = _gather_rows(work, counts.rows, group)
+        batch, begin = gather_rows(work, counts.rows, group)
         emended, column = backend.emended_input(batch, bias, "dual", damping, mode, scale)
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
@@ -227,7 +228,7 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
     return emended.to(emended_dtype(x.dtype)), column.to(compute_dtype(x.dtype))
 
 
-def _gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+def gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
     """The rows of all ranks, and where this rank's begin. Shorter ranks are padded for the exchange."""
     longest = max(rows)
     own = x.new_zeros(longest, x.shape[1])
@@ -237,9 +238,8 @@ def _gather_rows(x: Tensor, rows: list[int], group: dist.ProcessGroup | None) ->
     return torch.cat(parts), sum(rows[: dist.get_rank(group)])
 
 
-# torch.compiler.disable, which would import all of Dynamo.
-exchange_counts._torchdynamo_disable = True  # type: ignore[attr-defined]
-exchange_counts._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+_torch.never_inlined(
+    exchange_counts,
     "consequentialism: process_group= does not support torch.compile in a full graph, because the host must learn the "
-    "ranks' numbers of rows. Compile without fullgraph=True"
+    "ranks' numbers of rows. Compile without fullgraph=True",
 )

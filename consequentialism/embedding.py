@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Never
 
 from . import _torch, distributed, samples
 from .autograd import once_differentiable
 from .linear import EmendedModule
-from .options import DampingMode, Options, Scale, Solver
-from .reference import embedding_counts, emended_embedding_rows
+from .options import EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_option_names
+from .reference import embedding_counts, embedding_occurrences, emended_embedding_rows
 
 
 class EmendedEmbedding(torch.autograd.Function):
@@ -41,21 +42,33 @@ class EmendedEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         indices, ratio = ctx.saved_tensors
-        flat, errors = indices.reshape(-1), dy.reshape(-1, dy.shape[-1])
-        counts, rows = embedding_counts(flat, ctx.num_embeddings, ctx.padding_idx)
-        options = ctx.options
-        multiplier: float | Tensor | None = None if ratio is None else rows * ratio
+        flat, errors = indices.reshape(-1), dy.reshape(indices.numel(), dy.shape[-1])
+        options, padding_idx = ctx.options, ctx.padding_idx
+        rows, everyone = flat.shape[0], flat
+        multiplier: float | Tensor = rows if ratio is None else rows * ratio
         if options.process_group is not None:
             shape = f"embedding, V={ctx.num_embeddings}, E={errors.shape[1]}"
-            exchanged = distributed.exchange_counts(shape, flat.shape[0], flat.shape[0], errors, options)
-            dist.all_reduce(counts, group=distributed.group_of(options))
-            rows, multiplier = rows.new_full((), sum(exchanged.rows)), exchanged.samples
+            exchanged = distributed.exchange_counts(shape, rows, rows, errors, options)
+            rows, multiplier = sum(exchanged.rows), exchanged.samples
+            if ctx.sparse:
+                everyone = distributed.gather_rows(flat.long()[:, None], exchanged.rows, distributed.group_of(options))[
+                    0
+                ][:, 0]
+        if ctx.sparse:  # of a large vocabulary, which would take longer to count than all the rest
+            counts, total = embedding_occurrences(flat, everyone, padding_idx)
+        else:
+            every = embedding_counts(flat, ctx.num_embeddings, padding_idx)
+            if options.process_group is not None:
+                dist.all_reduce(every, group=distributed.group_of(options))
+            counts, total = every[flat], every.sum()
         emended = emended_embedding_rows(
             flat,
             errors,
             counts,
-            rows,
-            ctx.padding_idx,
+            total,
+            total.new_full((), rows),
+            ctx.num_embeddings,
+            padding_idx,
             damping=options.damping,
             damping_mode=options.damping_mode,
             scale=options.scale,
@@ -65,33 +78,51 @@ class EmendedEmbedding(torch.autograd.Function):
             size = (ctx.num_embeddings, errors.shape[1])
             dw = torch.sparse_coo_tensor(flat[None], emended.to(ctx.dtype), size, check_invariants=False)
         else:
-            padding_idx = -1 if ctx.padding_idx is None else ctx.padding_idx
-            dw = torch.ops.aten.embedding_dense_backward(emended, flat, ctx.num_embeddings, padding_idx, False)
+            ignored = -1 if padding_idx is None else padding_idx
+            dw = torch.ops.aten.embedding_dense_backward(emended, flat, ctx.num_embeddings, ignored, False)
             dw = dw.to(ctx.dtype)
         return dw, None, None, None, None, None
+
+
+FULL_GRAPH = (
+    "consequentialism.Embedding(sparse=True) does not support torch.compile in a full graph, which has no sparse "
+    "gradients. Compile without fullgraph=True, or use sparse=False"
+)
+
+
+def _look_up_outside_graphs(*arguments: Any) -> Tensor:
+    return torch.compiler.disable(EmendedEmbedding.apply, reason=FULL_GRAPH)(*arguments)
+
+
+_torch.never_inlined(_look_up_outside_graphs, FULL_GRAPH)
 
 
 class Embedding(EmendedModule, nn.Embedding):
     """`torch.nn.Embedding` whose weight gradient is emended: ``dw[v] = sum of dy over occurrences / (count_v + c)``.
 
     An embedding is a linear layer of one-hot rows, whose Gram is diagonal; this is its emended gradient, exactly.
-    It is plain PyTorch on every device, whatever ``backend`` and ``solver`` say. A row at ``padding_idx`` is a row of
-    zeros.
+    It is plain PyTorch on every device, so that there is no ``backend``, and nothing to solve. A row at
+    ``padding_idx`` is a row of zeros.
 
     Args:
         num_embeddings: ``V``, and all further positional arguments as `torch.nn.Embedding`.
             ``scale_grad_by_freq`` is refused: emending already divides by the counts.
-        damping: As `consequentialism.Linear`, and so all keywords after it; ``min(N, V)`` is the rank that a
-            relative damping is relative to. ``scale="nlms"`` multiplies by all ``N`` indices, those at ``padding_idx``
-            included, unless `set_samples` says otherwise. With ``process_group=`` ranks communicate in backward.
+        sparse: As `torch.nn.Embedding`; only the rows that occur are then counted. torch.compile leaves the layer out
+            of its graphs, and says that it cannot where they must be full.
+        damping: As `consequentialism.Linear`, and so ``damping_mode``, ``scale`` and ``process_group``; ``min(N, V)``
+            is the rank that a relative damping is relative to. ``scale="nlms"`` multiplies by all ``N`` indices, those
+            at ``padding_idx`` included, unless `set_samples` says otherwise. With ``process_group=`` ranks communicate
+            in backward.
 
     Shape:
         ``[...] -> [..., embedding_dim]``.
 
     Raises:
-        TypeError: An option of the wrong type.
+        TypeError: An option of the wrong type, or one that an embedding does not have.
         ValueError: An option out of its range, or ``scale_grad_by_freq=True``.
     """
+
+    OPTIONS = EMBEDDING_OPTIONS
 
     def __init__(
         self,
@@ -110,12 +141,11 @@ class Embedding(EmendedModule, nn.Embedding):
         damping: float = 1.0,
         damping_mode: DampingMode = "relative",
         scale: Scale = "nlms",
-        backend: str = "auto",
         process_group: Any = None,
-        solver: Solver = "auto",
-        iterations: int = 16,
+        **others: Never,
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, solver=solver, iterations=iterations)
+        check_option_names(others, ("damping", "damping_mode", "scale", "process_group"), type(self).__name__)
+        options = Options(damping, damping_mode, scale, process_group=process_group)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
         super().__init__(
@@ -146,4 +176,6 @@ class Embedding(EmendedModule, nn.Embedding):
         if isinstance(options.process_group, distributed.Peers):
             options = replace(options, process_group=options.process_group.in_backward())
         ratio = samples.ratio(options, input.numel(), self.weight)
-        return EmendedEmbedding.apply(self.weight, input, self.padding_idx, self.sparse, options, ratio)
+        leaves_graph = self.sparse and torch.compiler.is_compiling()
+        look_up = _look_up_outside_graphs if leaves_graph else EmendedEmbedding.apply
+        return look_up(self.weight, input, self.padding_idx, self.sparse, options, ratio)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cost, ops, reference
+from .options import is_whole
 from .reference import ConvBlock
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -298,7 +299,7 @@ def normalized(
     spatial = len(kernel)
     strides = per_dimension("stride", stride, spatial)
     dilations = per_dimension("dilation", dilation, spatial)
-    check_groups(groups)
+    groups = checked_groups(groups)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be 'same', 'valid' or whole numbers, got {padding!r}")
@@ -323,7 +324,7 @@ def normalized_transposed(
 ) -> TransposedGeometry:
     """That of a transposed convolution."""
     spatial = len(kernel)
-    check_groups(groups)
+    groups = checked_groups(groups)
     return TransposedGeometry(
         kernel,
         per_dimension("stride", stride, spatial),
@@ -334,19 +335,21 @@ def normalized_transposed(
     )
 
 
-def check_groups(groups: Any) -> None:
-    """Raise unless it is a whole number."""
-    if isinstance(groups, bool) or not isinstance(groups, int):
+def checked_groups(groups: Any) -> int:
+    """``groups``, a whole number of Python's or numpy's, as an int."""
+    if not is_whole(groups):
         raise TypeError(f"groups must be a whole number above 0, got {groups!r} ({type(groups).__name__})")
+    return int(groups)
 
 
 def per_dimension(name: str, value: Any, spatial: int) -> tuple[int, ...]:
     """One whole number for each spatial dimension, of one or of as many."""
-    values = (value,) * spatial if isinstance(value, int) else value
+    values = (value,) * spatial if is_whole(value) else value
     if isinstance(value, (bool, str)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a whole number or {spatial} of them, got {value!r} ({type(value).__name__})")
     if len(values) == 1:
         values = tuple(values) * spatial
-    if len(values) != spatial or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+    if len(values) != spatial or not all(is_whole(v) for v in values):
         raise ValueError(f"{name} must be a whole number or {spatial} of them, got {value!r}")
-    return tuple(values)
+    sizes: list[Any] = [v if type(v) is int or isinstance(v, torch.SymInt) else int(v) for v in values]
+    return tuple(sizes)

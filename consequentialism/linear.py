@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import plain_path
 from .distributed import Peers, SavedGroup
 from .functional import autocast, check_linear, emended_linear_with
-from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver, check_samples
+from .options import LINEAR_OPTIONS, DampingMode, Options, Scale, Solver, check_samples
 from .recorder import Recorder
 from .samples import count
 
@@ -28,6 +28,8 @@ class EmendedModule(nn.Module):
     It stands before torch's own class, whose ``forward`` serves where nothing is to be emended; a subclass has
     `emended_forward`.
     """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = LINEAR_OPTIONS  # those that the layer uses
 
     # The class's values serve modules pickled before there were these, and classes of `register` that are called anew.
     damping: float = Options.damping
@@ -74,8 +76,8 @@ class EmendedModule(nn.Module):
                 yield from parametrized[name].parameters()
 
     def set_options(self, options: Options) -> None:
-        """Take over checked options."""
-        for name in OPTION_NAMES:
+        """Take over those of the checked options that the layer uses."""
+        for name in self.OPTIONS:
             setattr(self, name, getattr(options, name))
         self.__dict__.setdefault("serial", next(_serials))
 
@@ -87,7 +89,7 @@ class EmendedModule(nn.Module):
 
     def options(self) -> Options:
         """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
-        values = {name: getattr(self, name) for name in OPTION_NAMES}
+        values = {name: getattr(self, name) for name in self.OPTIONS}
         if self.process_group is not None:
             values["process_group"] = Peers(self.process_group, self) if self.training else None
         return Options(**values)
@@ -131,7 +133,7 @@ class EmendedModule(nn.Module):
 
     def extra_repr(self) -> str:
         default = Options()
-        shown = (name for name in OPTION_NAMES if name not in ("process_group", "samples"))
+        shown = (name for name in self.OPTIONS if name not in ("process_group", "samples"))
         changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
         if self.recorder is not None and self.recorder.label:
             changed.append(self.recorder.label)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from torch import SymInt, Tensor
 from typing_extensions import TypedDict  # torch requires it; the one of typing has no Unpack before Python 3.11
 
 if TYPE_CHECKING:
@@ -63,13 +64,17 @@ class Options:
     samples: int | Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if type(self.damping) is not float:
+            object.__setattr__(self, "damping", as_number("damping", self.damping, "a number above 0"))
         check_damping(self.damping)
         check_choice("damping_mode", self.damping_mode, DAMPING_MODES)
         check_choice("scale", self.scale, SCALES)
         check_choice("backend", self.backend, BACKENDS)
-        check_patch_bytes(self.patch_bytes)
         check_choice("solver", self.solver, SOLVERS)
-        check_iterations(self.iterations)
+        for name, allowed in (("patch_bytes", "a whole number above 0"), ("iterations", "an integer above 0")):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                object.__setattr__(self, name, as_count(name, value, allowed))
         if self.samples is not None:
             check_samples(self.samples)
         if self.solver == "cg" and self.process_group is not None:
@@ -93,13 +98,20 @@ class OptionsDict(TypedDict, total=False):
     samples: int | Tensor | None
 
 
-def check_option_names(options: Mapping[str, Any]) -> None:
-    """Raise unless every key is a field of `Options`."""
+# Which of them mean something: to an embedding, to a linear layer, to a convolution.
+EMBEDDING_OPTIONS = ("damping", "damping_mode", "scale", "process_group", "samples")
+LINEAR_OPTIONS = tuple(name for name in OPTION_NAMES if name != "patch_bytes")
+CONV_OPTIONS = OPTION_NAMES
+
+
+def check_option_names(options: Iterable[str], names: Sequence[str] = OPTION_NAMES, owner: str = "") -> None:
+    """Raise unless every one of ``options`` is in ``names``, those that ``owner`` has, or the fields of `Options`."""
     for name in options:
-        if name not in OPTION_NAMES:
-            meant = difflib.get_close_matches(name, OPTION_NAMES, n=1)
+        if name not in names:
+            meant = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {meant[0]!r}?)" if meant else ""
-            raise TypeError(f"there is no option {name!r}{hint}; the options are {', '.join(OPTION_NAMES)}")
+            has = f"{owner} has" if owner else "there is"
+            raise TypeError(f"{has} no option {name!r}{hint}; the options are {', '.join(names)}")
 
 
 def options_from(keywords: Mapping[str, Any]) -> Options:
@@ -108,21 +120,37 @@ def options_from(keywords: Mapping[str, Any]) -> Options:
     return Options(**keywords)
 
 
-def check_damping(damping: Any) -> None:
-    """Raise unless ``damping`` is a finite number above 0."""
-    if isinstance(damping, bool) or not isinstance(damping, numbers.Real):
-        raise TypeError(f"damping must be a number above 0, got {damping!r} ({type(damping).__name__})")
-    finite: Any = damping  # not float(damping), which a large whole number overflows
-    if not 0 < finite <= sys.float_info.max:
+def check_damping(damping: float) -> None:
+    """Raise unless ``damping`` is finite and above 0."""
+    if not 0 < as_number("damping", damping, "a number above 0") <= sys.float_info.max:
         raise ValueError(f"damping must be finite and above 0, got {damping!r}")
 
 
-def check_iterations(iterations: Any) -> None:
-    """Raise unless ``iterations`` is an integer above 0."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations must be an integer above 0, got {iterations!r} ({type(iterations).__name__})")
-    if iterations < 1:
-        raise ValueError(f"iterations must be above 0, got {iterations!r}")
+def as_number(name: str, value: Any, allowed: str = "a number") -> float:
+    """``value``, a real number of Python's or numpy's, as a float; one too large for that is infinity."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
+    if type(value) is float:  # or a tracer's
+        return value
+    number: Any = value
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def as_count(name: str, value: Any, allowed: str) -> int:
+    """``value``, an integer of Python's or numpy's above 0, as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} ({type(value).__name__})")
+    if int(value) < 1:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return int(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is an integer of Python's, numpy's or a tracer's."""
+    return type(value) is int or (isinstance(value, (numbers.Integral, SymInt)) and not isinstance(value, bool))
 
 
 def check_samples(samples: Any) -> None:
@@ -136,16 +164,6 @@ def check_samples(samples: Any) -> None:
         raise TypeError(f"samples must be {allowed}, got {samples!r} ({type(samples).__name__})")
     if int(samples) < 0:
         raise ValueError(f"samples must be {allowed}, got {samples!r}")
-
-
-def check_patch_bytes(patch_bytes: Any) -> None:
-    """Raise unless ``patch_bytes`` is a whole number above 0."""
-    if isinstance(patch_bytes, bool) or not isinstance(patch_bytes, int):
-        raise TypeError(
-            f"patch_bytes must be a whole number above 0, got {patch_bytes!r} ({type(patch_bytes).__name__})"
-        )
-    if patch_bytes < 1:
-        raise ValueError(f"patch_bytes must be above 0, got {patch_bytes!r}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

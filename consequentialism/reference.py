@@ -495,20 +495,37 @@ def emended_conv_transpose_weight_grad(
     return dw.transpose(1, 2).flatten(0, 1), db
 
 
-def embedding_counts(indices: Tensor, num_embeddings: int, padding_idx: int | None) -> tuple[Tensor, Tensor]:
-    """How often each index stands in ``indices [N]`` (``[V]``, 0 for ``padding_idx``), and ``N`` (0-dimensional)."""
-    counted = torch.ones(indices.shape, device=indices.device, dtype=torch.float64)
-    if padding_idx is not None:
-        counted = (indices != padding_idx).to(counted.dtype)
-    counts = counted.new_zeros(num_embeddings).index_add(0, indices, counted)
-    return counts, counts.new_full((), indices.shape[0])
+def embedding_counts(indices: Tensor, num_embeddings: int, padding_idx: int | None) -> Tensor:
+    """How often each index stands in ``indices [N]``: ``[V]`` in float64, 0 for ``padding_idx``."""
+    counted = _counted(indices, padding_idx)
+    return counted.new_zeros(num_embeddings).index_add(0, indices, counted)
+
+
+def embedding_occurrences(indices: Tensor, everyone: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
+    """`embedding_counts` of ``everyone [M]`` at ``indices [N]`` alone, and its sum; nothing has the vocabulary's size.
+
+    The counts at ``padding_idx``, which nobody reads, are not 0.
+    """
+    ordered, indices = everyone.sort().values, indices.to(everyone.dtype)
+    after = torch.searchsorted(ordered, indices, right=True)
+    counts = after - torch.searchsorted(ordered, indices)
+    return counts.to(torch.float64), _counted(everyone, padding_idx).sum()
+
+
+def _counted(indices: Tensor, padding_idx: int | None) -> Tensor:
+    """1 for each row in float64, 0 at ``padding_idx``."""
+    if padding_idx is None:
+        return torch.ones(indices.shape, device=indices.device, dtype=torch.float64)
+    return (indices != padding_idx).to(torch.float64)
 
 
 def emended_embedding_rows(
     indices: Tensor,
     dy: Tensor,
     counts: Tensor,
+    total: Tensor,
     rows: Tensor,
+    num_embeddings: int,
     padding_idx: int | None = None,
     *,
     damping: float = 1.0,
@@ -524,16 +541,18 @@ def emended_embedding_rows(
     Args:
         indices: ``[N]``, integers.
         dy: ``[N, E]``.
-        counts: ``[V]``, as `embedding_counts` gives them.
-        rows: ``N``, 0-dimensional, likewise.
+        counts: ``[N]``, how often each row's index occurs.
+        total: The sum of the counts of all the vocabulary, 0-dimensional: ``trace(x^T x)``.
+        rows: ``N``, 0-dimensional.
+        num_embeddings: ``V``.
         samples: What ``scale="nlms"`` multiplies by; None for ``rows``.
 
     Returns:
         ``[N, E]`` in float32 or float64.
     """
-    rank = rows.clamp(min=1, max=counts.shape[0])
-    c = damping * counts.sum() / rank if damping_mode == "relative" else counts.new_full((), damping)
-    weight = 1 / (counts[indices] + c)  # [N]
+    rank = rows.clamp(min=1, max=num_embeddings)
+    c = damping * total / rank if damping_mode == "relative" else total.new_full((), damping)
+    weight = 1 / (counts + c)  # [N]
     if scale == "nlms":
         weight = weight * (rows if samples is None else samples)
     elif scale == "gradient":
@@ -555,7 +574,8 @@ def emended_embedding_grad(
     scale: Scale = "nlms",
 ) -> Tensor:
     """``dw [V, E]`` of an embedding: `emended_embedding_rows` summed into their places."""
-    counts, rows = embedding_counts(indices, num_embeddings, padding_idx)
-    options = {"damping": damping, "damping_mode": damping_mode, "scale": scale}
-    emended = emended_embedding_rows(indices, dy, counts, rows, padding_idx, **options)  # type: ignore[arg-type]
+    counts = embedding_counts(indices, num_embeddings, padding_idx)
+    statistics = (counts[indices], counts.sum(), counts.new_full((), indices.shape[0]), num_embeddings)
+    options: dict[str, Any] = {"damping": damping, "damping_mode": damping_mode, "scale": scale}
+    emended = emended_embedding_rows(indices, dy, *statistics, padding_idx, **options)
     return emended.new_zeros(num_embeddings, dy.shape[1]).index_add(0, indices, emended).to(dy.dtype)

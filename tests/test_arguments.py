@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F32, F64, HAS_KERNELS, TOLERANCE, assert_grads_close, oracle, randn
+from cases import BF16, F32, F64, HAS_KERNELS, TOLERANCE, assert_grads_close, assert_identical, oracle, randn
 from torch import nn
 
 import consequentialism as cw
@@ -64,8 +64,10 @@ def assert_raises(error: type[Exception], words: tuple[str, ...], call: Callable
 @pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS, ids=lambda value: str(value))
 @pytest.mark.parametrize("taker", TAKERS)
 def test_bad_options(taker: str, options: dict, error: type[Exception], words: tuple[str, ...]) -> None:
-    if "patch_bytes" in options and taker in ("Linear", "Embedding"):
-        error, words = TypeError, ("patch_bytes",)  # no keyword of these layers
+    unused = {"Linear": ("patch_bytes",), "Embedding": ("backend", "patch_bytes", "solver", "iterations")}
+    for name in unused.get(taker, ()):
+        if name in options:
+            error, words = TypeError, (name,)
     assert_raises(error, words, lambda: TAKERS[taker](**options))
 
 
@@ -90,6 +92,94 @@ def test_any_real_number_is_a_damping(damping: Any) -> None:
     expected = oracle(x, dy, damping=float(damping))
     for value in (damping, numpy.float32(damping), numpy.float64(damping)):
         assert_grads_close(cw.emended_weight_grad(x, dy, damping=value), expected, TOLERANCE[F64])
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    given = {"damping": numpy.float32(0.5), "patch_bytes": numpy.int64(4096), "iterations": numpy.int32(3)}
+    options = cw.Options(**given)
+    assert options == cw.Options(damping=0.5, patch_bytes=4096, iterations=3)
+    assert [type(getattr(options, name)) for name in given] == [float, int, int]
+    with pytest.raises(ValueError, match=r"damping must be finite.*inf"):
+        cw.Options(damping=numpy.float32("inf"))
+    with pytest.raises(TypeError, match="iterations must be an integer"):
+        cw.Options(iterations=numpy.float32(3))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv1d"])
+def test_a_damping_of_numpy_warns_at_no_forward(kind: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    x = {"Linear": randn(4, 5, dtype=F32), "Embedding": torch.arange(4), "Conv1d": randn(2, 5, 4, dtype=F32)}[kind]
+    found = []
+    for damping in (numpy.float32(0.5), 0.5):
+        torch.manual_seed(0)
+        layer = getattr(cw, kind)(5, 3, *((2,) if kind == "Conv1d" else ()))
+        layer.damping = damping  # as a schedule does
+        layer(x).square().sum().backward()
+        found.append(layer.weight.grad)
+    assert_identical("dw", *found)
+
+
+def test_a_geometry_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    two, one, x = numpy.int64(2), numpy.int32(1), randn(2, 4, 7, 7)
+    plain = nn.Conv2d(4, 4, 3, two, one, one, two, dtype=F64)
+    expected = cw.Conv2d(4, 4, 3, 2, 1, 1, 2, dtype=F64)
+    expected.load_state_dict(plain.state_dict())
+    converted = cw.convert(plain)
+    for layer in (converted, expected):
+        layer(x).square().sum().backward()
+    assert_identical("dw", converted.weight.grad, expected.weight.grad)
+    dw, _ = cw.emended_conv_weight_grad(x, randn(2, 4, 4, 4), numpy.int64(3), stride=two, padding=one, groups=two)
+    assert_identical("dw", dw, cw.emended_conv_weight_grad(x, randn(2, 4, 4, 4), 3, stride=2, padding=1, groups=2)[0])
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "padding", "dilation"])
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "Conv3d"])
+def test_a_fractional_geometry_names_the_argument(kind: str, name: str) -> None:
+    spatial = int(kind[4])
+    for value in (3.0, (3.0,) * spatial, True):
+        words = (name, repr(value), "whole number")
+        assert_raises(TypeError, words, lambda v=value: getattr(cw, kind)(4, 4, **{"kernel_size": 1, name: v}))
+    x, dy = randn(2, 4, *(5,) * spatial), randn(2, 4, *(5,) * spatial)
+    call = {"kernel_size": 1, name: 3.0}
+    assert_raises(TypeError, (name, "3.0", "whole number"), lambda: cw.emended_conv_weight_grad(x, dy, **call))
+
+
+def test_a_learning_rate_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    rate = numpy.float32(0.5)
+    model = cw.convert(nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)))
+    (emended, _) = cw.param_groups(model, lr=rate, other={"lr": 0.1})
+    fused = cw.optim.FusedSGD(model, lr=rate, other_lr=numpy.float64(0.25))
+    muon = cw.optim.Muon(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)), rate, aux={"lr": 0.1})
+    rates = [emended["lr"], *(group["lr"] for group in fused.param_groups), muon.param_groups[0]["lr"]]
+    assert rates == [0.5, 0.5, 0.25, 0.5]
+    assert {type(lr) for lr in rates} == {float}
+    with pytest.raises(ValueError, match="lr must be finite"):
+        cw.optim.FusedSGD(cw.Linear(5, 3), lr=numpy.float32("inf"))
+
+
+def test_an_embedding_refuses_what_it_does_not_use() -> None:
+    for name, value in {"backend": "cpu", "solver": "cg", "iterations": 3, "patch_bytes": 4096}.items():
+        words = ("Embedding", name, "damping, damping_mode, scale, process_group")
+        assert_raises(TypeError, words, lambda n=name, v=value: cw.Embedding(5, 3, **{n: v}))
+    assert_raises(TypeError, ("did you mean 'damping'",), lambda: cw.Embedding(5, 3, dampening=1.0))
+
+
+def test_convert_passes_on_what_each_layer_uses() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.Conv1d(4, 2, 1))
+    cw.convert(model, damping=0.5, backend="reference", solver="cg", iterations=3, patch_bytes=4096)
+    shown = [[name for name in OPTION_NAMES if f"{name}=" in repr(layer)] for layer in model]
+    assert shown == [
+        ["damping"],
+        ["damping", "backend", "solver", "iterations"],
+        ["damping", "backend", "patch_bytes", "solver", "iterations"],
+    ]
+    model(torch.tensor([[0, 1, 2, 2]])).sum().backward()
+    cw.revert(model)
+    assert not any(hasattr(layer, name) for layer in model for name in OPTION_NAMES)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, BF16, F32, F64, TOLERANCE, TRANSFORM, assert_close, device_of, needs_kernels, oracle, randn
+from cases import (
+    BACKENDS,
+    BF16,
+    EXACT,
+    F32,
+    F64,
+    TOLERANCE,
+    TRANSFORM,
+    assert_close,
+    device_of,
+    needs_kernels,
+    oracle,
+    randn,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -150,6 +163,24 @@ def test_embedding() -> None:
     compiled(indices).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert_close(name, parameter.grad, expected[name], TRANSFORM[F32])
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_sparse_embedding_stays_outside() -> None:
+    layer = cw.Embedding(9, 4, sparse=True)
+    indices = torch.tensor([[1, 2, 2], [0, 8, 1]])
+    layer(indices).square().sum().backward()
+    expected = layer.weight.grad.to_dense()
+    layer.zero_grad()
+    torch.compile(layer, backend="aot_eager")(indices).square().sum().backward()
+    assert layer.weight.grad.is_sparse
+    assert_close("dw", layer.weight.grad.to_dense(), expected, TRANSFORM[F32])
+    torch._dynamo.reset()  # or the pieces are taken for the full graph
+    with pytest.raises(Exception, match=r"Embedding\(sparse=True\) does not support torch.compile in a full graph"):
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(indices)
+    layer.requires_grad_(False)
+    torch._dynamo.reset()
+    assert_close("y", torch.compile(layer, fullgraph=True, backend="aot_eager")(indices), layer(indices), EXACT)
 
 
 def test_converted_after_compiling_is_not_stale() -> None:

@@ -189,7 +189,7 @@ def test_training_is_that_of_one_process(found: list[dict[str, Any]], wrap: str,
 def test_embedding(found: list[dict[str, Any]], counts: list[int]) -> None:
     for result in results_of(found, f"embedding {counts}"):
         for name, own in result.items():
-            scale, damping_mode = name.split()
+            scale, damping_mode, *_ = name.split()
             options = {"scale": scale, "damping_mode": damping_mode, "damping": 0.3}
             dy = randn(12, OUTPUTS) / workers.RANKS
             expected = cw.reference.emended_embedding_grad(INDICES, dy, 11, 0, **options)

@@ -23,6 +23,8 @@ from cases import (
     randn,
 )
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import consequentialism as cw
 
@@ -259,3 +261,51 @@ def test_one_step_moves_each_row_by_its_mean_error() -> None:
     gradient_of(layer, dy)
     torch.optim.SGD(layer.parameters(), lr=1.0).step()
     assert_close("dw[2]", before[2] - layer.weight[2], dy[INDICES == 2].mean(0), LIMIT)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_width(sparse: bool) -> None:
+    layer = cw.Embedding(VOCABULARY, 0, sparse=sparse)
+    layer(INDICES).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.shape == (VOCABULARY, 0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest result of any operation had."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_a_sparse_gradient_has_nothing_of_the_vocabularys_size(integers: torch.dtype, padding_idx: int | None) -> None:
+    vocabulary = 100_000
+    options: dict[str, Any] = {"damping": 0.3, "padding_idx": padding_idx}
+    layer = cw.Embedding(vocabulary, WIDTH, sparse=True, dtype=F64, **options)
+    y, dy = layer(INDICES.to(integers)), randn(*INDICES.shape, WIDTH)
+    with LargestTensor() as seen:
+        y.backward(dy)
+    assert 0 < seen.largest <= INDICES.numel() * WIDTH
+    expected = cw.reference.emended_embedding_grad(INDICES.reshape(-1), dy.reshape(-1, WIDTH), vocabulary, **options)
+    assert_close("dw", layer.weight.grad.to_dense(), expected, EXACT)
+
+
+@pytest.mark.parametrize("scale", ["nlms", "raw", "gradient"])
+@pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
+def test_sparse_and_dense_agree(scale: str, damping_mode: str) -> None:
+    dy = randn(*INDICES.shape, WIDTH)
+    found = []
+    for sparse in (False, True):
+        options: dict[str, Any] = {"damping": 0.3, "scale": scale, "damping_mode": damping_mode}
+        layer = cw.Embedding(VOCABULARY, WIDTH, 0, sparse=sparse, dtype=F64, **options)
+        cw.set_samples(layer, 7)
+        found.append(gradient_of(layer, dy).to_dense() if sparse else gradient_of(layer, dy))
+    assert_close("dw", found[1], found[0], EXACT)

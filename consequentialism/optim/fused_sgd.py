@@ -23,7 +23,7 @@ from .. import _torch
 from ..functional import emended_linear_with
 from ..kept import Kept
 from ..linear import Linear
-from ..options import Options
+from ..options import Options, as_number
 from ..recorder import Recorder
 from .step import update, updated_linear, updated_linear_backward
 
@@ -284,8 +284,10 @@ class FusedSGD(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
         check_rate("lr", lr)
+        lr = lr if isinstance(lr, Tensor) else float(lr)  # a numpy scalar too, which no checkpoint should hold
         if other_lr is not None:
             check_rate("other_lr", other_lr)
+            other_lr = other_lr if isinstance(other_lr, Tensor) else float(other_lr)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
         _check_layers(model, layers)
         stepped = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
@@ -372,9 +374,7 @@ def check_rate(name: str, lr: Any) -> None:
         if lr.device.type != "cpu":
             return
         lr = lr.item()
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor, got {lr!r} ({type(lr).__name__})")
-    if not 0 <= lr < math.inf:
+    if not 0 <= as_number(name, lr, "a number or a tensor") < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {lr!r}")
 
 

@@ -177,7 +177,7 @@ class Lookup(Kind):
         return weight.T[None]
 
     def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
-        counts, _ = reference.embedding_counts(x.reshape(-1), blocks.inputs, self.padding_idx)
+        counts = reference.embedding_counts(x.reshape(-1), blocks.inputs, self.padding_idx)
         return counts.to(dtype), x.numel()
 
 

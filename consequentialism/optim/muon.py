@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..options import as_number
 from . import steps
 from .emended import Emended
 from .layers import Kind, Lookup, kind_of
@@ -69,6 +70,8 @@ class Muon(Emended):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        if not isinstance(lr, Tensor):
+            lr = as_number("lr", lr)
         options = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -174,8 +177,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def _check(options: dict[str, Any], qkv: Any, aux: Any) -> None:
     lr, momentum, decay = options["lr"], options["momentum"], options["weight_decay"]
-    if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
-        raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__})")
     if not isinstance(lr, Tensor) and not lr >= 0:
         raise ValueError(f"lr must be at least 0, got {lr!r}")
     if not 0 <= momentum < 1:
