@@ -65,7 +65,7 @@ class EmendedConvNd(EmendedModule):
         )
         self.set_options(options)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def emended_forward(self, input: Tensor) -> Tensor:
         padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from typing_extensions import Unpack
 
-from . import _torch
+from . import _torch, plain_path
 from .autograd import full_precision
 from .conv_autograd import EmendedConv, Needs, TransformableEmendedConv, conv_gradients, prepare
 from .functional import _check_floating, _check_match, autocast, check_differentiable
@@ -51,7 +52,10 @@ def emended_conv(
 
     Source: arXiv 2003.05164.
     """
-    return emended_conv_with(x, weight, bias, stride, padding, dilation, groups, options_from(options))
+    settings = options_from(options)
+    if isinstance(x, Proxy):
+        return plain_path.call(x, emended_conv, (x, weight, bias, stride, padding, dilation, groups), options)
+    return emended_conv_with(x, weight, bias, stride, padding, dilation, groups, settings)
 
 
 def emended_conv_with(
@@ -105,9 +109,11 @@ def emended_conv_transpose(
     Raises:
         TypeError, ValueError, RuntimeError: As `emended_conv`.
     """
-    return emended_conv_transpose_with(
-        x, weight, bias, stride, padding, output_padding, groups, dilation, options_from(options)
-    )
+    settings = options_from(options)
+    if isinstance(x, Proxy):
+        arguments = (x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return plain_path.call(x, emended_conv_transpose, arguments, options)
+    return emended_conv_transpose_with(x, weight, bias, stride, padding, output_padding, groups, dilation, settings)
 
 
 def emended_conv_transpose_with(
@@ -159,7 +165,7 @@ def _emended(
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
-    if not (need_weight or need_bias):
+    if not (need_weight or need_bias) or plain_path.is_exported(True):
         return plain(x, weight, bias)
     check_differentiable(transformed, x, weight, bias)
     batched = x.ndim == weight.ndim

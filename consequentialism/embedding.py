@@ -133,7 +133,7 @@ class Embedding(EmendedModule, nn.Embedding):
         )
         self.set_options(options)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def emended_forward(self, input: Tensor) -> Tensor:
         options = self.options()
         if self.max_norm is not None:
             with torch.no_grad():

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import _torch, cost, dispatch, ops, reference
+from . import _torch, cost, dispatch, ops, plain_path, reference
 from .autograd import (
     EmendedLinear,
     TransformableEmendedLinear,
@@ -47,7 +48,10 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
 
     Source: arXiv 2003.05164; ``csrc/ops.cpp`` has the ops.
     """
-    return emended_linear_with(x, weight, bias, options_from(options))
+    settings = options_from(options)
+    if isinstance(x, Proxy):
+        return plain_path.call(x, emended_linear, (x, weight, bias), options)
+    return emended_linear_with(x, weight, bias, settings)
 
 
 class Deferral(Protocol):
@@ -85,7 +89,7 @@ def emended_linear_with(
     recording = torch.is_grad_enabled()
     need_weight = transformed or (recording and weight.requires_grad)
     need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
-    if not (need_weight or need_bias):
+    if not (need_weight or need_bias) or plain_path.is_exported(True):
         return F.linear(x, weight, bias)
     check_differentiable(transformed, x, weight, bias)
     rows = math.prod(x.shape[:-1])

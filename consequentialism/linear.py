@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any
+import warnings
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from . import plain_path
 from .distributed import Peers, SavedGroup
-from .functional import emended_linear_with
+from .functional import autocast, check_linear, emended_linear_with
 from .options import OPTION_NAMES, DampingMode, Options, Scale, Solver, check_samples
 from .recorder import Recorder
 from .samples import count
@@ -20,20 +22,44 @@ _serials = itertools.count(1)
 
 
 class EmendedModule(nn.Module):
-    """What emended layers share: the options as plain attributes, which may be changed between steps."""
+    """What emended layers share: the options as plain attributes, which may be changed between steps.
 
-    damping: float
-    damping_mode: DampingMode
-    scale: Scale
-    backend: str
-    process_group: Any
-    patch_bytes: int
-    solver: Solver = Options.solver  # the class's values serve modules pickled before there were these
+    It stands before torch's own class, whose ``forward`` serves where nothing is to be emended; a subclass has
+    `emended_forward`.
+    """
+
+    # The class's values serve modules pickled before there were these, and classes of `register` that are called anew.
+    damping: float = Options.damping
+    damping_mode: DampingMode = Options.damping_mode
+    scale: Scale = Options.scale
+    backend: str = Options.backend
+    process_group: Any = None
+    patch_bytes: int = Options.patch_bytes
+    solver: Solver = Options.solver
     iterations: int = Options.iterations
     samples: int | Tensor | None = None  # set by set_samples
     qualified_name: str | None = None  # set by convert: where in the model the layer is
     serial: int  # the place among all layers that this process has made
     recorder: Recorder | None = None  # set by `attach`, on this instance only
+    weight_name: ClassVar[str] = "weight"  # of the parameter; `register` may say others
+    bias_name: ClassVar[str] = "bias"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if plain_path.is_plain(self, input):
+            return plain_path.plain_forward(self, input, super().forward)
+        if getattr(input, "is_nested", False):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a dense tensor where a gradient is emended, got a nested one: "
+                "give its rows as a tensor, input.values(), or call consequentialism.revert on this layer"
+            )
+        return self.emended_forward(input)
+
+    def emended_forward(self, input: Tensor) -> Tensor:
+        """What torch's own forward returns, with emended gradients of weight and bias."""
+        raise NotImplementedError
+
+    def check_input(self, input: Any) -> None:
+        """Raise in this package's words what torch's own forward has refused, where there are better words."""
 
     def set_options(self, options: Options) -> None:
         """Take over checked options."""
@@ -71,6 +97,25 @@ class EmendedModule(nn.Module):
         group = state.get("process_group")
         group = group.group if isinstance(group, SavedGroup) else group
         super().__setstate__({**state, "process_group": group, "serial": next(_serials)})
+
+    def __prepare_scriptable__(self) -> EmendedModule:
+        raise TypeError(plain_path.refusal(self, "torch.jit.script"))
+
+    @property
+    def qconfig(self) -> Any:
+        """What ``torch.ao.quantization`` sets on every module of a model that it is given."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        if value is not None:
+            raise TypeError(plain_path.refusal(self, "torch.ao.quantization"))
+        warnings.warn(
+            plain_path.refusal(self, "torch.ao.quantization, which leaves alone what it is not told of,"), stacklevel=4
+        )
+        self.__dict__["qconfig"] = value
 
     def extra_repr(self) -> str:
         default = Options()
@@ -181,6 +226,9 @@ class Linear(EmendedModule, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.set_options(options)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def emended_forward(self, input: Tensor) -> Tensor:
         linear = emended_linear_with if self.recorder is None else self.recorder.linear
         return linear(input, self.weight, self.bias, self.options())
+
+    def check_input(self, input: Any) -> None:
+        check_linear(*autocast(input, self.weight, self.bias))

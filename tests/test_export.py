@@ -1,0 +1,125 @@
+"""Exported and traced models: torch's own layers in the graph, and one warning where it could be trained."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_identical, randn
+from torch import Tensor, nn
+
+import consequentialism as cw
+from consequentialism.conv_functional import emended_conv_transpose
+from consequentialism.linear import EmendedModule
+
+
+class OwnWeights(nn.Module):
+    """The functional forms."""
+
+    def __init__(self, dimensions: int, form: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(3, 4, *([2] * dimensions)))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x, self.weight)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "Linear": (lambda: nn.Sequential(cw.Linear(4, 3), nn.Tanh(), cw.Linear(3, 2, bias=False)), randn(5, 4)),
+    "Linear, rank 3": (lambda: nn.Sequential(cw.Linear(4, 3)), randn(2, 5, 4)),
+    "Linear, reference": (lambda: nn.Sequential(cw.Linear(4, 3, backend="reference")), randn(5, 4)),
+    "Embedding": (lambda: nn.Sequential(cw.Embedding(7, 3)), torch.tensor([[1, 2], [6, 2]])),
+    "Conv1d": (lambda: nn.Sequential(cw.Conv1d(4, 6, 3, padding=1, padding_mode="circular")), randn(2, 4, 9)),
+    "Conv2d": (lambda: nn.Sequential(cw.Conv2d(4, 6, 3, groups=2)), randn(2, 4, 5, 5)),
+    "Conv3d": (lambda: nn.Sequential(cw.Conv3d(4, 6, 2)), randn(2, 4, 3, 3, 3)),
+    "emended_linear": (lambda: OwnWeights(0, cw.emended_linear), randn(5, 4)),
+    "emended_conv": (lambda: OwnWeights(2, cw.emended_conv), randn(2, 4, 5, 5)),
+    "emended_conv_transpose": (lambda: OwnWeights(2, emended_conv_transpose), randn(2, 3, 5, 5)),
+}
+WARNING = "training it uses the plain gradient"
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    model, x = MODELS[name]
+    return model().double(), x
+
+
+def export(model: nn.Module, x: Tensor, strict: bool) -> Any:
+    return torch.export.export(model, (x,), strict=strict)
+
+
+def targets(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exported_graph_is_aten_and_warns_once(name: str, strict: bool) -> None:
+    model, x = made(name)
+    with pytest.warns(UserWarning, match=WARNING) as caught:
+        program = export(model, x, strict)
+    assert sum(WARNING in str(one.message) for one in caught) == 1
+    assert all(target.startswith("aten.") for target in targets(program.graph)), targets(program.graph)
+    assert_identical("y", program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("inference", ["no_grad", "frozen"])
+def test_an_export_for_inference_is_silent(inference: str, strict: bool) -> None:
+    model, x = made("Linear")
+    model.requires_grad_(inference != "frozen")
+    with warnings.catch_warnings(), torch.set_grad_enabled(inference != "no_grad"):
+        warnings.filterwarnings("error", message=".*consequentialism")
+        export(model, x, strict)
+
+
+def test_a_second_export_warns_again_and_the_model_is_emended_still() -> None:
+    model, x = made("Linear")
+    model(x).square().sum().backward()
+    expected = model[0].weight.grad.clone()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=WARNING):
+            export(model, x, False)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert_identical("dw", model[0].weight.grad, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_is_aten_and_loads_without_the_package(name: str) -> None:
+    model, x = made(name)
+    with pytest.warns(UserWarning, match=WARNING) as caught:
+        traced = torch.jit.trace(model, x)
+    assert sum(WARNING in str(one.message) for one in caught) == 1
+    assert "consequentialism::" not in str(traced.inlined_graph)
+    assert "PythonOp" not in str(traced.inlined_graph)
+    torch.jit.save(traced, io.BytesIO())
+    assert_identical("y", traced(x), model(x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_symbolic_trace_keeps_the_emended_gradient(name: str) -> None:
+    model, x = made(name)
+    traced = torch.fx.symbolic_trace(model)
+    assert sum(isinstance(m, EmendedModule) for m in traced.modules()) == sum(
+        isinstance(m, EmendedModule) for m in model.modules()
+    )
+    gradients = []
+    for one in (model, traced):
+        model.zero_grad()
+        one(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, own in zip(*gradients, strict=True):
+        assert_identical("dw", own, plain)
+
+
+def test_rewriters_are_told_the_remedy() -> None:
+    model, _ = made("Linear")
+    with pytest.raises(TypeError, match=r"consequentialism\.revert\(model\)"):
+        torch.jit.script(model)
