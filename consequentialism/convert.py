@@ -9,13 +9,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
+from ._torch import is_dtensor
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .factor_batch import FactorBatch
+from .functional import FLOATING_TYPES
 from .linear import EmendedModule, Linear
 from .optim.record import is_stepped_in_coordinates
 from .options import OPTION_NAMES, OptionsDict, options_from
@@ -195,8 +198,25 @@ def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
         return "its forward is replaced on the instance"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not a parameter"
+    for name in ("weight", "bias"):
+        unserved = _unserved(module._parameters.get(name))
+        if unserved is not None:
+            return f"its {name} is {unserved}"
     if any(id(p) in tied for p in module._parameters.values() if p is not None):
         return "its weight is tied to another module's"
     if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
         return "scale_grad_by_freq already divides by the counts"
     return None
+
+
+def _unserved(parameter: torch.Tensor | None) -> str | None:
+    """What a parameter is that no emended layer takes, or None."""
+    if parameter is None:
+        return None
+    if parameter.dtype not in FLOATING_TYPES:
+        return f"{parameter.dtype}"
+    if parameter.layout != torch.strided:
+        return f"{parameter.layout}"
+    if type(parameter) is nn.Parameter or is_dtensor(parameter) or isinstance(parameter, FakeTensor):
+        return None
+    return f"a {type(parameter).__name__}"
