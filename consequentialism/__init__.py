@@ -16,6 +16,7 @@ from .embedding import Embedding
 from .functional import emended_linear, emended_weight_grad, predict_change
 from .linear import Linear, set_samples
 from .options import Options
+from .registry import register
 from .version import __version__
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "param_groups",
     "predict_change",
     "reference",
+    "register",
     "revert",
     "set_samples",
 ]

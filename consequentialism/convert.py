@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,24 +15,14 @@ from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from ._torch import is_dtensor
-from .conv import Conv1d, Conv2d, Conv3d
-from .embedding import Embedding
 from .factor_batch import FactorBatch
 from .functional import FLOATING_TYPES
 from .linear import EmendedModule, Linear
 from .optim.record import is_stepped_in_coordinates
-from .options import OPTION_NAMES, OptionsDict, options_from
+from .options import OPTION_NAMES, Options, OptionsDict, options_from
+from .registry import emended_class, form_of, like_name, plain_class
 
 Model = TypeVar("Model", bound=nn.Module)
-
-EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
-    nn.Linear: Linear,
-    nn.Embedding: Embedding,
-    nn.Conv1d: Conv1d,
-    nn.Conv2d: Conv2d,
-    nn.Conv3d: Conv3d,
-}
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
 
 
 def convert(
@@ -46,7 +36,9 @@ def convert(
 
     Modules stay the same objects with the same parameters, hooks and names; only their class changes, so an
     existing optimizer goes on. Convert before wrapping in DDP or FSDP2. What cannot be emended is left alone and
-    named in one warning: parametrised or tied weights, `torch.nn.MultiheadAttention`, layers without an emended form.
+    named in one warning: parametrised or tied weights, weights of other types than float16, bfloat16, float32 and
+    float64, `torch.nn.MultiheadAttention`, layers without an emended form. Subclasses of torch's layers are taken if
+    they leave forward alone; see `register` for others. Where nothing is converted, the warning says that.
 
     Args:
         model: Any module, also a single layer.
@@ -54,9 +46,11 @@ def convert(
         batch_factors: Factor the matrices of all linear layers that a backward reaches together, when it begins,
             instead of each layer's in forward; the gradients are the same. For many small layers. Inputs are then
             kept until backward. Under torch.compile, torch.func, checkpointing, `optim.FusedSGD` and
-            ``process_group=``, layers go on alone.
-        **options: The fields of `consequentialism.Options`, for every layer. Layers that are emended already
-            take them, and ``batch_factors``, too.
+            ``process_group=``, layers go on alone. A second convert
+            without it takes it back.
+        **options: The fields of `consequentialism.Options`, for every layer. Layers that are emended already, those
+            of classes made at run time (`parametrize`, ``fully_shard``) among them, take those that are named, and
+            keep the others as they are.
 
     Returns:
         ``model``.
@@ -74,14 +68,13 @@ def convert(
     batch = FactorBatch() if batch_factors else None
     tied = _tied_parameters(model)
     attention = _inside_attention(model)
-    chosen: list[tuple[str, nn.Module]] = []
+    chosen: list[tuple[str, nn.Module, Options]] = []
     left_alone: list[str] = []
     for name, module in model.named_modules():
-        weights = [p for p in module._parameters.values() if p is not None]
-        has_matrix = any(is_lazy(p) or p.ndim >= 2 for p in weights) or parametrize.is_parametrized(module)
-        if not has_matrix or id(module) in attention:
+        if id(module) in attention or not _has_matrix(module):
             continue
-        candidate = isinstance(module, (*EMENDED, EmendedModule))
+        emended = isinstance(module, EmendedModule)
+        candidate = emended or form_of(type(module)) is not None or like_name(type(module)) is not None
         if filter_fn is not None and candidate and not filter_fn(module, name):
             continue
         if candidate and is_stepped_in_coordinates(module):
@@ -91,34 +84,42 @@ def convert(
             )
         reason = _obstacle(module, tied)
         if reason is None:
-            chosen.append((name, module))
+            own = {option: getattr(module, option) for option in OPTION_NAMES} if emended else {}
+            chosen.append((name, module, options_from({**own, **options}) if emended else settings))
         else:
-            left_alone.append(f"{name or '(the model itself)'}: {reason}")
-    for name, module in chosen:
-        emended = module if isinstance(module, EmendedModule) else _swap(module, EMENDED[type(module)])
-        emended.set_options(settings)  # type: ignore[operator]
-        emended.qualified_name = name  # type: ignore[assignment]
+            left_alone.append(f"{_place(name, module)}: {reason}")
+    for name, module, taken in chosen:
+        if not isinstance(module, EmendedModule):
+            form = form_of(type(module))
+            assert form is not None
+            _swap(module, emended_class(type(module), form))
+        module.set_options(taken)  # type: ignore[operator]
+        module.qualified_name = name  # type: ignore[assignment]
         if isinstance(module, Linear):
             module.attach(batch if module.recorder is None else module.recorder.over(batch))
-    if left_alone:
-        warnings.warn("consequentialism.convert left alone " + "; ".join(left_alone), UserWarning, stacklevel=2)
+    if left_alone or not chosen:
+        said = [] if chosen else ["consequentialism.convert converted nothing"]
+        said += ["consequentialism.convert left alone " + "; ".join(left_alone)] if left_alone else []
+        warnings.warn(": ".join(said), UserWarning, stacklevel=2)
     return model
 
 
 def revert(model: Model) -> Model:
     """Give every emended layer of ``model`` torch's own class again, in place.
 
+    A class that was made at run time over an emended one (`parametrize`, ``fully_shard``, a user's own) is made anew
+    over torch's own.
+
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or an emended layer has a class that needs emended code; nothing is then
+            reverted.
     """
     _check_model(model)
-    for module in model.modules():
-        plain = PLAIN.get(type(module))
-        if plain is None:
-            continue
+    emended = [(m, plain_class(type(m))) for m in model.modules() if isinstance(m, EmendedModule)]
+    for module, plain in emended:
         for name in (*OPTION_NAMES, "recorder", "qualified_name", "serial"):
             module.__dict__.pop(name, None)
         _swap(module, plain)
@@ -147,13 +148,31 @@ def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list
         raise TypeError(f"other must be a dict of optimizer options, got {other!r} ({type(other).__name__})")
     if "params" in other:
         raise ValueError("other must not name 'params': param_groups fills them in")
-    emended = {id(p) for m in model.modules() if isinstance(m, EmendedModule) for p in m.parameters(recurse=False)}
+    emended = {id(p) for m in model.modules() if isinstance(m, EmendedModule) for p in m.emended_parameters()}
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if id(p) in emended], "lr": lr},
         {"params": [p for p in parameters if id(p) not in emended], **other},
     ]
     return [group for group in groups if group["params"]]
+
+
+def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.Parameter]]]:
+    """Every module with a matrix of its own: its name, itself, whether it is emended or why not, and its parameters.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model(model)
+    tied, attention = _tied_parameters(model), _inside_attention(model)
+    for name, module in model.named_modules():
+        if id(module) in attention or not _has_matrix(module):
+            continue
+        if isinstance(module, EmendedModule):
+            yield name, module, "emended", module.emended_parameters()
+        else:
+            whole = isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
+            yield name, module, _obstacle(module, tied) or "not converted", module.parameters(recurse=whole)
 
 
 def _check_model(model: Any) -> None:
@@ -178,33 +197,59 @@ def _inside_attention(model: nn.Module) -> set[int]:
     return {id(inner) for m in attention for inner in m.modules() if inner is not m}
 
 
+def _has_matrix(module: nn.Module) -> bool:
+    if isinstance(module, parametrize.ParametrizationList):  # the parametrised module is named
+        return False
+    weights = (p for p in module._parameters.values() if p is not None)
+    return parametrize.is_parametrized(module) or any(is_lazy(p) or p.ndim >= 2 for p in weights)
+
+
+def _place(name: str, module: nn.Module) -> str:
+    """A module's name, or those of its own parameters where it is the parent of layers and no layer."""
+    if not _is_parent(module):
+        return name or "(the model itself)"
+    matrices = [key for key, p in module._parameters.items() if p is not None and (is_lazy(p) or p.ndim >= 2)]
+    return ", ".join(f"{name}.{key}" if name else key for key in matrices)
+
+
+def _is_parent(module: nn.Module) -> bool:
+    if isinstance(module, (EmendedModule, nn.MultiheadAttention)) or parametrize.is_parametrized(module):
+        return False
+    known = form_of(type(module)) is not None or like_name(type(module)) is not None
+    return not known and any(True for _ in module.children())
+
+
 def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
     """Why this module cannot be emended, or None."""
     kind = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention passes its weights around its modules"
-    if parametrize.is_parametrized(module):
-        return "its parameters are parametrised"
     if isinstance(module, EmendedModule):
         return None
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrised"
     if any(is_lazy(p) for p in module._parameters.values() if p is not None):
         return f"{kind} has no shape yet; convert after its first forward"
-    if type(module) not in EMENDED:
-        plain = next((base.__name__ for base in EMENDED if isinstance(module, base)), None)
-        return (
-            f"{kind} has no emended form" if plain is None else f"{kind} is a subclass of {plain} with code of its own"
-        )
+    if _is_parent(module):
+        return f"a parameter of {kind} itself, which is no layer"
+    form = form_of(type(module))
+    if form is None:
+        like = like_name(type(module))
+        return f"{kind} has no emended form" if like is None else f"{kind} is a subclass of {like} with code of its own"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    weight = module._parameters.get(form.weight)
+    if not isinstance(weight, nn.Parameter):
         return "its weight is computed, not a parameter"
-    for name in ("weight", "bias"):
+    for name in (form.weight, form.bias):
         unserved = _unserved(module._parameters.get(name))
         if unserved is not None:
             return f"its {name} is {unserved}"
+    if weight.ndim != form.dimensions():
+        return f"its {form.weight} has {weight.ndim} dimensions, not the {form.dimensions()} of {form.like.__name__}"
     if any(id(p) in tied for p in module._parameters.values() if p is not None):
         return "its weight is tied to another module's"
-    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+    if form.like is nn.Embedding and getattr(module, "scale_grad_by_freq", False):
         return "scale_grad_by_freq already divides by the counts"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,7 @@ class EmendedModule(nn.Module):
     recorder: Recorder | None = None  # set by `attach`, on this instance only
     weight_name: ClassVar[str] = "weight"  # of the parameter; `register` may say others
     bias_name: ClassVar[str] = "bias"
+    transposed: ClassVar[bool] = False  # whether a linear layer's weight is [I, O]
 
     def forward(self, input: Tensor) -> Tensor:
         if plain_path.is_plain(self, input):
@@ -60,6 +62,16 @@ class EmendedModule(nn.Module):
 
     def check_input(self, input: Any) -> None:
         """Raise in this package's words what torch's own forward has refused, where there are better words."""
+
+    def emended_parameters(self) -> Iterator[nn.Parameter]:
+        """Weight and bias, or what they are computed from where they are parametrised."""
+        parametrized = getattr(self, "parametrizations", {})
+        for name in (self.weight_name, self.bias_name):
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                yield parameter
+            elif name in parametrized:
+                yield from parametrized[name].parameters()
 
     def set_options(self, options: Options) -> None:
         """Take over checked options."""
@@ -228,7 +240,7 @@ class Linear(EmendedModule, nn.Linear):
 
     def emended_forward(self, input: Tensor) -> Tensor:
         linear = emended_linear_with if self.recorder is None else self.recorder.linear
-        return linear(input, self.weight, self.bias, self.options())
+        return linear(input, self.weight.t() if self.transposed else self.weight, self.bias, self.options())
 
     def check_input(self, input: Any) -> None:
-        check_linear(*autocast(input, self.weight, self.bias))
+        check_linear(*autocast(input, self.weight.t() if self.transposed else self.weight, self.bias))

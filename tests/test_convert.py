@@ -132,8 +132,8 @@ def test_reconvert_takes_new_options() -> None:
     model = converted_quietly(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)), damping=0.1)
     converted_quietly(model, damping=0.5, filter_fn=lambda module, name: name == "1")
     assert [layer.damping for layer in model] == [0.1, 0.5]
-    converted_quietly(model)
-    assert [layer.damping for layer in model] == [1.0, 1.0]
+    converted_quietly(model, scale="raw")  # keeps what it does not name
+    assert [(layer.damping, layer.scale) for layer in model] == [(0.1, "raw"), (0.5, "raw")]
 
 
 def left_alone(model: nn.Module, *words: str) -> None:
@@ -194,7 +194,6 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral_norm, old": (lambda: spectral_norm(nn.Linear(5, 5)), "computed"),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(5, 5)), "parametrised"),
     "subclass": (lambda: Scaled(5, 5), "Scaled"),
-    "subclass without code": (lambda: Renamed(5, 5), "Renamed"),
     "instance's forward": (lambda: replaced(nn.Linear(5, 5)), "forward"),
     "Bilinear": (lambda: nn.Bilinear(5, 5, 5), "Bilinear"),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(5, 5, 1), "ConvTranspose2d has no emended form"),

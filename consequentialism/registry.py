@@ -1,0 +1,236 @@
+"""Which classes have an emended form: torch's own, subclasses that add nothing to forward, and those of `register`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
+from .linear import EmendedModule, Linear
+
+EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
+    nn.Linear: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
+
+# What a layer's map needs beside its parameters, for classes that have no such attribute.
+_CONV = {"dilation": 1, "groups": 1, "padding": 0, "padding_mode": "zeros", "stride": 1}
+DEFAULTS: dict[type[nn.Module], dict[str, Any]] = {
+    nn.Linear: {},
+    nn.Embedding: {
+        "max_norm": None,
+        "norm_type": 2.0,
+        "padding_idx": None,
+        "scale_grad_by_freq": False,
+        "sparse": False,
+    },
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+}
+
+
+class Form(NamedTuple):
+    """Which map a class's forward computes, and with which of its parameters."""
+
+    like: type[nn.Module]
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+
+    def dimensions(self) -> int:
+        """Of the weight."""
+        convolutions: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+        return convolutions.get(self.like, 2)
+
+
+_REGISTERED: dict[type[nn.Module], Form] = {}
+# By name, for none of these packages is imported here. timm's class adds a branch for torch.jit.script.
+_KNOWN = {
+    "transformers.pytorch_utils.Conv1D": Form(nn.Linear, transposed=True),
+    "transformers.modeling_utils.Conv1D": Form(nn.Linear, transposed=True),
+    "timm.layers.linear.Linear": Form(nn.Linear),
+    "timm.models.layers.linear.Linear": Form(nn.Linear),
+}
+
+
+def register(
+    cls: type[nn.Module],
+    *,
+    like: type[nn.Module],
+    weight: str = "weight",
+    bias: str = "bias",
+    transposed: bool = False,
+) -> None:
+    """Have `convert` emend a class of your own, whose forward computes what one of torch's layers computes.
+
+    That is for you to know: with the same input, weight and bias, ``cls.forward`` must return what ``like`` returns.
+    `convert` then makes such modules instances of a subclass of ``cls``, whose gradients of the two parameters
+    are emended; `revert` makes them instances of ``cls`` again. It serves subclasses of ``cls`` too, unless they have
+    a forward of their own. `transformers`' ``Conv1D`` and `timm`'s ``Linear`` are built in, and subclasses of torch's
+    layers that leave forward alone need no registration.
+
+        cw.register(MyLinear, like=torch.nn.Linear, weight="kernel", transposed=True)
+
+    Args:
+        cls: A subclass of `torch.nn.Module`. ``forward`` takes the input alone.
+        like: `torch.nn.Linear`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d` or `torch.nn.Conv3d`.
+            Attributes with the names of that layer's, such as ``stride`` and ``padding_idx``, say the rest; where
+            ``cls`` has none, torch's defaults hold.
+        weight: The parameter's name.
+        bias: The parameter's name; a module may have none, or None.
+        transposed: Whether a linear layer's weight is ``[I, O]``.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: A ``like`` that has no emended form, or ``transposed`` where ``like`` is not `torch.nn.Linear`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of torch.nn.Module, got {cls!r} ({type(cls).__name__})")
+    if issubclass(cls, EmendedModule):
+        raise TypeError(f"cls must not be an emended class, got {cls!r}")
+    if like not in EMENDED:
+        allowed = ", ".join(f"torch.nn.{plain.__name__}" for plain in EMENDED)
+        raise ValueError(f"like must be one of {allowed}, got {like!r}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be the name of a parameter, got {value!r} ({type(value).__name__})")
+    if not isinstance(transposed, bool):
+        raise TypeError(f"transposed must be True or False, got {transposed!r} ({type(transposed).__name__})")
+    if transposed and like is not nn.Linear:
+        raise ValueError(f"transposed must be False where like is torch.nn.{like.__name__}, got True")
+    _REGISTERED[cls] = Form(like, weight, bias, transposed)
+
+
+def form_of(cls: type[nn.Module]) -> Form | None:
+    """The form of a plain class, or None where its forward is none that is known."""
+    for base in cls.__mro__:
+        if not issubclass(base, nn.Module):
+            continue
+        form = _REGISTERED.get(base) or _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
+        if form is None and base in EMENDED:
+            form = Form(base)
+        if form is not None and _same_forward(cls, base):
+            return form
+    return None
+
+
+def like_name(cls: type[nn.Module]) -> str | None:
+    """The name of torch's own layer or the registered class that ``cls`` is a subclass of, or None."""
+    return next((base.__name__ for base in cls.__mro__ if base in EMENDED or base in _REGISTERED), None)
+
+
+def _same_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether ``cls`` computes what its base ``base`` does."""
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+
+
+def emended_class(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
+    """The class that takes the place of the plain ``cls``."""
+    return EMENDED.get(cls) or _subclass(cls, form)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
+    own = EMENDED[form.like]
+    namespace: dict[str, Any] = {
+        "__doc__": cls.__doc__,
+        "__init__": cls.__init__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__reduce_ex__": _reduce,
+        "plain_class": cls,
+        "form": form,
+        "weight_name": form.weight,
+        "bias_name": form.bias,
+        "transposed": form.transposed,
+    }
+    if issubclass(cls, form.like):
+        bases: tuple[type, ...] = (own, cls)
+    else:
+        bases = (EmendedModule, cls)
+        borrowed = {name: getattr(own, name) for name in ("emended_forward", "check_input")}
+        defaults = {name: value for name, value in DEFAULTS[form.like].items() if not hasattr(cls, name)}
+        namespace.update(borrowed, **defaults)
+        for name, parameter in (("weight", form.weight), ("bias", form.bias)):
+            if parameter != name and not hasattr(cls, name):
+                namespace[name] = _Renamed(parameter)
+        if form.bias == "bias" and not hasattr(cls, "bias"):
+            namespace["bias"] = _Optional()
+    return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
+
+
+class _Renamed:
+    """The parameter under the name that torch's own layers give it; None where the module has none."""
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else getattr(module, self.parameter, None)
+
+
+class _Optional:
+    """The bias of modules that may have no attribute of that name; not None itself, which would hide the parameter."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else module._parameters.get("bias")
+
+
+def _reduce(module: EmendedModule, protocol: Any) -> tuple[Any, ...]:
+    """Pickles by the plain class, for nobody else can find the emended one."""
+    cls: Any = type(module)
+    return _new, (cls.plain_class, cls.form), module.__getstate__()
+
+
+def _new(cls: type[nn.Module], form: Form) -> EmendedModule:
+    made = emended_class(cls, form)
+    return made.__new__(made)
+
+
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `revert` gives back in the place of an emended one.
+
+    A class made over an emended one, as ``parametrize`` and ``fully_shard`` make them at run time, is made anew over
+    the plain one.
+
+    Raises:
+        TypeError: A class that cannot be made anew.
+    """
+    if cls in PLAIN:
+        return PLAIN[cls]
+    if "plain_class" in cls.__dict__:
+        return cls.__dict__["plain_class"]
+    return _over_plain(cls)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _over_plain(cls: type[nn.Module]) -> type[nn.Module]:
+    namespace = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    if _calls_super(namespace.get("__init__")):
+        del namespace["__init__"]  # it builds an emended layer; the plain one's own serves
+    own = [name for name, value in namespace.items() if name in _OF_FORWARD or _calls_super(value)]
+    if own or EmendedModule in cls.__bases__:
+        raise TypeError(
+            f"revert cannot give {cls.__module__}.{cls.__qualname__} a plain form: it is built on an emended layer and "
+            f"has code of its own ({', '.join(own) or 'EmendedModule'}) that needs it; build the class on torch's own "
+            "layer and convert its modules"
+        )
+    bases = tuple(plain_class(base) if issubclass(base, EmendedModule) else base for base in cls.__bases__)
+    return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
+
+
+_OF_FORWARD = ("forward", "emended_forward")
+
+
+def _calls_super(value: Any) -> bool:
+    """Whether a function keeps the class that it was written in, as ``super()`` does."""
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    return code is not None and "__class__" in code.co_freevars
