@@ -17,6 +17,7 @@ from .functional import emended_linear, emended_weight_grad, predict_change
 from .linear import Linear, set_samples
 from .options import Options
 from .registry import register
+from .summary import summary
 from .version import __version__
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "register",
     "revert",
     "set_samples",
+    "summary",
 ]

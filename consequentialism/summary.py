@@ -1,0 +1,84 @@
+"""`summary`: which layers of a model are emended, and why the others are not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .convert import survey
+
+
+class Row(NamedTuple):
+    """Layers of one class that share a reason."""
+
+    kind: str
+    state: str
+    layers: int
+    parameters: int
+    first: str
+
+
+class Summary:
+    """What `summary` returns; its ``str`` and ``repr`` are the table."""
+
+    def __init__(self, rows: list[Row], total: int) -> None:
+        self.rows = rows
+        self.parameters = total
+
+    @property
+    def emended_layers(self) -> int:
+        """How many layers are emended."""
+        return sum(row.layers for row in self.rows if row.state == EMENDED)
+
+    @property
+    def emended_parameters(self) -> int:
+        """How many parameters the emended layers have."""
+        return sum(row.parameters for row in self.rows if row.state == EMENDED)
+
+    def __repr__(self) -> str:
+        head = ("kind", "layers", "parameters", "state", "first")
+        cells = [(row.kind, f"{row.layers:,}", f"{row.parameters:,}", row.state, row.first) for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        lines = [
+            f"{kind:<{widths[0]}}  {layers:>{widths[1]}}  {count:>{widths[2]}}  {state:<{widths[3]}}  {first}".rstrip()
+            for kind, layers, count, state, first in (head, *cells)
+        ]
+        percent = 100 * self.emended_parameters / self.parameters if self.parameters else 0.0
+        lines.append(
+            f"emended layers: {self.emended_layers:,} || emended params: {self.emended_parameters:,} || "
+            f"all params: {self.parameters:,} || emended%: {percent:.4f}"
+        )
+        return "\n".join(lines)
+
+
+EMENDED = "emended"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Which layers of ``model`` are emended, and why the others are not: a table with one line a kind.
+
+    Layers are those with a matrix of their own. The last line counts all parameters; one that two modules share counts
+    once, for the first of them, and one without a shape yet counts as none. Class and weight are looked at, not what
+    forward does: a parent that computes with a layer's weight and does not call the layer gives it the plain gradient.
+
+        print(cw.summary(model))
+
+    Returns:
+        The table as its ``str``; ``rows``, each with ``kind``, ``state`` (``"emended"``, or why not), ``layers``,
+        ``parameters`` and the ``first`` layer's name; ``emended_layers``, ``emended_parameters``, ``parameters``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    counted: set[int] = set()
+    found: dict[tuple[str, str], Row] = {}
+    for name, module, state, parameters in survey(model):
+        kind = type(module).__name__
+        new = {id(p): p.numel() for p in parameters if id(p) not in counted and not is_lazy(p)}
+        counted.update(new)
+        row = found.get((kind, state), Row(kind, state, 0, 0, name or type(module).__name__))
+        found[kind, state] = row._replace(layers=row.layers + 1, parameters=row.parameters + sum(new.values()))
+    rows = sorted(found.values(), key=lambda row: (row.state != EMENDED, -row.parameters))
+    return Summary(rows, sum(p.numel() for p in model.parameters() if not is_lazy(p)))

@@ -1,0 +1,70 @@
+"""`summary`: what is emended and what is not, and why."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+import consequentialism as cw
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "a": nn.Linear(5, 3),
+            "b": nn.Linear(3, 2, bias=False),
+            "conv": nn.Conv2d(2, 3, 2),
+            "norm": nn.LayerNorm(7),
+            "odd": nn.Bilinear(2, 3, 4),
+            "later": nn.LazyLinear(3),
+        }
+    )
+
+
+def rows(of: nn.Module) -> dict[tuple[str, str], tuple[int, int, str]]:
+    return {(row.kind, row.state): (row.layers, row.parameters, row.first) for row in cw.summary(of).rows}
+
+
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_layers_are_counted_by_class_and_reason() -> None:
+    made = model()
+    fresh = {
+        ("Linear", "not converted"): (2, 24, "a"),
+        ("Conv2d", "not converted"): (1, 27, "conv"),
+        ("Bilinear", "Bilinear has no emended form"): (1, 28, "odd"),
+        ("LazyLinear", "LazyLinear has no shape yet; convert after its first forward"): (1, 0, "later"),
+    }
+    assert rows(made) == fresh
+    table = cw.summary(cw.convert(made, filter_fn=lambda module, name: name != "b"))
+    assert {(row.kind, row.state): (row.layers, row.parameters) for row in table.rows} == {
+        ("Linear", "emended"): (1, 18),
+        ("Conv2d", "emended"): (1, 27),
+        ("Linear", "not converted"): (1, 6),
+        ("Bilinear", "Bilinear has no emended form"): (1, 28),
+        ("LazyLinear", "LazyLinear has no shape yet; convert after its first forward"): (1, 0),
+    }
+    assert (table.emended_layers, table.emended_parameters, table.parameters) == (2, 45, 93)
+    assert "emended layers: 2 || emended params: 45 || all params: 93 || emended%: 48.3871" in str(table)
+    assert len(str(table).splitlines()) == 7
+    assert rows(cw.revert(made)) == fresh
+
+
+def test_a_layer_made_plain_after_convert_is_seen() -> None:
+    made = cw.convert(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)))
+    made[1] = nn.Linear(3, 4)
+    assert rows(made) == {("Linear", "emended"): (1, 18, "0"), ("Linear", "not converted"): (1, 16, "1")}
+
+
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_a_tied_parameter_counts_once() -> None:
+    made = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7, bias=False))
+    made[1].weight = made[0].weight
+    table = cw.summary(made)
+    assert [row.parameters for row in table.rows] == [21, 0]
+    assert table.parameters == 21
+
+
+def test_a_model_without_layers_and_what_is_no_model() -> None:
+    assert "all params: 0 || emended%: 0.0000" in str(cw.summary(nn.ReLU()))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        cw.summary([nn.Linear(2, 2)])  # type: ignore[arg-type]
