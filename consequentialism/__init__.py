@@ -9,7 +9,7 @@ Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 
 from . import optim, reference
 from .conv import Conv1d, Conv2d, Conv3d
-from .conv_functional import emended_conv, emended_conv_weight_grad
+from .conv_functional import emended_conv, emended_conv_transpose, emended_conv_weight_grad
 from .convert import convert, param_groups, revert
 from .dispatch import backends
 from .embedding import Embedding
@@ -31,6 +31,7 @@ __all__ = [
     "backends",
     "convert",
     "emended_conv",
+    "emended_conv_transpose",
     "emended_conv_weight_grad",
     "emended_linear",
     "emended_weight_grad",

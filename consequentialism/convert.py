@@ -18,7 +18,6 @@ from ._torch import is_dtensor
 from .factor_batch import FactorBatch
 from .functional import FLOATING_TYPES
 from .linear import EmendedModule, Linear
-from .optim.record import is_stepped_in_coordinates
 from .options import OPTION_NAMES, Options, OptionsDict, as_number, options_from
 from .registry import emended_class, form_of, like_name, plain_class
 
@@ -76,7 +75,7 @@ def convert(
         candidate = emended or form_of(type(module)) is not None or like_name(type(module)) is not None
         if filter_fn is not None and candidate and not filter_fn(module, name):
             continue
-        if candidate and is_stepped_in_coordinates(module):
+        if candidate and any(getattr(hook, "steps_in_coordinates", False) for hook in module._forward_hooks.values()):
             raise ValueError(
                 f"model: consequentialism.optim.Emended steps layer {name!r} in coordinates already, and a gradient is "
                 "emended once; leave the layer out by a filter_fn, there or here"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from typing_extensions import Never
 from . import _torch, distributed, samples
 from .autograd import once_differentiable
 from .linear import EmendedModule
-from .options import EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_option_names
+from .options import EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_choice, check_option_names
 from .reference import embedding_counts, embedding_occurrences, emended_embedding_rows
 
 
@@ -101,8 +101,8 @@ class Embedding(EmendedModule, nn.Embedding):
     """`torch.nn.Embedding` whose weight gradient is emended: ``dw[v] = sum of dy over occurrences / (count_v + c)``.
 
     An embedding is a linear layer of one-hot rows, whose Gram is diagonal; this is its emended gradient, exactly.
-    It is plain PyTorch on every device, so that there is no ``backend``, and nothing to solve. A row at
-    ``padding_idx`` is a row of zeros.
+    It is plain PyTorch on every device, whose name as a ``backend`` is ``"reference"``; there is no other, and nothing
+    to solve. A row at ``padding_idx`` is a row of zeros.
 
     Args:
         num_embeddings: ``V``, and all further positional arguments as `torch.nn.Embedding`.
@@ -141,10 +141,13 @@ class Embedding(EmendedModule, nn.Embedding):
         damping: float = 1.0,
         damping_mode: DampingMode = "relative",
         scale: Scale = "nlms",
+        backend: Literal["auto", "reference"] = "auto",
         process_group: Any = None,
         **others: Never,
     ) -> None:
-        check_option_names(others, ("damping", "damping_mode", "scale", "process_group"), type(self).__name__)
+        names = ("damping", "damping_mode", "scale", "backend", "process_group")
+        check_option_names(others, names, type(self).__name__)
+        check_choice("backend", backend, ("auto", "reference"))  # both are the same plain PyTorch
         options = Options(damping, damping_mode, scale, process_group=process_group)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")

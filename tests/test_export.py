@@ -13,6 +13,7 @@ from cases import assert_identical, randn
 from torch import Tensor, nn
 
 import consequentialism as cw
+from consequentialism.conv_functional import emended_conv_transpose
 from consequentialism.linear import EmendedModule
 
 
@@ -38,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "Conv3d": (lambda: nn.Sequential(cw.Conv3d(4, 6, 2)), randn(2, 4, 3, 3, 3)),
     "emended_linear": (lambda: OwnWeights(0, cw.emended_linear), randn(5, 4)),
     "emended_conv": (lambda: OwnWeights(2, cw.emended_conv), randn(2, 4, 5, 5)),
-    "emended_conv_transpose": (lambda: OwnWeights(2, cw.emended_conv_transpose), randn(2, 3, 5, 5)),
+    "emended_conv_transpose": (lambda: OwnWeights(2, emended_conv_transpose), randn(2, 3, 5, 5)),
 }
 WARNING = "training it uses the plain gradient"
 

@@ -123,6 +123,8 @@ def gram_of(kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, dtype: torc
 class Hook:
     """A layer's forward hook. Copied or pickled it does nothing: a copy of a model belongs to no optimizer."""
 
+    steps_in_coordinates = True  # what `convert` looks for
+
     def __init__(self, recorder: Recorder, slot: Slot, kind: Kind, blocks: Blocks, per_sample: bool) -> None:
         self.recorder = recorder
         self.slot = slot
@@ -167,11 +169,6 @@ class Hook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _NoHook:
         return _NoHook()
-
-
-def is_stepped_in_coordinates(module: nn.Module) -> bool:
-    """Whether an `Emended` optimizer records this layer's inputs."""
-    return any(isinstance(hook, Hook) for hook in module._forward_hooks.values())
 
 
 class _NoHook:
