@@ -14,7 +14,7 @@ from typing_extensions import Never
 from . import _torch, distributed, samples
 from .autograd import once_differentiable
 from .linear import EmendedModule
-from .options import EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_choice, check_option_names
+from .options import BACKENDS, EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_choice, check_option_names
 from .reference import embedding_counts, embedding_occurrences, emended_embedding_rows
 
 
@@ -147,7 +147,8 @@ class Embedding(EmendedModule, nn.Embedding):
     ) -> None:
         names = ("damping", "damping_mode", "scale", "backend", "process_group")
         check_option_names(others, names, type(self).__name__)
-        check_choice("backend", backend, ("auto", "reference"))  # both are the same plain PyTorch
+        check_choice("backend", backend, BACKENDS)
+        check_choice("an Embedding's backend", backend, ("auto", "reference"))  # both are the same plain PyTorch
         options = Options(damping, damping_mode, scale, process_group=process_group)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
