@@ -64,7 +64,7 @@ def assert_raises(error: type[Exception], words: tuple[str, ...], call: Callable
 @pytest.mark.parametrize(("options", "error", "words"), BAD_OPTIONS, ids=lambda value: str(value))
 @pytest.mark.parametrize("taker", TAKERS)
 def test_bad_options(taker: str, options: dict, error: type[Exception], words: tuple[str, ...]) -> None:
-    unused = {"Linear": ("patch_bytes",), "Embedding": ("backend", "patch_bytes", "solver", "iterations")}
+    unused = {"Linear": ("patch_bytes",), "Embedding": ("patch_bytes", "solver", "iterations")}
     for name in unused.get(taker, ()):
         if name in options:
             error, words = TypeError, (name,)
