@@ -77,11 +77,7 @@ def prepare(
         emended, column = backend.emended_input(*arguments)
         return keep_emended(emended, column, need_weight, need_bias)
     unit = None
-    if (
-        not bias
-        and options.damping_mode == "relative"
-        and (torch.compiler.is_compiling() or _torch.transforms_active())
-    ):
+    if not bias and options.damping_mode == "relative" and _torch.transforms_active():
         # Nobody can look there whether the inverse is in range, and only without a bias can that of x / unit be taken.
         unit = reference.unit_of(x, bias, options.damping_mode)
         arguments = (x / unit, *arguments[1:])
@@ -99,7 +95,7 @@ def in_range(inverse: Tensor) -> bool:
     """
     if inverse.device.type != "cpu" or type(inverse) is not Tensor or inverse.numel() == 0:
         return True
-    if torch.compiler.is_compiling() or _torch.transforms_active():
+    if _torch.transforms_active():
         return True
     largest = LARGEST_INVERSE[inverse.dtype]
     least, most = torch.aminmax(inverse.diagonal())  # it is positive definite

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from typing_extensions import Unpack
 
-from . import _torch, plain_path
+from . import _torch, dispatch, plain_path, traced
 from .autograd import full_precision
-from .conv_autograd import EmendedConv, Needs, TransformableEmendedConv, conv_gradients, prepare
+from .conv_autograd import EmendedConv, Needs, TracedConv, TransformableEmendedConv, conv_gradients, prepare
 from .functional import _check_floating, _check_match, autocast, check_differentiable
 from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, Sizes, normalized, normalized_transposed, per_dimension
 from .options import Options, OptionsDict, options_from
@@ -173,6 +173,10 @@ def _emended(
     if normal is None or not normal[1].takes(normal[0], weight):
         return plain(x, weight, bias)  # torch's own error
     rows, geometry = normal
+    if traced.is_traced(options):
+        dispatch.select(options.backend, x)  # what cannot serve the call says so now, not in backward
+        y = TracedConv.apply(rows, weight, bias, geometry, options.patch_bytes, *traced.settings_of(options))
+        return y if batched else y.squeeze(0)
     if rows.shape[0] == 0 and options.process_group is None:
         return plain(x, weight, bias)  # nothing to emend
     with torch.no_grad(), full_precision(x.device.type):
@@ -245,9 +249,15 @@ def emended_conv_weight_grad(
     if x.shape[0] == 0 and settings.process_group is None:
         return torch.zeros_like(weight), x.new_zeros(dy.shape[1]) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
-        prepared = prepare(x, geometry, bias, dy.shape[1], settings)
-        needs = Needs(False, True, bias)
-        _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, needs)
+        dw: Tensor | None
+        if traced.is_traced(settings):
+            arguments = (*geometry.arguments(), bias, settings.patch_bytes, *traced.settings_of(settings))
+            dw, own_db = torch.ops.consequentialism.emended_conv_weight_grad(x, dy, *arguments)
+            db = own_db if bias else None
+        else:
+            prepared = prepare(x, geometry, bias, dy.shape[1], settings)
+            needs = Needs(False, True, bias)
+            _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, needs)
         assert dw is not None
         by = ratio(settings, x.shape[0], x) if settings.process_group is None else None
         if by is not None:

@@ -91,9 +91,7 @@ def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Op
     """
     # A tracer's symbols have no hash, and the cache must not keep a batch's own count alive.
     known = type(rows) is type(inputs) is type(outputs) is int and options.samples is None
-    return (_known_plan if known and not torch.compiler.is_compiling() else _choose)(
-        rows, inputs, outputs, dtype, options
-    )
+    return (_known_plan if known else _choose)(rows, inputs, outputs, dtype, options)
 
 
 def _choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:

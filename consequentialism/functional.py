@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from . import _torch, cost, dispatch, ops, plain_path, reference
+from . import _torch, cost, dispatch, ops, plain_path, reference, traced
 from .autograd import (
     EmendedLinear,
     TransformableEmendedLinear,
@@ -92,6 +92,8 @@ def emended_linear_with(
     if not (need_weight or need_bias) or plain_path.is_exported(True):
         return F.linear(x, weight, bias)
     check_differentiable(transformed, x, weight, bias)
+    if traced.is_traced(options):
+        return traced.linear(x, weight, bias, options)
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
@@ -103,8 +105,7 @@ def emended_linear_with(
     if options.process_group is None:
         fused_rows = backend.MAX_FUSED_ROWS if need_weight and not transformed else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
-    compiled = backend is ops and not (transformed or torch.compiler.is_compiling())
-    if compiled and plan is not None and plan.solver == "cholesky":
+    if backend is ops and not transformed and plan is not None and plan.solver == "cholesky":
         settings = options.damping, options.damping_mode, options.scale
         return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *settings)
     with torch.no_grad(), full_precision(x.device.type):
@@ -156,12 +157,16 @@ def emended_weight_grad(
         return x.new_zeros(outputs, inputs), x.new_zeros(outputs) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
-        backend = dispatch.select(settings.backend, x)
-        plan = None
-        if settings.process_group is None:
-            plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
-        prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
-        dw, db = prepared.weight_grad(x, dy, backend, True, bias)
+        dw: Tensor | None
+        if traced.is_traced(settings):
+            dw, db = traced.linear_weight_grad(x, dy, bias, settings)
+        else:
+            backend = dispatch.select(settings.backend, x)
+            plan = None
+            if settings.process_group is None:
+                plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
+            prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
+            dw, db = prepared.weight_grad(x, dy, backend, True, bias)
         assert dw is not None
         by = ratio(settings, rows, x) if settings.process_group is None else None
         if by is not None:

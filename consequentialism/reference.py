@@ -551,7 +551,8 @@ def emended_embedding_rows(
         ``[N, E]`` in float32 or float64.
     """
     rank = rows.clamp(min=1, max=num_embeddings)
-    c = damping * total / rank if damping_mode == "relative" else total.new_full((), damping)
+    # A product: torch.compile makes no constant of a damping that it multiplies by.
+    c = damping * total / rank if damping_mode == "relative" else damping * torch.ones_like(total)
     weight = 1 / (counts + c)  # [N]
     if scale == "nlms":
         weight = weight * (rows if samples is None else samples)
