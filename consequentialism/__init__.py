@@ -10,6 +10,7 @@ Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 from . import optim, reference
 from .conv import Conv1d, Conv2d, Conv3d
 from .conv_functional import emended_conv, emended_conv_transpose, emended_conv_weight_grad
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import convert, param_groups, revert
 from .dispatch import backends
 from .embedding import Embedding
@@ -24,6 +25,9 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Embedding",
     "Linear",
     "Options",

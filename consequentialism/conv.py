@@ -55,7 +55,7 @@ class EmendedConvNd(EmendedModule):
         options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes, solver, iterations)
         sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         for name, size in sizes.items():
-            _check_size(name, size)
+            check_size(name, size)
         super().__init__(  # type: ignore[call-arg]
             in_channels,
             out_channels,
@@ -80,7 +80,7 @@ class EmendedConvNd(EmendedModule):
         return emended_conv_with(input, *arguments, self.options())
 
 
-def _check_size(name: str, size: Any) -> None:
+def check_size(name: str, size: Any) -> None:
     """Raise where torch's own layer would fail at a number without saying which argument it is."""
     if isinstance(size, str):
         return

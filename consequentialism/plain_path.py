@@ -77,7 +77,7 @@ def plain_forward(layer: EmendedModule, input: Any, forward: Callable[[Tensor], 
         raise
 
 
-def leaf(layer: EmendedModule, input: Proxy) -> Proxy:
+def leaf(layer: EmendedModule, input: Proxy, *more: Any) -> Any:
     """A call of the layer itself in the graph of ``torch.fx``, as of torch's own layers."""
     tracer: Any = input.tracer
     if type(tracer).__module__.startswith(("torch.ao.", "torchao.")):
@@ -88,7 +88,7 @@ def leaf(layer: EmendedModule, input: Proxy) -> Proxy:
             "them once more with it: remove them, use a Tracer whose is_leaf_module is True for emended layers, or "
             "call consequentialism.revert(model) first"
         )
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input, *more), {})
 
 
 def call(input: Proxy, function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .conv import Conv1d, Conv2d, Conv3d
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import EmendedModule, Linear
 
@@ -17,11 +18,15 @@ EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
     nn.Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
 }
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {emended: plain for plain, emended in EMENDED.items()}
 
 # What a layer's map needs beside its parameters, for classes that have no such attribute.
 _CONV = {"dilation": 1, "groups": 1, "padding": 0, "padding_mode": "zeros", "stride": 1}
+_TRANSPOSED = {**_CONV, "output_padding": 0}
 DEFAULTS: dict[type[nn.Module], dict[str, Any]] = {
     nn.Linear: {},
     nn.Embedding: {
@@ -34,6 +39,9 @@ DEFAULTS: dict[type[nn.Module], dict[str, Any]] = {
     nn.Conv1d: _CONV,
     nn.Conv2d: _CONV,
     nn.Conv3d: _CONV,
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
 }
 
 
@@ -47,7 +55,14 @@ class Form(NamedTuple):
 
     def dimensions(self) -> int:
         """Of the weight."""
-        convolutions: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+        convolutions: dict[type[nn.Module], int] = {
+            nn.Conv1d: 3,
+            nn.Conv2d: 4,
+            nn.Conv3d: 5,
+            nn.ConvTranspose1d: 3,
+            nn.ConvTranspose2d: 4,
+            nn.ConvTranspose3d: 5,
+        }
         return convolutions.get(self.like, 2)
 
 
@@ -81,7 +96,7 @@ def register(
 
     Args:
         cls: A subclass of `torch.nn.Module`. ``forward`` takes the input alone.
-        like: `torch.nn.Linear`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d` or `torch.nn.Conv3d`.
+        like: `torch.nn.Linear`, `torch.nn.Embedding`, or one of torch's convolutions and transposed convolutions.
             Attributes with the names of that layer's, such as ``stride`` and ``padding_idx``, say the rest; where
             ``cls`` has none, torch's defaults hold.
         weight: The parameter's name.

@@ -25,29 +25,13 @@ BOUND = {BF16: TOLERANCE[BF16], **TRANSFORM}
 Make = Callable[[int], Tensor]
 
 
-def transposed(**options: Any) -> nn.Module:
-    """A layer of the functional form."""
-
-    class Transposed(nn.ConvTranspose2d):
-        damping = 1.0
-
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            more = {**options, "damping": self.damping}
-            return cw.emended_conv_transpose(x, self.weight, self.bias, 2, 1, 1, 2, **more)
-
-    kind = options.pop("dtype", None)
-    layer = Transposed(4, 2, 3, 2, 1, 1, 2, dtype=kind)
-    layer.damping = options.pop("damping", 1.0)
-    return layer
-
-
 LAYERS: dict[str, tuple[Callable[..., nn.Module], Make]] = {
     "Linear": (lambda **options: cw.Linear(6, 3, **options), lambda n: randn(n, 6)),
     "Conv1d": (lambda **options: cw.Conv1d(4, 2, 3, padding="same", **options), lambda n: randn(n, 4, 5)),
     "Conv2d": (lambda **options: cw.Conv2d(2, 4, 2, groups=2, **options), lambda n: randn(n, 2, 4, 3)),
     "Conv3d": (lambda **options: cw.Conv3d(1, 2, 2, bias=False, **options), lambda n: randn(n, 1, 3, 3, 2)),
     "Embedding": (lambda **options: cw.Embedding(9, 3, **options), lambda n: torch.arange(2 * n) % 7),
-    "ConvTranspose2d": (transposed, lambda n: randn(n, 4, 3, 3)),
+    "ConvTranspose2d": (lambda **o: cw.ConvTranspose2d(4, 2, 3, 2, 1, 1, 2, **o), lambda n: randn(n, 4, 3, 3)),
 }
 
 

@@ -196,7 +196,6 @@ CANNOT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "subclass": (lambda: Scaled(5, 5), "Scaled"),
     "instance's forward": (lambda: replaced(nn.Linear(5, 5)), "forward"),
     "Bilinear": (lambda: nn.Bilinear(5, 5, 5), "Bilinear"),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(5, 5, 1), "ConvTranspose2d has no emended form"),
     "LazyConv2d": (lambda: nn.LazyConv2d(5, 1), "LazyConv2d has no shape yet"),
     "LazyLinear": (lambda: nn.LazyLinear(5), "LazyLinear has no shape yet"),
     "LazyConvTranspose1d": (lambda: nn.LazyConvTranspose1d(5, 1), "LazyConvTranspose1d has no shape yet"),
