@@ -6,7 +6,6 @@ which; `TransposedGeometry` is that of a transposed convolution, which reads its
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -201,6 +200,8 @@ class TransposedGeometry(Geometry):
         """As that of a convolution, class by class: entries of the kernel of two classes are never in one row."""
         inputs, positions = self.inputs(x), self.positions(x)
         gram = x.new_zeros(self.groups, inputs + bias, inputs + bias, dtype=dtype)
+        if x.shape[0] == 0:
+            return gram
         shape = x.shape[1] // self.groups, *self.kernel
         square = gram[:, :inputs, :inputs].unflatten(2, shape).unflatten(1, shape)
         along = [self._classes(i, size, out) for i, (size, out) in enumerate(zip(x.shape[2:], positions, strict=True))]
@@ -228,14 +229,15 @@ class TransposedGeometry(Geometry):
         kernel, dilation = tuple(c.entries for c in classes), tuple(c.dilation for c in classes)
         one, nothing = (1,) * len(kernel), (0,) * len(kernel)
         convolution = Geometry(kernel, one, nothing, dilation, self.groups)
-        read = x.shape[1] * math.prod(c.end - c.begin for c in classes)
+        read = x.shape[1] * math.prod([c.end - c.begin for c in classes])
         sides = [side for c, size in zip(classes, x.shape[2:], strict=True) for side in (-c.begin, c.end - size)]
         sides = [sides[i + j] for i in range(len(sides) - 2, -1, -2) for j in (0, 1)]  # the last dimension first
-        grams = (
-            convolution.gram(backend, F.pad(piece, sides), bias, patch_bytes, dtype)
-            for _, piece in _samples(x, read * dtype.itemsize, patch_bytes)
-        )
-        return functools.reduce(torch.add, grams)
+        gram = None
+        for _, piece in _samples(x, read * dtype.itemsize, patch_bytes):
+            own = convolution.gram(backend, F.pad(piece, sides), bias, patch_bytes, dtype)
+            gram = own if gram is None else gram + own
+        assert gram is not None
+        return gram
 
     def _classes(self, i: int, size: int, positions: int) -> Iterator[_Class]:
         """Along the ``i``-th dimension, of an input of this size, those that read some of it."""

@@ -268,7 +268,9 @@ class Emended(torch.optim.Optimizer):
                 loss = closure()
         states = self._states()
         recorder = self._recorder
-        due, ran = recorder.recording, recorder.ran
+        due, ran = recorder.recording, recorder.ran()
+        if due and (ran or self._rates_count()):
+            self._name_unseen()
         if due and ran:
             self._refresh(states)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -285,14 +287,20 @@ class Emended(torch.optim.Optimizer):
         return loss
 
     def _refresh(self, states: Sequence[memory.State]) -> None:
-        if not self._unseen_named:
-            self._unseen_named = True
-            self._name_unseen()
         memory.refresh(self.units, states, self.memory, self._root, self._process_groups())
         self._recorder.end()
 
+    def _rates_count(self) -> bool:
+        """Whether this is a step that somebody wants: a checkpoint's place is made by one with all rates 0."""
+        rates = [group.get("lr", 1) for group in self.param_groups]
+        return any(rate.device.type != "cpu" or bool(rate) if isinstance(rate, Tensor) else rate != 0 for rate in rates)
+
     def _name_unseen(self) -> None:
-        unseen = [u.name for u in self.units if u.slot.calls == [] and u.weight.grad is not None]
+        """Warn once, at the first refresh, of layers that have gradients but were not recorded."""
+        if self._unseen_named:
+            return
+        self._unseen_named = True
+        unseen = [u.name for u in self.units if not u.slot.changes() and u.weight.grad is not None]
         if unseen:
             warnings.warn(
                 f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, unseen))}, which have "

@@ -53,7 +53,7 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, root:
         gram, count = unit.slot.gram, unit.slot.count
         assert gram is not None
         assert count is not None
-        own = _folded(gram.view(state["input_gram"].shape), count, state, memory)
+        own = _folded(gram.view(state["input_gram"].shape), count.view(()), state, memory)
         made = root(unit, own["input_gram"])
         usable = made.sum().isfinite()
         own["root"] = torch.where(usable, made, state["root"])
@@ -114,7 +114,7 @@ def _equal(one: Unit, other: Unit, summed: bool) -> bool:
     first, second = one.slot, other.slot
     if one is other:
         return True
-    if not summed and first.calls is not None and second.calls is not None:
+    if not summed and not first.is_traced() and not second.is_traced():
         return first.calls == second.calls
     assert first.gram is not None
     assert second.gram is not None
@@ -151,7 +151,7 @@ def _all_reduce(units: Sequence[Unit], groups: Sequence[Any], flags: Tensor | No
         kinds.setdefault((unit.slot.dtype, unit.slot.device), []).append(unit)
     for k, ((dtype, device), members) in enumerate(kinds.items()):
         extra = flags if flags is not None and k == 0 else torch.zeros(0)
-        counts = [unit.slot.count.view(1).to(dtype) for unit in members]  # type: ignore[union-attr]
+        counts = [unit.slot.count.to(dtype) for unit in members]  # type: ignore[union-attr]
         parts = [unit.slot.gram.reshape(-1) for unit in members]  # type: ignore[union-attr]
         flat = torch.cat([*parts, *counts, extra.to(dtype=dtype, device=device)])
         for group in groups:
@@ -161,7 +161,7 @@ def _all_reduce(units: Sequence[Unit], groups: Sequence[Any], flags: Tensor | No
             unit.slot.gram = flat[begin : begin + part.numel()].view(unit.slot.shape)
             begin += part.numel()
         for unit in members:
-            unit.slot.count = flat[begin].to(unit.slot.count.dtype)  # type: ignore[union-attr]
+            unit.slot.count = flat[begin : begin + 1].to(unit.slot.count.dtype)  # type: ignore[union-attr]
             begin += 1
         if extra.numel():
             extra.copy_(flat[begin:])

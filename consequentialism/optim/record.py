@@ -25,7 +25,7 @@ class Slot:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.calls: list[int] | None = []  # the numbers of the Grams that were added; None where tracing hid them
+        self.calls: list[int] = []  # the numbers of the Grams that backward has added
         self.gram: Tensor | None = None
         self.count: Tensor | None = None
 
@@ -33,7 +33,8 @@ class Slot:
         """Make room; before forward, so that torch.compile finds it there."""
         if self.gram is None:
             self.gram = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-            self.count = torch.zeros((), dtype=torch.float64 if self.device.type != "mps" else None, device=self.device)
+            # One entry, not 0-dimensional: what torch.compile takes for a Python number it does not change.
+            self.count = torch.zeros(1, dtype=torch.float64 if self.device.type != "mps" else None, device=self.device)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -42,10 +43,17 @@ class Slot:
 
     def clear(self) -> None:
         """Forget what was added in backward."""
-        if self.calls and self.gram is not None and self.count is not None:
-            self.gram.zero_()
-            self.count.zero_()
-            self.calls = []
+        if self.calls and self.gram is not None and not self.is_traced():
+            self.close()
+            self.open()
+
+    def changes(self) -> int:
+        """How often something was added. It is the only sign that a compiled graph leaves on the host."""
+        return 0 if self.count is None else self.count._version
+
+    def is_traced(self) -> bool:
+        """Whether a compiled forward has added to it."""
+        return self.changes() != len(self.calls)
 
     def add(self, gram: Tensor, count: Tensor | int) -> None:
         """Add a batch's."""
@@ -62,12 +70,10 @@ class Recorder:
 
     Attributes:
         recording: A plain bool, on which torch.compile guards: one graph with the Grams, one without.
-        ran: Whether any layer was recorded since the last step.
     """
 
     def __init__(self) -> None:
         self.recording = False
-        self.ran = False
         self.one_process = False
         self.handles: list[RemovableHandle] = []
         self.slots: list[Slot] = []
@@ -85,7 +91,11 @@ class Recorder:
         for slot in self.slots:
             slot.close()
         self._known.clear()
-        self.recording = self.ran = False
+        self.recording = False
+
+    def ran(self) -> bool:
+        """Whether any layer was recorded since the last step."""
+        return any(slot.changes() for slot in self.slots)
 
     def discard(self) -> None:
         """Forget the batches whose gradients are thrown away. What a compiled forward has recorded stays."""
@@ -138,7 +148,6 @@ class Hook:
             return
         if not self.kind.weight(module).requires_grad:
             return
-        recorder.ran = True
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
             self._trace(x)
@@ -147,7 +156,6 @@ class Hook:
 
     def _trace(self, x: Tensor) -> None:
         """In a compiled forward the Gram enters at once, for a graph has no hooks on its tensors."""
-        self.slot.calls = None
         with torch.no_grad():
             self.slot.add(*gram_of(self.kind, self.blocks, x.detach(), self.per_sample, self.slot.dtype))
 
@@ -190,8 +198,7 @@ class _Entry:
             return
         with torch.no_grad():
             slot.add(gram, count)
-        if slot.calls is not None:
-            slot.calls.append(call)
+        slot.calls.append(call)
 
 
 def whole_input(x: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""`Emended` and torch.compile: two graphs, with recording and without, and the numbers of eager mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import F64, assert_close, randn
+from emended_helpers import EXACT, squares
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import consequentialism as cw
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Tanh(), nn.Linear(9, 6, dtype=F64))
+        self.outer = nn.Linear(6, 4, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(checkpoint(self.inner, x, use_reentrant=False))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6, dtype=F64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+
+
+MODELS = {
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.ReLU(inplace=True), nn.Linear(9, 4, dtype=F64)),
+        randn(20, 6),
+    ),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, groups=1, dtype=F64), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3, stride=2, dtype=F64)
+        ),
+        randn(5, 3, 6, 6),
+    ),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(7, 6, dtype=F64), nn.Linear(6, 4, dtype=F64)),
+        torch.arange(40) % 7,
+    ),
+    "shared": (Attention, randn(3, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_graphs_with_the_numbers_of_eager_mode(name: str) -> None:
+    make, x = MODELS[name]
+    _compare(make(), x)
+
+
+def test_checkpointing_in_a_graph() -> None:
+    _compare(Checkpointed(), randn(20, 6))
+
+
+def _compare(model: nn.Module, x: Tensor) -> None:
+    twin = copy.deepcopy(model)
+    options = {"refresh_every": 3, "memory": 0.5}
+    optimizers = [cw.optim.Emended(torch.optim.AdamW(m.parameters(), 0.01), m, **options) for m in (model, twin)]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(8):
+        for forward, optimizer in ((compiled, optimizers[0]), (twin, optimizers[1])):
+            for part in (x, x):  # two micro-batches
+                squares(forward(part)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert counter.frame_count == 2
+    for (name, own), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(name, own, expected, EXACT)
+    for one, other in zip(optimizers[0].units, optimizers[1].units, strict=True):
+        first, second = optimizers[0].state[one.weight], optimizers[1].state[other.weight]
+        assert_close("rows", first["gram_rows"], second["gram_rows"], EXACT)
+        assert_close("moment", first["input_gram"], second["input_gram"], EXACT)
+    if isinstance(model, Attention):
+        assert optimizers[0].state[model.q.weight]["root"] is optimizers[0].state[model.v.weight]["root"]
+
+
+def test_compiled_before_the_optimizer_was_made_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 9, dtype=F64), nn.Tanh(), nn.Linear(9, 4, dtype=F64))
+    compiled = torch.compile(model, backend="eager")
+    squares(compiled(randn(20, 6))).backward()
+    optimizer = cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), compiled)
+    assert [unit.name for unit in optimizer.units] == ["0", "2"]
+    squares(compiled(randn(20, 6))).backward()
+    with pytest.warns(UserWarning, match="has seen no input of '0', '2'"):
+        optimizer.step()
