@@ -90,6 +90,7 @@ class EmendedConvTransposeNd(EmendedModule):
         if plain_path.is_plain(self, input):
             own = functools.partial(super(EmendedModule, self).forward, output_size=output_size)
             return plain_path.plain_forward(self, input, own)
+        self.note_run()
         return self.emended_forward(input, output_size)
 
     def emended_forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from .functional import FLOATING_TYPES
 from .linear import EmendedModule, Linear
 from .options import OPTION_NAMES, Options, OptionsDict, as_number, options_from
 from .registry import emended_class, form_of, like_name, plain_class
+from .watch import Watch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,13 +87,17 @@ def convert(
             chosen.append((name, module, options_from({**own, **options}) if emended else settings))
         else:
             left_alone.append(f"{_place(name, module)}: {reason}")
+    watch = Watch()
     for name, module, taken in chosen:
-        if not isinstance(module, EmendedModule):
+        emended_before = isinstance(module, EmendedModule)
+        if not emended_before:
             form = form_of(type(module))
             assert form is not None
             _swap(module, emended_class(type(module), form))
         module.set_options(taken)  # type: ignore[operator]
         module.qualified_name = name  # type: ignore[assignment]
+        if not emended_before:
+            watch.add(module)  # type: ignore[arg-type]
         if isinstance(module, Linear):
             module.attach(batch if module.recorder is None else module.recorder.over(batch))
     if left_alone or not chosen:
@@ -118,6 +123,8 @@ def revert(model: Model) -> Model:
     _check_model(model)
     emended = [(m, plain_class(type(m))) for m in model.modules() if isinstance(m, EmendedModule)]
     for module, plain in emended:
+        if module.watched is not None:
+            module.watched.leave(module)
         for name in (*OPTION_NAMES, "recorder", "qualified_name", "serial"):
             module.__dict__.pop(name, None)
         _swap(module, plain)

@@ -17,6 +17,7 @@ from .functional import autocast, check_linear, emended_linear_with
 from .options import LINEAR_OPTIONS, DampingMode, Options, Scale, Solver, check_samples
 from .recorder import Recorder
 from .samples import count
+from .watch import Watched, note_compiled
 
 _NOT_COPIED = ("samples", "serial")  # those of this batch, and of this object
 _serials = itertools.count(1)
@@ -44,6 +45,7 @@ class EmendedModule(nn.Module):
     qualified_name: str | None = None  # set by convert: where in the model the layer is
     serial: int  # the place among all layers that this process has made
     recorder: Recorder | None = None  # set by `attach`, on this instance only
+    watched: Watched | None = None  # set by convert, until the layer has run
     weight_name: ClassVar[str] = "weight"  # of the parameter; `register` may say others
     bias_name: ClassVar[str] = "bias"
     transposed: ClassVar[bool] = False  # whether a linear layer's weight is [I, O]
@@ -51,12 +53,20 @@ class EmendedModule(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if plain_path.is_plain(self, input):
             return plain_path.plain_forward(self, input, super().forward)
+        self.note_run()
         if getattr(input, "is_nested", False):
             raise TypeError(
                 f"{type(self).__name__}: input must be a dense tensor where a gradient is emended, got a nested one: "
                 "give its rows as a tensor, input.values(), or call consequentialism.revert on this layer"
             )
         return self.emended_forward(input)
+
+    def note_run(self) -> None:
+        """Called by every forward that emends: the layer makes its own gradient."""
+        if torch.compiler.is_compiling():
+            note_compiled(self)
+        elif self.watched is not None:
+            self.watched.run_by(self)
 
     def emended_forward(self, input: Tensor) -> Tensor:
         """What torch's own forward returns, with emended gradients of weight and bias."""
@@ -100,6 +110,8 @@ class EmendedModule(nn.Module):
         memo[id(self)] = copied
         kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
         copied.__dict__.update(copy.deepcopy(kept, memo), serial=next(_serials))
+        if copied.watched is not None:
+            copied.watched.bind(copied)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,6 +123,8 @@ class EmendedModule(nn.Module):
         group = state.get("process_group")
         group = group.group if isinstance(group, SavedGroup) else group
         super().__setstate__({**state, "process_group": group, "serial": next(_serials)})
+        if self.watched is not None:
+            self.watched.bind(self)
 
     def __prepare_scriptable__(self) -> EmendedModule:
         raise TypeError(plain_path.refusal(self, "torch.jit.script"))

@@ -289,6 +289,9 @@ class FusedSGD(torch.optim.Optimizer):
             check_rate("other_lr", other_lr)
             other_lr = other_lr if isinstance(other_lr, Tensor) else float(other_lr)
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+        for layer in layers.values():  # a backward that steps sees for itself who made a gradient, and bears no hooks
+            if layer.watched is not None:
+                layer.watched.leave(layer)
         _check_layers(model, layers)
         stepped = [p for layer in layers.values() for p in layer.parameters(recurse=False)]
         known = {id(p) for p in stepped}
