@@ -17,17 +17,41 @@ from torch import Tensor
 from . import _torch, conjugate, cost, dispatch, distributed, ops, reference, traced
 from .autograd import full_precision, once_differentiable, refuse_jacobian
 from .geometry import Geometry, geometry_of, is_compiled
-from .options import Form, Options, Scale
+from .options import DampingMode, Form, Options, Scale
 from .precision import gram_dtype
 from .reference import conv_errors
+
+# Where the largest entries of a Gram's diagonal lie within these, neither it nor products with its inverse leave the
+# type's range.
+GRAM_RANGE = {torch.float32: (1e-25, 1e25), torch.float64: (1e-200, 1e200)}
+
+
+class Solver(NamedTuple):
+    """How the damped Gram is inverted, or its system solved."""
+
+    damping: float
+    damping_mode: DampingMode
+    scale: Scale
+    rank: int  # min(N, I), what a relative damping is relative to
+    samples: int  # the multiplier of ``scale="nlms"``
+    iterations: int | None  # of conjugate gradients; None for a factor
 
 
 class Prepared(NamedTuple):
     """What forward keeps for `conv_gradients`."""
 
     form: Form
+    solver: Solver
     matrix: Tensor  # [groups, n, n], the inverse, or the primal Gram that conjugate gradients take
-    solved_with: tuple[Any, ...] | None  # the arguments of `conjugate.solve_gram` after its matrices
+    unit: Tensor | None  # [groups, 1, 1]: the matrix is that of x / unit
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward needs."""
+
+    x: bool
+    weight: bool
+    bias: bool
 
 
 def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Prepared:
@@ -57,31 +81,93 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
         rows = sum(counts.rows)
         if scale == "nlms":
             scale, samples = "raw", counts.samples  # which need not be a whole number
-    rank = max(min(rows, inputs), 1)
     dtype = gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type)
+    unit = None if _is_looked_at(x) or not _may_overflow(x, dtype) else _unit_of(x, geometry, bias, options, dtype)
+    gram = _gram(backend, x, geometry, bias, form, unit, options, dtype)
+    if _is_looked_at(gram) and not _in_range(gram):
+        unit = _unit_of(x, geometry, bias, options, dtype)
+        gram = _gram(backend, x, geometry, bias, form, unit, options, dtype)
+    rank, iterations = max(min(rows, inputs), 1), options.iterations if solver == "cg" else None
+    solved = Solver(options.damping, options.damping_mode, scale, rank, batch, iterations)
+    if iterations is not None:
+        return Prepared(form, solved, gram, unit)
+    inverse = _inverse(backend, x, gram, solved, unit)
+    return Prepared(form, solved, inverse if samples == 1 else inverse * samples, unit)
+
+
+def _gram(
+    backend: Any,
+    x: Tensor,
+    geometry: Geometry,
+    bias: bool,
+    form: Form,
+    unit: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The Gram of the rows of ``x``, or of ``x / unit``, over all ranks that share the batch."""
+    x = in_unit(x, unit)
     if form == "dual":
         patches = geometry.patches(x).to(dtype)  # [groups, N, I], smaller than the primal Gram
-        gram = patches @ patches.mT + int(bias)
+        ones = int(bias) if unit is None else bias / unit / unit
+        gram = patches @ patches.mT + ones
     else:
         gram = geometry.gram(backend, x, bias, options.patch_bytes, dtype)
+        if unit is not None and bias:
+            columns = torch.cat([torch.ones_like(gram[:, :1, :-1]), 1 / unit], 2)  # [groups, 1, I]
+            gram = gram * columns * columns.mT
     if options.process_group is not None:
         dist.all_reduce(gram, group=distributed.group_of(options))
-    arguments = (options.damping, options.damping_mode, scale, rank, batch)
-    if solver == "cg":
-        return Prepared(form, gram, (*arguments, options.iterations))
-    if geometry.groups == 1:
-        inverse = backend.factor(gram[0], *arguments)[None]
-    else:
-        inverse = (ops if is_compiled(backend, x) else reference).factor(gram, *arguments)
-    return Prepared(form, inverse if samples == 1 else inverse * samples, None)
+    return gram
 
 
-class Needs(NamedTuple):
-    """Which gradients a backward needs."""
+def _inverse(backend: Any, x: Tensor, gram: Tensor, solver: Solver, unit: Tensor | None) -> Tensor:
+    """``scale * (G + c I)^-1 [groups, n, n]``, an absolute ``c`` in units of the Gram."""
+    if unit is not None and solver.damping_mode == "absolute":
+        c = solver.damping / unit / unit
+        return reference.factor_with(gram, c[:, 0, 0], solver.scale, solver.samples)
+    arguments = solver[:5]
+    if gram.shape[0] == 1:
+        return backend.factor(gram[0], *arguments)[None]
+    return (ops if is_compiled(backend, x) else reference).factor(gram, *arguments)
 
-    x: bool
-    weight: bool
-    bias: bool
+
+def _is_looked_at(tensor: Tensor) -> bool:
+    """Whether the host may look at a tensor's numbers: without waiting, and where it is not traced."""
+    traced = torch.compiler.is_compiling() or _torch.transforms_active()
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not traced
+
+
+def _may_overflow(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the squares of x's type may leave the range of the Gram's."""
+    return x.dtype == dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
+
+
+def _in_range(gram: Tensor) -> bool:
+    if gram.numel() == 0:
+        return True
+    least, most = GRAM_RANGE[gram.dtype]
+    low, high = torch.aminmax(gram.diagonal(dim1=-2, dim2=-1).amax(-1))
+    return least < low.item() and high.item() < most
+
+
+def _unit_of(x: Tensor, geometry: Geometry, bias: bool, options: Options, dtype: torch.dtype) -> Tensor:
+    """The unit of each group's input, ``[groups, 1, 1]``, equal on all ranks."""
+    largest = x.new_zeros(geometry.groups)
+    if x.numel() > 0:
+        largest = x.abs().unflatten(1, (geometry.groups, -1)).movedim(1, 0).flatten(1).amax(1)
+    largest = largest.to(dtype)
+    if options.process_group is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=distributed.group_of(options))
+    return reference.unit_near(largest, bias, options.damping_mode)[:, None, None]
+
+
+def in_unit(x: Tensor, unit: Tensor | None) -> Tensor:
+    """``x / unit`` of ``x [B, C, *spatial]`` and a unit for each group: exact, for it is a power of two."""
+    if unit is None:
+        return x
+    by = unit.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # [groups, 1, ...]
+    return (x.unflatten(1, (unit.shape[0], -1)) / by).flatten(1, 2)
 
 
 def conv_gradients(
@@ -104,11 +190,14 @@ def conv_gradients(
         weight: Read for ``dx`` only; otherwise its shape and type count.
         bias: Whether the layer has a bias.
     """
-    form, matrix, solved_with = prepared
+    form, solver, matrix, unit = prepared
     groups = geometry.groups
     dx = plain = plain_bias = None
-    needs_all = needs.weight or (needs.bias and solved_with is not None)
-    if needs_all and form == "primal" and matrix.dtype == dy.dtype:
+    needs_all = needs.weight or (needs.bias and solver.iterations is not None)
+    layout = _layout(x, weight) if needs.weight else torch.contiguous_format
+    if needs_all or needs.bias:
+        x = in_unit(x, unit)
+    if needs_all and form == "primal" and matrix.dtype == x.dtype == dy.dtype:
         dx, plain, plain_bias = geometry.backward(dy, x, weight, (needs.x, True, bias))
     elif needs.x:
         dx, _, _ = geometry.backward(dy, x, weight, (True, False, False))
@@ -126,36 +215,46 @@ def conv_gradients(
         plain, plain_bias = _plain_gradients(errors, x, weight, geometry, has_column, patch_bytes, matrix.dtype)
     flat = geometry.rows_of(plain)  # [groups, O/groups, I]
     if plain_bias is not None:
-        flat = torch.cat([flat, plain_bias.reshape(groups, -1, 1)], 2)
-    spoilt = (0 * flat).sum()
-    if solved_with is not None:
-        flat = conjugate.solve_gram(matrix, flat, *solved_with)
+        column = plain_bias.reshape(groups, -1, 1)
+        flat = torch.cat([flat, column if unit is None else column / unit], 2)
+    poison = (0 * flat).sum()
+    if solver.iterations is not None:
+        how, rank, samples = solver[:3], solver.rank, solver.samples
+        flat = conjugate.solve_gram(matrix, flat, *how, rank, samples, solver.iterations, unit)
     elif form == "primal":
         flat = flat @ matrix
-    flat = flat + spoilt
+    flat = flat + poison
+    if unit is not None:
+        flat = reference.out_of_unit(flat, unit, solver.scale)
     dw = db = None
     if needs.bias:
         db = flat[:, :, -1].to(weight.dtype, copy=True).reshape(-1)
     if needs.weight:
         own = flat if plain_bias is None else flat[:, :, :-1]
-        layout = _layout(x, weight)
         dw = geometry.weight_of(own).to(weight.dtype, copy=plain_bias is not None, memory_format=layout)
     return dx, dw, db
 
 
 def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int) -> Tensor:
-    """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type."""
-    form, matrix, _ = prepared
+    """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type.
+
+    Args:
+        x: In the unit.
+    """
+    form, solver, matrix, unit = prepared
     if form == "dual":
         column = matrix.sum(2, keepdim=True)  # [groups, N, 1]
+        column = column if unit is None else column / unit
     else:  # the layer itself, with the inverse's border in the weight's place
         border, corner = geometry.weight_of(matrix[:, -1:, :-1]), matrix[:, -1, -1]
+        corner = corner if unit is None else corner / unit[:, 0, 0]
         column = x.new_empty(x.shape[0], geometry.groups, *geometry.positions(x), dtype=matrix.dtype)
         for block in geometry.blocks(x, patch_bytes, matrix.dtype):
             block.of(column).copy_(geometry.of_blocks().forward(block.x, border, corner))
         column = conv_errors(column, geometry.groups)
-    db = (conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column).reshape(-1)
-    return db + (0 * db).sum()
+    db = conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column  # [groups, O/groups, 1]
+    db = reference.poisoned(db)
+    return (db if unit is None else reference.out_of_unit(db, unit, solver.scale)).reshape(-1)
 
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -186,12 +285,12 @@ def _plain_gradients(
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, matrix = ctx.saved_tensors
-    prepared = Prepared(ctx.form, matrix, ctx.solved_with)
+    x, weight, matrix, unit = ctx.saved_tensors
+    prepared = Prepared(ctx.form, ctx.solver, matrix, unit)
     needs = Needs(*_torch.needed_gradients(ctx, 3))
     with full_precision(dy.device.type):
         dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
-    return dx, dw, db, *(None,) * 5
+    return dx, dw, db, *(None,) * 6
 
 
 class EmendedConv(torch.autograd.Function):
@@ -317,6 +416,6 @@ traced.add_op(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, matrix, ctx.solved_with = inputs
+    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, ctx.solver, matrix, unit = inputs
     ctx.bias = bias is not None
-    ctx.save_for_backward(x, weight, matrix)
+    ctx.save_for_backward(x, weight, matrix, unit)

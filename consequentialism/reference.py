@@ -52,9 +52,11 @@ def unit_of(x: Tensor, bias: bool, damping_mode: DampingMode) -> Tensor:
 
     A bias's column of ones, and an absolute ridge, are in range and large beside a small ``x``: 1 is then the least.
     """
-    if x.numel() == 0:
-        return x.new_ones(())
-    largest = x.abs().amax()
+    return unit_near(x.abs().amax() if x.numel() > 0 else x.new_zeros(()), bias, damping_mode)
+
+
+def unit_near(largest: Tensor, bias: bool, damping_mode: DampingMode) -> Tensor:
+    """`unit_of` inputs with these largest entries, of any shape."""
     unit = largest / (2 * torch.frexp(largest).mantissa)  # exact
     least = 1.0 if bias or damping_mode == "absolute" else 0.0
     return torch.where((largest > 0) & largest.isfinite(), unit.clamp(min=least), torch.ones_like(unit))
@@ -96,11 +98,11 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     """
     limited, excess = limited_damping(damping, damping_mode, gram.dtype)
     c = ridge(gram, limited, damping_mode, rank)
-    inverse = _factor(gram, c, scale, rows)
+    inverse = factor_with(gram, c, scale, rows)
     return inverse if excess == 1 or scale == "gradient" else inverse * excess
 
 
-def _factor(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
+def factor_with(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
     """`factor` with the ridges ``c [...]`` as they are."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     c = c[..., None, None]
@@ -149,7 +151,7 @@ def _wide_inverse(
     scaled = _rows(x, bias) / unit
     gram = input_gram(scaled, False, form)
     if damping_mode == "absolute":
-        return _factor(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
+        return factor_with(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
     return factor(gram, damping, damping_mode, scale, rank, rows), scaled, unit
 
 

@@ -130,11 +130,11 @@ def embedding(rank: int, indices: Tensor, dy: Tensor, counts: list[int]) -> dict
             model = DistributedDataParallel(layer)
             model(own_rows(rank, indices, counts)).backward(own_rows(rank, dy, counts))
             found[f"{scale} {damping_mode}"] = layer.weight.grad.clone()
-            layer.sparse, layer.weight.grad = True, None  # this rank's part, which nobody averages
+            layer.sparse, layer.weight.grad = True, None  # outside of DDP: this rank's part of its mean
             layer(own_rows(rank, indices, counts)).backward(own_rows(rank, dy, counts))
             part = layer.weight.grad.to_dense()
             dist.all_reduce(part)
-            found[f"{scale} {damping_mode} sparse"] = part
+            found[f"{scale} {damping_mode} sparse"] = part / RANKS
     return found
 
 
