@@ -25,6 +25,11 @@ JACOBIAN = (
 )
 
 
+def is_exporting() -> bool:
+    """Whether torch.export runs. Under torch.compile, torch 2.11 answers its public question with True always."""
+    return torch.compiler._is_exporting_flag
+
+
 def transforms_active() -> bool:
     """Whether a torch.func transform is running."""
     return torch._C._are_functorch_transforms_active()

@@ -35,7 +35,7 @@ def is_plain(layer: EmendedModule, input: Any) -> bool:
 def is_exported(trained: bool = False) -> bool:
     """Whether the model is exported or traced just now; a warning then says what becomes of what is ``trained``."""
     if torch.compiler.is_compiling():
-        if not torch.compiler.is_exporting():
+        if not _torch.is_exporting():
             return False
         if trained:
             from torch._dynamo.comptime import comptime
