@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from consequentialism.demo.errors import Parser, UserError
+from consequentialism.errors import Parser, UserError
 
 from . import against, plot, registry, show, table
 from .case import Case, Row

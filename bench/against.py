@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 from . import table
 from .case import Row

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consequentialism import dispatch, reference
+from consequentialism import reference
+from consequentialism.backend import dispatch
 from consequentialism.options import DampingMode, Form, Scale
 
 from .case import Case, Unavailable, Work

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 from .case import OK, Row
 

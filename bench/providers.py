@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 import consequentialism as cw
-from consequentialism import cost, dispatch
+from consequentialism.backend import dispatch
 from consequentialism.options import ConvMethod
+from consequentialism.solve import cost
 
 from .case import Unavailable
 from .correct import ISAAC_LA

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 from . import parts, whole
 from .case import Case

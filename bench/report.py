@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from consequentialism.demo.errors import Parser, UserError
-from consequentialism.demo.settings import PREFIX
+from consequentialism.errors import Parser, UserError
+from consequentialism.experiments.settings import PREFIX
 
 from . import table
 from .case import OK, Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from consequentialism import cost
+from consequentialism.solve import cost
 
 from .roofline import Least
 

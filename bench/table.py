@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 Line = TypeVar("Line")  # a dataclass
 

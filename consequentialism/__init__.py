@@ -7,18 +7,20 @@ The emended gradient ``dw = dy^T (x x^T + c I)^-1 x`` undoes that beforehand. `L
 Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 """
 
-from . import optim, reference
-from .conv import Conv1d, Conv2d, Conv3d
-from .conv_functional import emended_conv, emended_conv_transpose, emended_conv_weight_grad
-from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
-from .convert import convert, param_groups, revert
-from .dispatch import backends
-from .embedding import Embedding
-from .functional import emended_linear, emended_weight_grad, predict_change
-from .linear import Linear, set_samples
+from . import optim
+from .backend import compiled as ops  # noqa: F401  (`consequentialism.ops`, the name that README gives)
+from .backend import reference
+from .backend.dispatch import backends
+from .functional.conv import emended_conv, emended_conv_transpose, emended_conv_weight_grad
+from .functional.linear import emended_linear, emended_weight_grad, predict_change
+from .nn.conv import Conv1d, Conv2d, Conv3d
+from .nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .nn.convert import convert, param_groups, revert
+from .nn.embedding import Embedding
+from .nn.linear import Linear, set_samples
+from .nn.registry import register
+from .nn.summary import summary
 from .options import Options
-from .registry import register
-from .summary import summary
 from .version import __version__
 
 __all__ = [

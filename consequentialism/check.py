@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .conv_functional import emended_conv_weight_grad
-from .dispatch import AVAILABLE, backends, device_of
-from .functional import emended_weight_grad
+from .backend import reference
+from .backend.dispatch import AVAILABLE, backends, device_of
+from .functional.conv import emended_conv_weight_grad
+from .functional.linear import emended_weight_grad
 from .options import DAMPING_MODES, SCALES
 
 # Largest error allowed, relative to the norm of the gradient: rounding of the type times the condition of the cases.

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import torch
 
-from . import ops
-from .dispatch import backends
+from .backend import compiled as ops
+from .backend.dispatch import backends
 from .version import __version__
 
 COMMANDS = {

@@ -1,4 +1,4 @@
-// The derivative of an emended linear layer for eager mode: what consequentialism/autograd.py does, without Python
+// The derivative of an emended linear layer for eager mode: what consequentialism/autograd/linear.py does, without Python
 // between the steps. There stands the meaning of every branch; tests hold the two to the same bits.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>

@@ -13,7 +13,8 @@ from cases import F64, assert_identical
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism import factor_batch, ops
+from consequentialism.backend import compiled as ops
+from consequentialism.nn import factor_batch
 
 WIDTHS = (12, 20, 7, 5)
 

@@ -12,8 +12,8 @@ from cases import F64, TOLERANCE, Shape, assert_close, assert_identical, randn
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism import cost
 from consequentialism.optim import FusedSGD, SpentGradient
+from consequentialism.solve import cost
 
 LR = 0.125
 # One shape for each plan of the cost model, without a bias; half types take the first two only.

@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import consequentialism as cw
-from consequentialism import Options, cost, ops
-from consequentialism.autograd import EmendedLinear, prepare
+from consequentialism import Options
+from consequentialism.autograd.linear import EmendedLinear, prepare
+from consequentialism.backend import compiled as ops
+from consequentialism.functional.linear import emended_linear_with
+from consequentialism.solve import cost
 
 # N, I, O by the plan they take in float32: dual and primal, on the input and on the gradient.
 PLANS = {
@@ -55,7 +58,7 @@ def test_same_bits(shape: tuple[int, int, int], dtype: torch.dtype, needed: tupl
     values = (randn(rows, inputs), randn(outputs, inputs, seed=1), randn(outputs, seed=2))
     dy = randn(rows, outputs, seed=3, dtype=dtype)
     results = []
-    for linear in (cw.functional.emended_linear_with, python_linear):
+    for linear in (emended_linear_with, python_linear):
         x, weight, bias = (v.to(dtype).requires_grad_(n) for v, n in zip(values, needed, strict=True))
         out = linear(x, weight, bias if has_bias else None, Options(damping=0.7))
         assert ("CppNode" in out.grad_fn.name()) == (linear is not python_linear), out.grad_fn.name()

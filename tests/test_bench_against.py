@@ -11,7 +11,7 @@ from bench import against, plot, table
 from bench.__main__ import main
 from bench.case import OK, Row
 from bench.environment import git
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 
 def row(provider: str, ratio: float | None, shape: str = "2x3x4", op: str = "linear", state: str = OK) -> Row:

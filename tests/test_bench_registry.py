@@ -15,7 +15,7 @@ from bench.registry import OPS, Choice, plan
 from bench.shapes import ConvShape, LinearShape
 from bench.timing import Cuda, Device, Host, Rehearsal
 from bench.whole import conv_case, linear_case
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 DEVICES: dict[str, Device] = {"cpu": Host(), "cuda": Cuda(), "rehearsal": Rehearsal()}
 

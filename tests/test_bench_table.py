@@ -10,7 +10,7 @@ import torch
 
 from bench import table
 from bench.environment import environment, slug
-from consequentialism.demo.errors import UserError
+from consequentialism.errors import UserError
 
 
 @dataclass

@@ -21,10 +21,10 @@ from bench.train.tasks import PROFILES, Task
 from bench.train.text import ALPHABET, python_help
 from bench.train.tune import final_score, first_reached, jump, search, train
 from bench.train.work import Plan
-from consequentialism.demo.data import Samples
-from consequentialism.demo.methods import Loss, Step
-from consequentialism.demo.settings import PREFIX, Trial
-from consequentialism.demo.train import Problem, Run, class_loss
+from consequentialism.experiments.data import Samples
+from consequentialism.experiments.methods import Loss, Step
+from consequentialism.experiments.settings import PREFIX, Trial
+from consequentialism.experiments.train import Problem, Run, class_loss
 
 CPU = PROFILES["cpu"]
 

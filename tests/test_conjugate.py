@@ -45,8 +45,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import consequentialism as cw
-from consequentialism import conjugate, cost, reference
-from consequentialism.cost import Plan
+from consequentialism import reference
+from consequentialism.solve import conjugate, cost
+from consequentialism.solve.cost import Plan
 
 STORED, FREE = Plan("primal", "gradient", "cg", "stored"), Plan("primal", "gradient", "cg", "free")
 # O on both sides of where products with x become cheaper than the Gram, so that both plans are taken.

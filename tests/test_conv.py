@@ -41,7 +41,7 @@ from torch import nn
 
 import consequentialism as cw
 from consequentialism import reference
-from consequentialism.demo.models import MODELS, build
+from consequentialism.experiments.models import MODELS, build
 
 CPU_BACKENDS = [name for name in ("cpu", "reference") if cw.backends()[name] == "available"]
 SOME = ("1d stride", "2d wide", "2d few rows", "depthwise", "2d same", "3d")
@@ -342,7 +342,7 @@ def test_nothing_is_computed_without_a_gradient(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: Any) -> None:
         raise AssertionError("a Gram was computed")
 
-    monkeypatch.setattr("consequentialism.conv_functional.prepare", refuse)
+    monkeypatch.setattr("consequentialism.functional.conv.prepare", refuse)
     layer = cw.Conv2d(3, 4, 3)
     x = randn(2, 3, 6, 6, dtype=F32).requires_grad_()
     with torch.no_grad():

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import consequentialism as cw
-from consequentialism import cost, ops, reference
+from consequentialism import reference
+from consequentialism.backend import compiled as ops
+from consequentialism.solve import cost
 
 METHODS = ("direct", "displaced")
 BOUNDS = {F64: 1e-13, F32: 2e-6}

@@ -22,7 +22,8 @@ from cases import (
 from conv_cases import CASES, conv_gradients, conv_oracle, layers, padded
 
 import consequentialism as cw
-from consequentialism import cost, reference
+from consequentialism import reference
+from consequentialism.solve import cost
 
 SOME = ("1d stride", "2d wide", "2d few rows", "depthwise", "2d same", "3d")
 

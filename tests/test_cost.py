@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from consequentialism import Options, cost, reference
-from consequentialism.cost import Plan
+from consequentialism import Options, reference
+from consequentialism.solve import cost
+from consequentialism.solve.cost import Plan
 
 SIZES = (1, 7, 64, 300, 2000)
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import consequentialism as cw
-from consequentialism import ops
+from consequentialism.backend import compiled as ops
 
 pytestmark = pytest.mark.skipif(
     ops.module is None or ops.module.build_info()["cuda"] is None, reason="the extension was built for the CPU only"

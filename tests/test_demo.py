@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import consequentialism as cw
-from consequentialism.demo.data import CLASSES, DIMENSIONS, load
-from consequentialism.demo.errors import UserError
-from consequentialism.demo.models import DIMENSIONS as MODEL_DIMENSIONS
-from consequentialism.demo.models import MODELS, build, check_fits
-from consequentialism.demo.settings import OPTIMIZERS, RECORDED, TARGET, grid, recorded_optimizers
+from consequentialism.errors import UserError
+from consequentialism.experiments.data import CLASSES, DIMENSIONS, load
+from consequentialism.experiments.models import DIMENSIONS as MODEL_DIMENSIONS
+from consequentialism.experiments.models import MODELS, build, check_fits
+from consequentialism.experiments.settings import OPTIMIZERS, RECORDED, TARGET, grid, recorded_optimizers
 
 SAMPLE_SHAPES = {1: (1, 40), 2: (1, 28, 28)}
 

@@ -174,7 +174,7 @@ def test_nothing_is_computed_without_a_gradient(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: Any) -> None:
         raise AssertionError("the emended function was called")
 
-    monkeypatch.setattr("consequentialism.embedding.EmendedEmbedding.apply", refuse)
+    monkeypatch.setattr("consequentialism.nn.embedding.EmendedEmbedding.apply", refuse)
     layer = cw.Embedding(VOCABULARY, WIDTH)
     with torch.no_grad():
         layer(INDICES)

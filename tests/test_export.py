@@ -13,8 +13,8 @@ from cases import assert_identical, randn
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism.conv_functional import emended_conv_transpose
-from consequentialism.linear import EmendedModule
+from consequentialism.functional.conv import emended_conv_transpose
+from consequentialism.nn.linear import EmendedModule
 
 
 class OwnWeights(nn.Module):

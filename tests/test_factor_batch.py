@@ -26,7 +26,8 @@ from factor_batch_helpers import assert_same, batch_of, calls, gradients, networ
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism import ops, reference
+from consequentialism import reference
+from consequentialism.backend import compiled as ops
 
 __all__ = ["calls"]
 

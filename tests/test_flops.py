@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import consequentialism as cw
-from consequentialism import ops
+from consequentialism.backend import compiled as ops
 
 SETTINGS = (1.0, "relative", "raw")
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import consequentialism as cw
-from consequentialism import Options, cost, reference
-from consequentialism.autograd import prepare
-from consequentialism.kept import EmendedInput, FusedCall, Inverse
+from consequentialism import Options, reference
+from consequentialism.autograd.kept import EmendedInput, FusedCall, Inverse
+from consequentialism.autograd.linear import prepare
+from consequentialism.solve import cost
 
 BACKENDS = [pytest.param("cpu", marks=needs_kernels), "reference"]
 SHAPE = (12, 20, 9)

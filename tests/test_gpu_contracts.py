@@ -27,7 +27,7 @@ from cases import (
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism import ops
+from consequentialism.backend import compiled as ops
 
 pytestmark = pytest.mark.skipif(cw.backends()["cuda"] != "available", reason=f"backend cuda: {cw.backends()['cuda']}")
 BACKENDS = ("cuda", "reference")

@@ -23,7 +23,7 @@ from cases import (
 from torch import Tensor
 
 import consequentialism as cw
-from consequentialism import ops
+from consequentialism.backend import compiled as ops
 
 pytestmark = pytest.mark.skipif(cw.backends()["cuda"] != "available", reason=f"backend cuda: {cw.backends()['cuda']}")
 VARIANTS = ("recompute", "cooperative")

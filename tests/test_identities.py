@@ -28,7 +28,7 @@ from cases import (
 from torch import Tensor
 
 import consequentialism as cw
-from consequentialism import dispatch
+from consequentialism.backend import dispatch
 
 RAW = {"scale": "raw", "damping_mode": "absolute"}
 

@@ -30,7 +30,9 @@ from cases import (
 )
 from torch import Tensor
 
-from consequentialism import dispatch, ops, reference
+from consequentialism import reference
+from consequentialism.backend import compiled as ops
+from consequentialism.backend import dispatch
 
 LAYOUTS: dict[str, Callable[[int, int, torch.dtype], Tensor]] = {
     "contiguous": lambda n, m, dtype: randn(n, m, dtype=dtype),

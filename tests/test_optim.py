@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import consequentialism as cw
-from consequentialism import autograd, cost
+from consequentialism.autograd import linear as autograd
 from consequentialism.optim import FusedSGD, SpentGradient, step
+from consequentialism.solve import cost
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -10,8 +10,9 @@ from cases import F32, randn
 from torch import nn
 
 import consequentialism as cw
-from consequentialism import cost, precision
+from consequentialism import precision
 from consequentialism.optim import FusedSGD
+from consequentialism.solve import cost
 
 PATHS: dict[str, dict[str, Any]] = {
     "eager": {},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import needs_kernels, randn
 
-from consequentialism import ops
+from consequentialism.backend import compiled as ops
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -11,7 +11,7 @@ from cases import BF16, F16, F32, F64, error_of, make_input, oracle, randn
 from torch import Tensor
 
 import consequentialism as cw
-from consequentialism import cost
+from consequentialism.solve import cost
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs/solvers.md"
 ROWS, INPUTS, OUTPUTS = 600, 300, 20

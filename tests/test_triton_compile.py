@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET"):
 import triton_aot
 from triton_aot import MAIN_TARGETS, SHARED_BYTES, Case, compile_case
 
-from consequentialism.triton import plans
+from consequentialism.backend.triton import plans
 
 PRODUCTS = ("gram", "conv", "emend", "fused", "factor", "multiply")
 TENSOR_CORES = {

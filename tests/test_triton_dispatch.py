@@ -12,7 +12,9 @@ import pytest
 import torch
 from cases import randn
 
-from consequentialism import dispatch, ops, reference
+from consequentialism import reference
+from consequentialism.backend import compiled as ops
+from consequentialism.backend import dispatch
 
 
 class OnCuda:

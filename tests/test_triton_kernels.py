@@ -32,9 +32,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import consequentialism as cw
-from consequentialism import check, dispatch, ops, reference
-from consequentialism import triton as triton_backend
-from consequentialism.triton import conv_gram, emended_inputs, fused_weight_grad, launch, plans, tune
+from consequentialism import check, reference
+from consequentialism.backend import compiled as ops
+from consequentialism.backend import dispatch
+from consequentialism.backend import triton as triton_backend
+from consequentialism.backend.triton import conv_gram, emended_inputs, fused_weight_grad, launch, plans, tune
 
 pytestmark = pytest.mark.interpreter
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]

@@ -15,13 +15,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from consequentialism.triton import plans
-from consequentialism.triton.conv import conv_gram_kernel
-from consequentialism.triton.emend import emended_input_kernel
-from consequentialism.triton.factor import factor_kernel, multiply_kernel
-from consequentialism.triton.fused import fused_weight_grad_kernel
-from consequentialism.triton.gram import input_gram_kernel, reduce_gram_kernel
-from consequentialism.triton.weight_grad import bias_grad_kernel, poison_kernel
+from consequentialism.backend.triton import plans
+from consequentialism.backend.triton.conv import conv_gram_kernel
+from consequentialism.backend.triton.emend import emended_input_kernel
+from consequentialism.backend.triton.factor import factor_kernel, multiply_kernel
+from consequentialism.backend.triton.fused import fused_weight_grad_kernel
+from consequentialism.backend.triton.gram import input_gram_kernel, reduce_gram_kernel
+from consequentialism.backend.triton.weight_grad import bias_grad_kernel, poison_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

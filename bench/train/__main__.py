@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from consequentialism.demo.errors import Parser, UserError, need
 from consequentialism.demo.report import prepare_folder
+from consequentialism.errors import Parser, UserError, need
 
 from ..environment import slug
 from .methods import METHODS, NEVER, TRIALS

@@ -17,9 +17,9 @@ from statistics import pstdev
 import torch
 from torch import nn
 
-from consequentialism.demo.data import Samples, load
-from consequentialism.demo.settings import PREFIX, Schedule, Trial
-from consequentialism.demo.train import Problem, batches, classification, step_count
+from consequentialism.experiments.data import Samples, load
+from consequentialism.experiments.settings import PREFIX, Schedule, Trial
+from consequentialism.experiments.train import Problem, batches, classification, step_count
 
 from ..environment import Environment, environment
 from .methods import DAMPINGS, METHODS

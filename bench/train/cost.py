@@ -8,9 +8,9 @@ from statistics import mean, median
 
 import torch
 
-from consequentialism.demo.data import Samples
-from consequentialism.demo.settings import Trial
-from consequentialism.demo.train import timed_step
+from consequentialism.experiments.data import Samples
+from consequentialism.experiments.settings import Trial
+from consequentialism.experiments.train import timed_step
 
 from .methods import METHODS
 from .tasks import Task

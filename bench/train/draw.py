@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from consequentialism.demo.errors import UserError, need
-from consequentialism.demo.settings import PREFIX
+from consequentialism.errors import UserError, need
+from consequentialism.experiments.settings import PREFIX
 
 from .. import table
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from consequentialism import convert
-from consequentialism.demo.methods import FACTORIES, Loss, Step, ordinary_step
-from consequentialism.demo.methods import Method as Prepare
-from consequentialism.demo.settings import PREFIX, Trial
-from consequentialism.demo.train import class_loss
+from consequentialism.experiments.methods import FACTORIES, Loss, Step, ordinary_step
+from consequentialism.experiments.methods import Method as Prepare
+from consequentialism.experiments.settings import PREFIX, Trial
+from consequentialism.experiments.train import class_loss
 
 Factory = Callable[[nn.Module, float], list[torch.optim.Optimizer]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from consequentialism.demo.errors import need
+from consequentialism.errors import need
 
 from .. import table
 from .methods import METHODS

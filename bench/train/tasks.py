@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch.nn.functional import mse_loss
 
-from consequentialism.demo.data import Samples, load
-from consequentialism.demo.models import build as build_model
-from consequentialism.demo.settings import Schedule
-from consequentialism.demo.train import Problem, Run, classification
+from consequentialism.experiments.data import Samples, load
+from consequentialism.experiments.models import build as build_model
+from consequentialism.experiments.settings import Schedule
+from consequentialism.experiments.train import Problem, Run, classification
 
 from .models import GPT, autoencoder, five_layers
 from .text import ALPHABET, python_help

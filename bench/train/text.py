@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from consequentialism.demo.data import Samples
-from consequentialism.demo.errors import need
+from consequentialism.errors import need
+from consequentialism.experiments.data import Samples
 
 TEST_FRACTION = 0.1
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))  # what else occurs is left out

@@ -19,9 +19,9 @@ from statistics import median, pstdev
 
 import torch
 
-from consequentialism.demo.data import Samples
-from consequentialism.demo.settings import Trial
-from consequentialism.demo.train import TAIL, Run, training
+from consequentialism.experiments.data import Samples
+from consequentialism.experiments.settings import Trial
+from consequentialism.experiments.train import TAIL, Run, training
 
 from .methods import Method
 from .tasks import VALIDATION, Task

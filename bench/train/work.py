@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from consequentialism.demo.data import Samples
-from consequentialism.demo.errors import UserError, need
-from consequentialism.demo.settings import Trial
-from consequentialism.demo.train import Run
+from consequentialism.errors import UserError, need
+from consequentialism.experiments.data import Samples
+from consequentialism.experiments.settings import Trial
+from consequentialism.experiments.train import Run
 
 from .. import table
 from ..environment import environment

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from . import report, settings
-from .data import DATA_SETS, DIMENSIONS, Samples, load
-from .errors import Parser, UserError, need
-from .models import MODELS, check_fits
+from ..errors import Parser, UserError, need
+from ..experiments import settings
+from ..experiments.data import DATA_SETS, DIMENSIONS, Samples, load
+from ..experiments.models import MODELS, check_fits
+from ..experiments.settings import OPTIMIZERS, Schedule, Trial
+from ..experiments.train import Run, classification, step_count, train_together
+from . import report
 from .search import search
-from .settings import OPTIMIZERS, Schedule, Trial
 from .summary import TARGET_RULE, plain_target, summarise, verdict
-from .train import Run, classification, step_count, train_together
 
 DESCRIPTION = (
     "Train the same network on real handwritten digits with plain and with emended optimizers, each with tuned "

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError, need
+from ..experiments.settings import PREFIX, is_emended
+from ..experiments.train import Run
 from ..version import __version__
-from .errors import UserError, need
 from .search import Search, at_border
-from .settings import PREFIX, is_emended
 from .summary import Row
-from .train import Run
 
 COLOURS = {"sgd": "#d62728", "nag": "#ff7f0e", "rmsprop": "#2ca02c", "adam": "#1f77b4"}
 LABELS = {"sgd": "SGD", "nag": "NAG", "rmsprop": "RMSProp", "adam": "Adam"}

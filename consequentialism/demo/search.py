@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .settings import EMENDED_LR, Trial, grid, is_emended
+from ..experiments.settings import EMENDED_LR, Trial, grid, is_emended
+from ..experiments.train import Run
 from .summary import Row, plain_target, summarise
-from .train import Run
 
 Search = dict[str, list[Row]]
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .settings import Trial, is_emended
-from .train import Run
+from ..experiments.settings import Trial, is_emended
+from ..experiments.train import Run
 
 TARGET_RULE = (
     "the highest final test accuracy of a plain optimizer (median of its last five evaluations), "

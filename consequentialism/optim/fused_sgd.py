@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from .. import _torch
-from ..functional import emended_linear_with
-from ..kept import Kept
-from ..linear import Linear
+from ..autograd.kept import Kept
+from ..functional.linear import emended_linear_with
+from ..nn.linear import Linear
+from ..nn.recorder import Recorder
 from ..options import Options, as_number
-from ..recorder import Recorder
 from .step import update, updated_linear, updated_linear_backward
 
 NAME = "consequentialism.optim.FusedSGD"

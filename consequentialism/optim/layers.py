@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import dispatch, reference
-from ..geometry import Geometry, normalized, normalized_transposed
-from ..linear import EmendedModule
+from ..autograd.geometry import Geometry, normalized, normalized_transposed
+from ..backend import dispatch, reference
+from ..nn.linear import EmendedModule
 from ..options import Options
 from .root import Blocks
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .. import _torch
-from ..autograd import full_precision
+from ..autograd.linear import full_precision
 from .layers import Kind
 from .root import Blocks
 

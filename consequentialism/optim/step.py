@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _torch, cost, dispatch
-from ..autograd import full_precision, keep, plain_linear, prepare
-from ..functional import autocast, check_linear
-from ..kept import EmendedInput, Kept, restored
+from .. import _torch
+from ..autograd.kept import EmendedInput, Kept, restored
+from ..autograd.linear import full_precision, keep, plain_linear, prepare
+from ..backend import dispatch
+from ..backend.reference import poisoned
+from ..functional.linear import autocast, check_linear
 from ..options import Options
 from ..precision import compute_dtype, emended_dtype
-from ..reference import poisoned
 from ..samples import ratio
+from ..solve import cost
 
 if TYPE_CHECKING:
     from .fused_sgd import LayerStep

@@ -1,0 +1,425 @@
+"""The derivative of convolutions: what forward keeps, and the gradients that backward makes of it.
+
+The Gram of the patches depends on ``x`` alone and is summed up in forward (`prepare`). Backward is torch's own
+convolution backward and one product with the inverse, a group at a time (`conv_gradients`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _torch
+from ..backend import compiled as ops
+from ..backend import dispatch, reference
+from ..backend.reference import conv_errors
+from ..options import DampingMode, Form, Options, Scale
+from ..precision import gram_dtype
+from ..solve import conjugate, cost, distributed
+from . import traced
+from .geometry import Geometry, geometry_of, is_compiled
+from .linear import full_precision, once_differentiable, refuse_jacobian
+
+# Where the largest entries of a Gram's diagonal lie within these, neither it nor products with its inverse leave the
+# type's range.
+GRAM_RANGE = {torch.float32: (1e-25, 1e25), torch.float64: (1e-200, 1e200)}
+
+
+class Solver(NamedTuple):
+    """How the damped Gram is inverted, or its system solved."""
+
+    damping: float
+    damping_mode: DampingMode
+    scale: Scale
+    rank: int  # min(N, I), what a relative damping is relative to
+    samples: int  # the multiplier of ``scale="nlms"``
+    iterations: int | None  # of conjugate gradients; None for a factor
+
+
+class Prepared(NamedTuple):
+    """What forward keeps for `conv_gradients`."""
+
+    form: Form
+    solver: Solver
+    matrix: Tensor  # [groups, n, n], the inverse, or the primal Gram that conjugate gradients take
+    unit: Tensor | None  # [groups, 1, 1]: the matrix is that of x / unit
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward needs."""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+
+def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Prepared:
+    """Everything that does not depend on ``dy``.
+
+    Args:
+        x: ``[B, C, *spatial]``, detached, with at least one position a sample.
+        bias: Whether the layer has a bias, which then stands in the Gram.
+        outputs: ``O``, for the cost model.
+
+    The matrix is in the type that keeps the inverse's digits: float64 where float32 would not.
+    """
+    backend = dispatch.select(options.backend, x)
+    batch, inputs = x.shape[0], geometry.inputs(x) + bias
+    rows = batch * math.prod(geometry.positions(x))
+    form: Form = cost.conv_form(rows, inputs)
+    solver = cost.conv_solver(rows, inputs, outputs // geometry.groups, x.dtype, options)
+    if solver == "cg":
+        form = "primal"
+    scale: Scale = options.scale
+    samples: float = 1
+    if options.process_group is not None:
+        # Both forms are equal; the primal one needs no other rank's rows. Exchanging the counts waits for the device.
+        form = "primal"
+        shape = f"convolution, C={x.shape[1]}, O={outputs}, bias={bias}, {geometry}"
+        counts = distributed.exchange_counts(shape, rows, batch, x, options)
+        rows = sum(counts.rows)
+        if scale == "nlms":
+            scale, samples = "raw", counts.samples  # which need not be a whole number
+    dtype = gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type)
+    unit = None if _is_looked_at(x) or not _may_overflow(x, dtype) else _unit_of(x, geometry, bias, options, dtype)
+    gram = _gram(backend, x, geometry, bias, form, unit, options, dtype)
+    if _is_looked_at(gram) and not _in_range(gram):
+        unit = _unit_of(x, geometry, bias, options, dtype)
+        gram = _gram(backend, x, geometry, bias, form, unit, options, dtype)
+    rank, iterations = max(min(rows, inputs), 1), options.iterations if solver == "cg" else None
+    solved = Solver(options.damping, options.damping_mode, scale, rank, batch, iterations)
+    if iterations is not None:
+        return Prepared(form, solved, gram, unit)
+    inverse = _inverse(backend, x, gram, solved, unit)
+    return Prepared(form, solved, inverse if samples == 1 else inverse * samples, unit)
+
+
+def _gram(
+    backend: Any,
+    x: Tensor,
+    geometry: Geometry,
+    bias: bool,
+    form: Form,
+    unit: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The Gram of the rows of ``x``, or of ``x / unit``, over all ranks that share the batch."""
+    x = in_unit(x, unit)
+    if form == "dual":
+        patches = geometry.patches(x).to(dtype)  # [groups, N, I], smaller than the primal Gram
+        ones = int(bias) if unit is None else bias / unit / unit
+        gram = patches @ patches.mT + ones
+    else:
+        gram = geometry.gram(backend, x, bias, options.patch_bytes, dtype)
+        if unit is not None and bias:
+            columns = torch.cat([torch.ones_like(gram[:, :1, :-1]), 1 / unit], 2)  # [groups, 1, I]
+            gram = gram * columns * columns.mT
+    if options.process_group is not None:
+        dist.all_reduce(gram, group=distributed.group_of(options))
+    return gram
+
+
+def _inverse(backend: Any, x: Tensor, gram: Tensor, solver: Solver, unit: Tensor | None) -> Tensor:
+    """``scale * (G + c I)^-1 [groups, n, n]``, an absolute ``c`` in units of the Gram."""
+    if unit is not None and solver.damping_mode == "absolute":
+        c = solver.damping / unit / unit
+        return reference.factor_with(gram, c[:, 0, 0], solver.scale, solver.samples)
+    arguments = solver[:5]
+    if gram.shape[0] == 1:
+        return backend.factor(gram[0], *arguments)[None]
+    return (ops if is_compiled(backend, x) else reference).factor(gram, *arguments)
+
+
+def _is_looked_at(tensor: Tensor) -> bool:
+    """Whether the host may look at a tensor's numbers: without waiting, and where it is not traced."""
+    traced = torch.compiler.is_compiling() or _torch.transforms_active()
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not traced
+
+
+def _may_overflow(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the squares of x's type may leave the range of the Gram's."""
+    return x.dtype == dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
+
+
+def _in_range(gram: Tensor) -> bool:
+    if gram.numel() == 0:
+        return True
+    least, most = GRAM_RANGE[gram.dtype]
+    low, high = torch.aminmax(gram.diagonal(dim1=-2, dim2=-1).amax(-1))
+    return least < low.item() and high.item() < most
+
+
+def _unit_of(x: Tensor, geometry: Geometry, bias: bool, options: Options, dtype: torch.dtype) -> Tensor:
+    """The unit of each group's input, ``[groups, 1, 1]``, equal on all ranks."""
+    largest = x.new_zeros(geometry.groups)
+    if x.numel() > 0:
+        largest = x.abs().unflatten(1, (geometry.groups, -1)).movedim(1, 0).flatten(1).amax(1)
+    largest = largest.to(dtype)
+    if options.process_group is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=distributed.group_of(options))
+    return reference.unit_near(largest, bias, options.damping_mode)[:, None, None]
+
+
+def in_unit(x: Tensor, unit: Tensor | None) -> Tensor:
+    """``x / unit`` of ``x [B, C, *spatial]`` and a unit for each group: exact, for it is a power of two."""
+    if unit is None:
+        return x
+    by = unit.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # [groups, 1, ...]
+    return (x.unflatten(1, (unit.shape[0], -1)) / by).flatten(1, 2)
+
+
+def conv_gradients(
+    prepared: Prepared,
+    x: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    bias: bool,
+    geometry: Geometry,
+    patch_bytes: int,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dx``, ``dw`` and ``db``, each None where it is not needed, and each in memory of its own.
+
+    Both forms end in torch's own convolution backward, in the matrix's type, so that it is rounded once, after the
+    inverse. One infinity or NaN makes every entry of ``dw`` and ``db`` NaN.
+
+    Args:
+        prepared: As `prepare` gives it.
+        weight: Read for ``dx`` only; otherwise its shape and type count.
+        bias: Whether the layer has a bias.
+    """
+    form, solver, matrix, unit = prepared
+    groups = geometry.groups
+    dx = plain = plain_bias = None
+    needs_all = needs.weight or (needs.bias and solver.iterations is not None)
+    layout = _layout(x, weight) if needs.weight else torch.contiguous_format
+    if needs_all or needs.bias:
+        x = in_unit(x, unit)
+    if needs_all and form == "primal" and matrix.dtype == x.dtype == dy.dtype:
+        dx, plain, plain_bias = geometry.backward(dy, x, weight, (needs.x, True, bias))
+    elif needs.x:
+        dx, _, _ = geometry.backward(dy, x, weight, (True, False, False))
+    if not needs_all:
+        db = _bias_gradient(prepared, x, dy, geometry, patch_bytes).to(weight.dtype) if needs.bias else None
+        return dx, None, db
+    errors = dy
+    if form == "dual":  # P is symmetric: dw = (P dy)^T x
+        batch, outputs, *positions = dy.shape
+        emended = matrix @ conv_errors(dy.to(matrix.dtype), groups)  # [groups, N, O/groups]
+        emended = emended.reshape(groups, batch, -1, outputs // groups).permute(1, 0, 3, 2)
+        errors = emended.reshape(batch, outputs, *positions)
+    if plain is None:
+        has_column = needs.bias if form == "dual" else bias
+        plain, plain_bias = _plain_gradients(errors, x, weight, geometry, has_column, patch_bytes, matrix.dtype)
+    flat = geometry.rows_of(plain)  # [groups, O/groups, I]
+    if plain_bias is not None:
+        column = plain_bias.reshape(groups, -1, 1)
+        flat = torch.cat([flat, column if unit is None else column / unit], 2)
+    poison = (0 * flat).sum()
+    if solver.iterations is not None:
+        how, rank, samples = solver[:3], solver.rank, solver.samples
+        flat = conjugate.solve_gram(matrix, flat, *how, rank, samples, solver.iterations, unit)
+    elif form == "primal":
+        flat = flat @ matrix
+    flat = flat + poison
+    if unit is not None:
+        flat = reference.out_of_unit(flat, unit, solver.scale)
+    dw = db = None
+    if needs.bias:
+        db = flat[:, :, -1].to(weight.dtype, copy=True).reshape(-1)
+    if needs.weight:
+        own = flat if plain_bias is None else flat[:, :, :-1]
+        dw = geometry.weight_of(own).to(weight.dtype, copy=plain_bias is not None, memory_format=layout)
+    return dx, dw, db
+
+
+def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int) -> Tensor:
+    """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type.
+
+    Args:
+        x: In the unit.
+    """
+    form, solver, matrix, unit = prepared
+    if form == "dual":
+        column = matrix.sum(2, keepdim=True)  # [groups, N, 1]
+        column = column if unit is None else column / unit
+    else:  # the layer itself, with the inverse's border in the weight's place
+        border, corner = geometry.weight_of(matrix[:, -1:, :-1]), matrix[:, -1, -1]
+        corner = corner if unit is None else corner / unit[:, 0, 0]
+        column = x.new_empty(x.shape[0], geometry.groups, *geometry.positions(x), dtype=matrix.dtype)
+        for block in geometry.blocks(x, patch_bytes, matrix.dtype):
+            block.of(column).copy_(geometry.of_blocks().forward(block.x, border, corner))
+        column = conv_errors(column, geometry.groups)
+    db = conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column  # [groups, O/groups, 1]
+    db = reference.poisoned(db)
+    return (db if unit is None else reference.out_of_unit(db, unit, solver.scale)).reshape(-1)
+
+
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format in which torch's own convolution gives the weight's gradient."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    # A compiler chooses layouts itself, and Dynamo of torch 2.13 loses the autocast state over these questions.
+    if last is None or torch.compiler.is_compiling() or _torch.transforms_active():
+        return torch.contiguous_format
+    either = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight))
+    return last if either else torch.contiguous_format
+
+
+def _plain_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, bias: bool, patch_bytes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """torch's own gradients of weight and bias in ``dtype``, computed in pieces where that is wider than x's."""
+    if x.dtype == dy.dtype == dtype:
+        _, dw, db = geometry.backward(dy, x, weight, (False, True, bias))
+        return dw, db
+    wide = weight.new_empty(weight.shape, dtype=dtype)
+    dw, db = weight.new_zeros(weight.shape, dtype=dtype), dy.new_zeros(dy.shape[1], dtype=dtype)
+    for block in geometry.blocks(x, patch_bytes, dtype):
+        errors = block.of(dy).to(dtype)
+        _, some, some_bias = geometry.of_blocks().backward(errors, block.x, wide, (False, True, bias))
+        dw, db = dw + some, db if some_bias is None else db + some_bias
+    return dw, db if bias else None
+
+
+@once_differentiable
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, matrix, unit = ctx.saved_tensors
+    prepared = Prepared(ctx.form, ctx.solver, matrix, unit)
+    needs = Needs(*_torch.needed_gradients(ctx, 3))
+    with full_precision(dy.device.type):
+        dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
+    return dx, dw, db, *(None,) * 6
+
+
+class EmendedConv(torch.autograd.Function):
+    """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias.
+
+    The arguments after the bias are the geometry, ``patch_bytes``, and those of `Prepared`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs)
+        x, weight, bias, geometry, *_ = inputs
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dy)
+
+
+class TransformableEmendedConv(EmendedConv):
+    """The same for torch.func's transforms, which want ``setup_context``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
+        x, weight, bias, geometry, *_ = inputs
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs)
+        ctx.levels = _torch.transform_levels()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_jacobian(ctx, 1)
+        return _backward(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(_torch.FORWARD_MODE)
+
+
+class TracedConv(torch.autograd.Function):
+    """The same in a traced graph, with one op in backward, see `traced`; its arguments come after the geometry."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *settings: Any) -> Tensor:
+        *ctx.settings, varying_damping = settings
+        ctx.bias, ctx.geometry = bias is not None, geometry
+        ctx.save_for_backward(x, weight, varying_damping)
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, varying_damping = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
+        with full_precision(dy.device.type):
+            if needs_x:
+                dx, _, _ = ctx.geometry.backward(dy, x, weight, (True, False, False))
+            if needs_weight or needs_bias:
+                op = torch.ops.consequentialism.emended_conv_weight_grad
+                dw, db = op(x, dy, *ctx.geometry.arguments(), ctx.bias, *ctx.settings, varying_damping)
+        return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 9
+
+
+def _weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    bias: bool,
+    patch_bytes: int,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """``dw``, of the weight's shape, and ``db [O]``, empty without a bias, of ``x`` and ``dy [B, O, *positions]``."""
+    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
+    weight = dy.new_zeros(geometry.weight_shape(x.shape[1], dy.shape[1]))
+    if x.shape[0] == 0:
+        return weight, dy.new_zeros(dy.shape[1] if bias else 0)
+    options = replace(traced.options_of(*settings), patch_bytes=patch_bytes)
+    with torch.no_grad(), full_precision(x.device.type):
+        prepared = prepare(x, geometry, bias, dy.shape[1], options)
+        needs = Needs(False, True, bias)
+        _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, patch_bytes, needs)
+    assert dw is not None
+    return traced.fresh(dw, dy.new_empty(0) if db is None else db)
+
+
+def _fake_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    bias: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
+    shape = geometry.weight_shape(x.shape[1], dy.shape[1])
+    return dy.new_empty(shape), dy.new_empty(dy.shape[1] if bias else 0)
+
+
+traced.add_op(
+    "emended_conv_weight_grad",
+    "Tensor x, Tensor dy, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
+    "bool transposed, SymInt[] output_padding, bool bias, SymInt patch_bytes",
+    _weight_grad,
+    _fake_weight_grad,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, ctx.solver, matrix, unit = inputs
+    ctx.bias = bias is not None
+    ctx.save_for_backward(x, weight, matrix, unit)

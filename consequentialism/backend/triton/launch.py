@@ -1,0 +1,387 @@
+"""The ops on tensors: checks, allocation, plans and launches. Shapes and meanings are those of `reference`.
+
+They are registered whole, not as `torch.library.triton_op`, which traces through the launches: a plan's tiles, splits
+and grid branch on the shape, so a trace of one emended input guards a dozen such decisions, and each side of each is a
+graph more, where one serves every batch size now; the count of breakdowns is a tensor of the process, which a trace
+cannot own, nor may it time a candidate; and a call of a `triton_op` in eager mode takes four times as long as one of an
+op that is defined and implemented directly (37 against 9 microseconds on a CPU).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...options import DampingMode, Form, Scale
+from ...precision import compute_dtype, emended_dtype, gram_dtype
+from ..reference import RETRIES
+from . import plans, tune
+from .checks import check_form, check_fused, check_gram, check_lists, check_options, check_weight_grad, check_x
+from .conv import conv_gram_kernel
+from .emend import emended_input_kernel
+from .factor import factor_kernel, multiply_kernel
+from .fused import fused_weight_grad_kernel
+from .gram import input_gram_kernel, reduce_gram_kernel
+from .plans import ceil_div
+from .weight_grad import bias_grad_kernel, poison_kernel
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+_REDUCE_TILE = 32
+_NONE = 1  # programs of a grid, or entries of a tensor, that must not be none
+
+
+class Ridge(NamedTuple):
+    """What a factor is asked for: ``multiplier * (G + c I)^-1``."""
+
+    damping: float
+    relative: bool
+    rank: int
+    multiplier: float
+    by_ridge: bool
+
+
+def _ridge(damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Ridge:
+    check_options(damping, damping_mode, scale)
+    return Ridge(float(damping), damping_mode == "relative", rank, rows if scale == "nlms" else 1, scale == "gradient")
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def _counter(device: torch.device) -> Tensor:
+    """How many factors broke down on a device, ``[1]``; kernels add to it."""
+    if device not in _counters:
+        _counters[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+def breakdowns() -> int:
+    """How many factors of this process broke down and were retried with more damping. Waits for the devices."""
+    return sum(int(counter.item()) for counter in _counters.values())
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _exact(dtype: torch.dtype) -> str:
+    """How float32 is multiplied to float32's digits."""
+    return "ieee" if torch.version.hip or dtype == torch.float64 else "tf32x3"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """The same, or TF32 where torch's own setting allows that."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return _exact(dtype)
+
+
+def _tuned(
+    kernel: Any,
+    grid: tuple[int, ...],
+    candidates: Sequence[plans.Candidate],
+    sizes: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Launch with the candidate that `tune.fastest` knows."""
+    plan = tune.fastest(kernel, grid, candidates, sizes, arguments, constants)
+    kernel[grid](*arguments, **constants, num_warps=plan.warps, num_stages=plan.stages)
+
+
+def _gram_of(x: Tensor, bias: bool, form: Form, dtype: torch.dtype) -> Tensor:
+    """The Gram in ``dtype``, float32 or float64."""
+    primal = form == "primal"
+    outer, inner = (x.shape[1], x.shape[0]) if primal else (x.shape[0], x.shape[1])
+    order = outer + (bias and primal)
+    if order == 0 or x.shape[0] == 0:
+        return x.new_zeros(order, order, dtype=dtype)
+    plan = plans.plan_gram(outer, inner, x.element_size())
+    along = max(_NONE, ceil_div(outer, plan.tile))
+    gram = x.new_empty(order, order, dtype=dtype)
+    sums = gram if plan.splits == 1 else x.new_empty(plan.splits, order, order, dtype=dtype)
+    stride_outer, stride_inner = (x.stride(1), x.stride(0)) if primal else x.stride()
+    candidates = plans.gram_candidates(plan, outer, inner, x.element_size(), primal)
+    arguments = (x, sums, outer, inner, stride_outer, stride_inner, order, plan.length)
+    constants = {
+        "BIAS": bias, "PRIMAL": primal, "MIRRORED": plan.splits == 1, "TILE": plan.tile, "DEPTH": plan.depth,
+        "PRECISION": _precision(x.dtype),
+    }  # fmt: skip
+    with _on_device(x):
+        _tuned(input_gram_kernel, (along, along, plan.splits), candidates, (outer, inner), arguments, constants)
+        if plan.splits > 1:
+            blocks = ceil_div(order, _REDUCE_TILE)
+            reduce_gram_kernel[blocks, blocks](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
+    return gram
+
+
+def conv_gram(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    patch_bytes: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``x^T x [groups, I, I]`` of a convolution's patches in ``dtype``, float32 or float64.
+
+    No patch is written, whatever the ``patch_bytes`` that other backends keep to.
+
+    Args:
+        x: ``[B, C, *spatial]`` of one to three spatial dimensions; ``I = C/groups * prod(kernel)``, and the bias's one.
+        kernel, stride, padding, dilation: One integer for each of them.
+    """
+    spatial = len(kernel)
+    if not 1 <= spatial <= 3 or x.ndim != 2 + spatial:
+        raise ValueError(f"x must have the shape [B, C, *spatial] of 1 to 3 dimensions, got {list(x.shape)}")
+    missing = 3 - spatial
+    x = x.double() if dtype == torch.float64 else x
+    k, t, d = ((1,) * missing + tuple(given) for given in (kernel, stride, dilation))
+    pad = (0,) * missing + tuple(padding)
+    size = (1,) * missing + x.shape[2:]
+    positions = [(size[i] + 2 * pad[i] - d[i] * (k[i] - 1) - 1) // t[i] + 1 for i in range(3)]
+    strides = x.stride()[:2] + (0,) * missing + x.stride()[2:]
+    rows = x.shape[0] * math.prod(positions)
+    channels = x.shape[1] // groups
+    entries = channels * math.prod(k)
+    order = entries + bias
+    if order == 0 or rows == 0:
+        return x.new_zeros(groups, order, order, dtype=dtype)
+    plan = plans.plan_conv_gram(groups, entries, rows, x.element_size())
+    along = max(_NONE, ceil_div(entries, plan.tile))
+    gram = x.new_empty(groups, order, order, dtype=dtype)
+    sums = gram if plan.splits == 1 else x.new_empty(plan.splits, groups, order, order, dtype=dtype)
+    candidates = plans.conv_gram_candidates(plan, entries, rows, x.element_size())
+    grid = (along, along, plan.splits * groups)
+    arguments = (
+        x, sums, entries, rows, order, plan.length, plan.splits, channels,
+        *positions, *d, *t, *pad, *size, *strides,
+    )  # fmt: skip
+    constants = {
+        "BIAS": bias, "MIRRORED": plan.splits == 1, "K0": k[0], "K1": k[1], "K2": k[2], "TILE": plan.tile,
+        "DEPTH": plan.depth, "PRECISION": _precision(x.dtype),
+    }  # fmt: skip
+    with _on_device(x):
+        _tuned(conv_gram_kernel, grid, candidates, (entries, rows, groups), arguments, constants)
+        if plan.splits > 1:
+            blocks = ceil_div(order, _REDUCE_TILE)
+            reduce_gram_kernel[blocks, blocks, groups](sums, gram, order, plan.splits, TILE=_REDUCE_TILE)
+    return gram
+
+
+def inverse_of(gram: Tensor, ridge: Ridge) -> Tensor:
+    """``multiplier * (G + c I)^-1 [B, n, n]``, of each ``gram [B, n, n]``, float32 or float64."""
+    order = gram.shape[1]
+    if gram.numel() == 0:
+        return torch.empty_like(gram)
+    gram = gram.contiguous()
+    if order <= plans.MAX_FACTOR_ORDER:
+        inverse = torch.empty_like(gram)
+        _factor(gram, ridge, inverse)
+        return inverse
+    return _stock_inverse(gram, ridge)
+
+
+def _factor(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None = None) -> None:
+    """Write ``inverse``; with ``broken [B]``, only where the first attempt broke down or there is none."""
+    matrices, order, _ = gram.shape
+    plan = plans.plan_factor(order, gram.element_size())
+    size = ceil_div(order, plan.tile) * plan.tile
+    room = gram.new_empty(2, matrices, size, size)
+    state = gram.new_empty(matrices, 3)
+    counter = _counter(gram.device)
+    along = ceil_div(order, plans.MULTIPLY_TILE)
+    with _on_device(gram):
+        factor_kernel[(matrices,)](
+            gram, room[0], room[1], state, counter if broken is None else broken, counter, order, order, size,
+            ridge.damping, float(ridge.rank), float(ridge.multiplier),
+            RELATIVE=ridge.relative, BY_RIDGE=ridge.by_ridge, RETRY=broken is not None, RETRIES=RETRIES,
+            TILE=plan.tile, WIDE=plan.wide, PRECISION=_exact(gram.dtype), num_warps=plan.warps, num_stages=1,
+        )  # fmt: skip
+        multiply_kernel[along, along, matrices](
+            gram, room[1], state, inverse, order, order, size,
+            TILE=plans.MULTIPLY_TILE, DEPTH=32, PRECISION=_exact(gram.dtype), num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
+    """`inverse_of` by stock operations that do not wait for the device; what broke down is retried by our kernel."""
+    order = gram.shape[1]
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)  # [B]
+    c = ridge.damping * trace / ridge.rank if ridge.relative else torch.full_like(trace, ridge.damping)
+    eye = torch.eye(order, dtype=gram.dtype, device=gram.device)
+    lower, info = torch.linalg.cholesky_ex(gram + c[:, None, None] * eye)
+    broken = (info != 0) | ~lower.diagonal(dim1=1, dim2=2).isfinite().all(1)
+    # Not cholesky_inverse, which waits on a GPU.
+    inverse = torch.cholesky_solve(eye.expand_as(lower), lower) * ridge.multiplier
+    if ridge.by_ridge:
+        inverse *= c[:, None, None]
+    inverse = inverse.contiguous()
+    _factor(gram, ridge, inverse, broken.to(torch.int32))
+    return inverse
+
+
+def _gram_dtype(x: Tensor, bias: bool, damping: float, damping_mode: DampingMode) -> torch.dtype:
+    return gram_dtype(x.shape[0], x.shape[1] + bias, x.dtype, damping, damping_mode, x.device.type)
+
+
+def _gram_and_ridge(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Ridge]:
+    """The Gram, in float64 where float32 is not enough, known from the arguments alone; and what to add to it."""
+    check_x(x)
+    check_form(form)
+    rank = max(1, min(x.shape[0], x.shape[1] + bias))
+    ridge = _ridge(damping, damping_mode, scale, rank, x.shape[0])
+    wide = _gram_dtype(x, bias, damping, damping_mode)
+    return _gram_of(x if wide == torch.float32 else x.double(), bias, form, wide), ridge
+
+
+def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    gram, ridge = _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+    return inverse_of(gram[None], ridge)[0]
+
+
+def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
+    check_x(x)
+    check_form(form)
+    return _gram_of(x, bias, form, compute_dtype(x.dtype))
+
+
+def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
+    check_gram(gram, rank)
+    return inverse_of(gram[None], _ridge(damping, damping_mode, scale, rank, rows))[0]
+
+
+def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    return _wide_inverse(x, bias, form, damping, damping_mode, scale).to(compute_dtype(x.dtype))
+
+
+def emended_input(
+    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    return _apply(_wide_inverse(x, bias, form, damping, damping_mode, scale), x, bias, form)
+
+
+def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
+    """The emended input and the bias's column, of the inverse that `_wide_inverse` gives."""
+    rows, inputs = x.shape
+    emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
+    column = x.new_empty(rows if bias else 0, dtype=compute_dtype(x.dtype))
+    if rows == 0 or inputs + bias == 0:
+        return emended, column
+    dtype = x.dtype
+    x = x.to(inverse.dtype) if inverse.dtype == torch.float64 else x
+    multiplied = x.dtype if x.dtype == torch.bfloat16 else inverse.dtype
+    plan = plans.plan_emend(rows, inputs, multiplied.itemsize)
+    programs = ceil_div(rows, plan.rows) * max(_NONE, ceil_div(inputs, plan.inputs))
+    candidates = plans.emend_candidates(plan, rows, inputs, inverse.shape[0], multiplied.itemsize)
+    arguments = (inverse, x, emended, column, rows, inputs, *x.stride())
+    constants = {
+        "BIAS": bias, "PRIMAL": form == "primal", "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,
+        "PRECISION": _exact(dtype) if dtype == torch.float16 else _precision(multiplied),
+    }  # fmt: skip
+    with _on_device(x):
+        _tuned(emended_input_kernel, (programs,), candidates, (rows, inputs), arguments, constants)
+    return emended, column
+
+
+def emended_inputs(
+    xs: Sequence[Tensor],
+    biases: Sequence[bool],
+    forms: Sequence[Form],
+    applied: Sequence[bool],
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Grams of one order, type, rank and number of rows are factored by one launch, where it holds them."""
+    check_lists(xs, biases, forms, applied)
+    damped = [
+        _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+        for x, bias, form in zip(xs, biases, forms, strict=True)
+    ]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (gram, ridge) in enumerate(damped):
+        alone = i if gram.shape[0] > plans.MAX_FACTOR_ORDER else -1  # stock operations batch with other bits
+        alike.setdefault((gram.shape[0], gram.dtype, ridge, alone), []).append(i)
+    inverses: dict[int, Tensor] = {}
+    for group in alike.values():
+        together = inverse_of(torch.stack([damped[i][0] for i in group]), damped[group[0]][1])
+        inverses.update(zip(group, together, strict=True))
+    kept, columns = [], []
+    for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
+        wide = compute_dtype(x.dtype)
+        if applied[i]:
+            pair = _apply(inverses[i], x, bias, form)
+        else:  # a copy, as what is kept must not hold all that was factored with it
+            pair = inverses[i].to(wide, copy=True), x.new_empty(0, dtype=wide)
+        kept.append(pair[0])
+        columns.append(pair[1])
+    return kept, columns
+
+
+def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    check_weight_grad(dy, rows, column)
+    outputs = dy.shape[1]
+    has_column = column.shape[0] > 0
+    dw = (dy.to(rows.dtype).t() @ rows).to(dy.dtype).contiguous()
+    db = dy.new_empty(outputs if has_column else 0)
+    if outputs == 0:
+        return dw, db
+    wide = compute_dtype(dy.dtype)
+    column = column.to(wide).contiguous()
+    tile, line = 64, 1024
+    flags = ceil_div(outputs, tile)
+    broken = dy.new_empty(flags, dtype=torch.int32)
+    programs = min(plans.PROCESSORS, max(_NONE, ceil_div(dw.numel(), line)))
+    with _on_device(dy):
+        bias_grad_kernel[(flags,)](
+            dy, column, db, broken, dy.shape[0], outputs, *dy.stride(),
+            HAS_COLUMN=has_column, SUM=_TYPES[wide], TILE_N=32, TILE_O=tile, num_warps=4,
+        )  # fmt: skip
+        poison_kernel[(programs,)](
+            dw, db, broken, flags, dw.numel(), outputs, programs, HAS_COLUMN=has_column, FLAGS=128, LINE=line
+        )
+    return dw, db
+
+
+def fused_weight_grad(
+    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
+) -> tuple[Tensor, Tensor]:
+    check_fused(x, dy)
+    rows, inputs = x.shape
+    outputs = dy.shape[1]
+    rank = max(1, min(rows, inputs + bias))
+    ridge = _ridge(damping, damping_mode, scale, rank, rows)
+    if rows == 0 or outputs == 0:
+        return dy.new_zeros(outputs, inputs), dy.new_zeros(outputs if bias else 0)
+    wide = _gram_dtype(x, bias, damping, damping_mode)
+    plan = plans.plan_fused(rows, wide.itemsize)
+    if plan is None:  # too many rows for one program to hold
+        form: Form = "dual" if rows <= inputs + bias else "primal"
+        return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
+    dw, db = dy.new_empty(outputs, inputs), dy.new_empty(outputs if bias else 0)
+    tiles = max(_NONE, ceil_div(inputs, plan.inputs))
+    groups = min(ceil_div(outputs, plan.outputs), max(_NONE, plans.PROCESSORS // tiles))  # all programs at once
+    programs = tiles * groups
+    x, dy = (x, dy) if wide == torch.float32 else (x.double(), dy.double())
+    room = x.new_empty(programs, 3, plan.size, plan.size, dtype=wide)
+    with _on_device(x):
+        fused_weight_grad_kernel[(programs,)](
+            x, dy, dw, db, room, _counter(x.device), rows, inputs, outputs, groups, *x.stride(), *dy.stride(),
+            ridge.damping, float(ridge.rank), float(ridge.multiplier),
+            BIAS=bias, RELATIVE=ridge.relative, BY_RIDGE=ridge.by_ridge, RETRIES=RETRIES,
+            SIZE=plan.size, TILE_I=plan.inputs, TILE_O=plan.outputs, DEPTH=plan.depth,
+            TILE=32, WIDE=32, PRECISION=_exact(wide), num_warps=plan.warps, num_stages=1,
+        )  # fmt: skip
+    return dw, db

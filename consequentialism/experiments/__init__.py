@@ -1,0 +1,1 @@
+"""Data, networks and training loops that the demo and the benchmarks share."""

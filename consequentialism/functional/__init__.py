@@ -1,0 +1,1 @@
+"""The functional forms of the layers."""

@@ -1,0 +1,254 @@
+"""The functional forms: emended linear map, emended weight gradient, and the consequence of an update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from .. import _torch
+from ..autograd import traced
+from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
+from ..backend import compiled as ops
+from ..backend import dispatch, reference
+from ..options import Options, OptionsDict, options_from
+from ..samples import counted, ratio, scaled
+from ..solve import cost
+from . import plain_path
+
+FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Unpack[OptionsDict]) -> Tensor:
+    """``y = x W^T + b``, whose backward gives emended gradients to ``weight`` and ``bias``.
+
+    The gradient of ``x`` is the true one; ``dw = dy^T (x x^T + c I)^-1 x`` takes the place of ``dy^T x``, and the
+    bias is the column of ones of ``x``. The output is that of `torch.nn.functional.linear`.
+
+    Args:
+        x: ``[..., I]``; all leading dimensions are rows.
+        weight: ``[O, I]``.
+        bias: ``[O]`` or None.
+        **options: The fields of `consequentialism.Options`; ``samples`` is what ``scale="nlms"`` multiplies by
+            instead of the rows.
+
+    Returns:
+        ``[..., O]``.
+
+    Raises:
+        TypeError: An argument of the wrong type, or types that differ.
+        ValueError: Shapes that do not fit, or an option out of its range.
+        RuntimeError: A backend named by the user that cannot serve the call.
+
+    Source: arXiv 2003.05164; ``csrc/ops.cpp`` has the ops.
+    """
+    settings = options_from(options)
+    if isinstance(x, Proxy):
+        return plain_path.call(x, emended_linear, (x, weight, bias), options)
+    return emended_linear_with(x, weight, bias, settings)
+
+
+class Deferral(Protocol):
+    """What puts off to backward all that depends on ``x`` alone; see `factor_batch`."""
+
+    def takes(self, options: Options) -> bool:
+        """Whether a call may wait."""
+        ...
+
+    def deferred(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        need_weight: bool,
+        need_bias: bool,
+        backend: Any,
+        plan: cost.Plan,
+    ) -> Tensor:
+        """``x W^T + b`` of checked arguments, after `takes` has been asked."""
+        ...
+
+
+def emended_linear_with(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, deferral: Deferral | None = None
+) -> Tensor:
+    """`emended_linear` with its options as one object, put off to backward where a ``deferral`` takes it."""
+    if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
+        weight, bias, options = counted(weight, bias, options, math.prod(x.shape[:-1]))
+    x, weight, bias = autocast(x, weight, bias)
+    check_linear(x, weight, bias)
+    # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
+    transformed = _torch.transforms_active()
+    recording = torch.is_grad_enabled()
+    need_weight = transformed or (recording and weight.requires_grad)
+    need_bias = bias is not None and (transformed or (recording and bias.requires_grad))
+    if not (need_weight or need_bias) or plain_path.is_exported(True):
+        return F.linear(x, weight, bias)
+    check_differentiable(transformed, x, weight, bias)
+    if traced.is_traced(options):
+        return traced.linear(x, weight, bias, options)
+    rows = math.prod(x.shape[:-1])
+    if rows == 0 and options.process_group is None:
+        return F.linear(x, weight, bias)
+    backend = dispatch.select(options.backend, x)
+    plan: cost.Plan | None = None
+    if deferral is not None and not transformed and deferral.takes(options):
+        plan = cost.plan(x, bias is not None, weight.shape[0], options)
+        return deferral.deferred(x, weight, bias, options, need_weight, need_bias, backend, plan)
+    if options.process_group is None:
+        fused_rows = backend.MAX_FUSED_ROWS if need_weight and not transformed else 0
+        plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
+    if backend is ops and not transformed and plan is not None and plan.solver == "cholesky":
+        settings = options.damping, options.damping_mode, options.scale
+        return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *settings)
+    with torch.no_grad(), full_precision(x.device.type):
+        prepared = prepare(
+            x.detach().reshape(rows, x.shape[-1]),
+            bias is not None,
+            weight.shape[0],
+            options,
+            backend,
+            need_weight,
+            need_bias,
+            plan,
+        )
+    function = TransformableEmendedLinear if transformed else EmendedLinear
+    return function.apply(x, weight, bias, backend, *prepared.flat())
+
+
+def emended_weight_grad(
+    x: Tensor, dy: Tensor, *, bias: bool = True, **options: Unpack[OptionsDict]
+) -> tuple[Tensor, Tensor | None]:
+    """``dw = dy^T (x x^T + c I)^-1 x`` and ``db``, the emended gradients of a linear layer.
+
+    Args:
+        x: The layer's input, ``[..., I]``.
+        dy: The loss's gradient with respect to the layer's output, ``[..., O]``, of x's type.
+        bias: Whether the layer has a bias: ``x`` then reads as with a constant 1 appended.
+        **options: The fields of `consequentialism.Options`; ``samples`` is what ``scale="nlms"`` multiplies by
+            instead of the rows.
+
+    Returns:
+        ``dw [O, I]`` and ``db [O]`` or None, in x's type.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `emended_linear`.
+    """
+    settings = options_from(options)
+    _check_floating("x", x)
+    _check_floating("dy", dy)
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False, got {bias!r} ({type(bias).__name__})")
+    _check_match("x", x, "dy", dy)
+    if x.ndim == 0 or dy.ndim == 0 or x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(
+            f"x [..., I] and dy [..., O] must have the same leading dimensions, got x {list(x.shape)} "
+            f"and dy {list(dy.shape)}"
+        )
+    rows, inputs, outputs = math.prod(x.shape[:-1]), x.shape[-1], dy.shape[-1]
+    if rows == 0 and settings.process_group is None:
+        return x.new_zeros(outputs, inputs), x.new_zeros(outputs) if bias else None
+    with torch.no_grad(), full_precision(x.device.type):
+        x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
+        dw: Tensor | None
+        if traced.is_traced(settings):
+            dw, db = traced.linear_weight_grad(x, dy, bias, settings)
+        else:
+            backend = dispatch.select(settings.backend, x)
+            plan = None
+            if settings.process_group is None:
+                plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
+            prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
+            dw, db = prepared.weight_grad(x, dy, backend, True, bias)
+        assert dw is not None
+        by = ratio(settings, rows, x) if settings.process_group is None else None
+        if by is not None:
+            dw, db = scaled(dw, by), None if db is None else scaled(db, by)
+        return dw, db
+
+
+def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
+    """The consequence of an update: ``x dw^T + db``. A step ``W <- W - lr*dw`` changes the output by ``-lr`` times it.
+
+    Args:
+        x: The layer's input, ``[N, I]`` or with more leading dimensions.
+        dw: ``[O, I]``.
+        db: ``[O]`` or None.
+
+    Returns:
+        ``[N, O]``, or with x's leading dimensions.
+    """
+    check_linear(x, dw, db, names=("dw", "db"))
+    return reference.predict_change(x, dw, db)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast would hand them to `torch.nn.functional.linear`."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
+
+
+def check_differentiable(transformed: bool, *tensors: Tensor | None) -> None:
+    """Refuse forward mode, and the torch.func transforms under which the gradient would silently be another one."""
+    if not transformed:
+        if _torch.tangents_exist() and any(_torch.is_dual(tensor) for tensor in tensors):
+            raise RuntimeError(_torch.FORWARD_MODE)
+        return
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
+            "the plain one; compile without the transform, or run the transform eagerly"
+        )
+    if _torch.grad_levels() > 1:
+        raise RuntimeError(f"{_torch.SECOND_DERIVATIVE}. torch.func.grad and its like cannot be nested over it")
+
+
+def _check_floating(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r} ({type(tensor).__name__})")
+    if _torch.is_dtensor(tensor):
+        raise TypeError(f"{name} is a DTensor, which is not supported; use {name}.to_local()")
+    if tensor.dtype not in FLOATING_TYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+
+
+def _check_match(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{first} and {second} must have the same type, got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{first} and {second} must be on the same device, got {a.device} and {b.device}")
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
+    weight_name, bias_name = names
+    _check_floating("x", x)
+    _check_floating(weight_name, weight)
+    _check_match("x", x, weight_name, weight)
+    if weight.ndim != 2:
+        raise ValueError(f"{weight_name} must have the shape [O, I], got {list(weight.shape)}")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x [..., I] and {weight_name} [O, I] must have the same I, got x {list(x.shape)} "
+            f"and {weight_name} {list(weight.shape)}"
+        )
+    if bias is None:
+        return
+    _check_floating(bias_name, bias)
+    _check_match("x", x, bias_name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{bias_name} must have the shape [O] of {weight_name} [O, I], got {bias_name} {list(bias.shape)} "
+            f"and {weight_name} {list(weight.shape)}"
+        )

@@ -1,0 +1,137 @@
+"""`Conv1d`, `Conv2d`, `Conv3d`: torch's own layers with emended weight and bias gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..autograd.geometry import Sizes
+from ..functional.conv import emended_conv_with
+from ..options import CONV_OPTIONS, DampingMode, Options, Scale, Solver, is_whole
+from .linear import EmendedModule
+
+
+class EmendedConvNd(EmendedModule):
+    """What the three share: everything but the number of spatial dimensions."""
+
+    OPTIONS = CONV_OPTIONS
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Any
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: str | Sizes = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        damping: float = 1.0,
+        damping_mode: DampingMode = "relative",
+        scale: Scale = "nlms",
+        backend: str = "auto",
+        process_group: Any = None,
+        patch_bytes: int = Options.patch_bytes,
+        solver: Solver = Options.solver,
+        iterations: int = Options.iterations,
+    ) -> None:
+        options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes, solver, iterations)
+        sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+        for name, size in sizes.items():
+            check_size(name, size)
+        super().__init__(  # type: ignore[call-arg]
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self.set_options(options)
+
+    def emended_forward(self, input: Tensor) -> Tensor:
+        padding: str | tuple[int, ...] = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * len(self.stride)
+        arguments = (self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return emended_conv_with(input, *arguments, self.options())
+
+
+def check_size(name: str, size: Any) -> None:
+    """Raise where torch's own layer would fail at a number without saying which argument it is."""
+    if isinstance(size, str):
+        return
+    several = isinstance(size, Iterable) and isinstance(size, Sized)
+    if not all(map(is_whole, size)) if several else not is_whole(size):
+        raise TypeError(f"{name} must be a whole number or several, got {size!r} ({type(size).__name__})")
+
+
+class Conv1d(EmendedConvNd, nn.Conv1d):
+    """`torch.nn.Conv1d` whose weight and bias gradients are emended; the input gradient stays the true one.
+
+    As `Conv2d`, in one dimension: ``[B, C, L] -> [B, O, positions]``.
+    """
+
+
+class Conv2d(EmendedConvNd, nn.Conv2d):
+    """`torch.nn.Conv2d` whose weight and bias gradients are emended; the input gradient stays the true one.
+
+    A convolution is a linear layer whose rows are the unfolded patches of its input: ``N = B * positions`` rows of
+    ``I = C/groups * prod(kernel)`` inputs, and one more with a bias. Its weight gradient is the emended one of that
+    layer, ``dw = dy^T (x x^T + c I)^-1 x``, exactly, each group with its own Gram. Any torch optimizer takes it.
+    Parameters, ``state_dict`` and forward are those of `torch.nn.Conv2d`; nothing is kept between steps.
+
+    Patches are streamed. Beyond torch's own step there are at most ``patch_bytes`` of them in memory, whatever
+    the batch and the image size (but for one row of positions of one sample, the least), and a few matrices
+    ``[groups, I, I]``.
+
+    Args:
+        in_channels: ``C``, and all further positional arguments as `torch.nn.Conv2d`: every stride, padding,
+            dilation, number of groups and padding mode.
+        damping: As `consequentialism.Linear`, and so all keywords after it; ``min(N, I)`` is the rank that a
+            relative damping is relative to. Where ``min(N, I)`` exceeds 2,000 times a relative damping, and for
+            every absolute one, Gram and gradient are computed in float64.
+        scale: ``"nlms"`` multiplies by the batch size, the number of samples that a mean-reduced loss divides by,
+            unless `set_samples` says otherwise.
+        backend: ``"cuda"`` has no convolution kernels yet: patches are then streamed by stock
+            operations; ``"triton"`` sums up the Gram without them, whatever ``patch_bytes``.
+        patch_bytes: Memory for unfolded patches, in bytes.
+
+    Shape:
+        ``[B, C, H, W] -> [B, O, H', W']``, or without ``B``.
+
+    Raises:
+        TypeError: An option or input of the wrong type.
+        ValueError: An option out of its range.
+        RuntimeError: torch's own, for an input whose shape does not fit.
+    """
+
+
+class Conv3d(EmendedConvNd, nn.Conv3d):
+    """`torch.nn.Conv3d` whose weight and bias gradients are emended; the input gradient stays the true one.
+
+    As `Conv2d`, in three dimensions: ``[B, C, D, H, W] -> [B, O, D', H', W']``.
+    """

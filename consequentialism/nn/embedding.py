@@ -1,0 +1,186 @@
+"""`Embedding`: torch's own layer with an emended weight gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Never
+
+from .. import _torch, samples
+from ..autograd.linear import once_differentiable
+from ..backend.reference import embedding_counts, embedding_occurrences, emended_embedding_rows
+from ..options import BACKENDS, EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_choice, check_option_names
+from ..solve import distributed
+from .linear import EmendedModule
+
+
+class EmendedEmbedding(torch.autograd.Function):
+    """A look-up whose weight gradient is ``sum of dy over occurrences / (count + c)``."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        indices: Tensor,
+        padding_idx: int | None,
+        sparse: bool,
+        options: Options,
+        ratio: Tensor | None,
+    ) -> Tensor:
+        return F.embedding(indices, weight, padding_idx)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, indices, ctx.padding_idx, ctx.sparse, ctx.options, ratio = inputs
+        ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
+        ctx.save_for_backward(indices, ratio)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        indices, ratio = ctx.saved_tensors
+        flat, errors = indices.reshape(-1), dy.reshape(indices.numel(), dy.shape[-1])
+        options, padding_idx = ctx.options, ctx.padding_idx
+        rows, everyone = flat.shape[0], flat
+        multiplier: float | Tensor = rows if ratio is None else rows * ratio
+        if options.process_group is not None:
+            shape = f"embedding, V={ctx.num_embeddings}, E={errors.shape[1]}"
+            exchanged = distributed.exchange_counts(shape, rows, rows, errors, options)
+            rows, multiplier = sum(exchanged.rows), exchanged.samples
+            if ctx.sparse:
+                everyone = distributed.gather_rows(flat.long()[:, None], exchanged.rows, distributed.group_of(options))[
+                    0
+                ][:, 0]
+        if ctx.sparse:  # of a large vocabulary, which would take longer to count than all the rest
+            counts, total = embedding_occurrences(flat, everyone, padding_idx)
+        else:
+            every = embedding_counts(flat, ctx.num_embeddings, padding_idx)
+            if options.process_group is not None:
+                dist.all_reduce(every, group=distributed.group_of(options))
+            counts, total = every[flat], every.sum()
+        emended = emended_embedding_rows(
+            flat,
+            errors,
+            counts,
+            total,
+            total.new_full((), rows),
+            ctx.num_embeddings,
+            padding_idx,
+            damping=options.damping,
+            damping_mode=options.damping_mode,
+            scale=options.scale,
+            samples=multiplier,
+        )
+        if ctx.sparse:
+            size = (ctx.num_embeddings, errors.shape[1])
+            dw = torch.sparse_coo_tensor(flat[None], emended.to(ctx.dtype), size, check_invariants=False)
+        else:
+            ignored = -1 if padding_idx is None else padding_idx
+            dw = torch.ops.aten.embedding_dense_backward(emended, flat, ctx.num_embeddings, ignored, False)
+            dw = dw.to(ctx.dtype)
+        return dw, None, None, None, None, None
+
+
+FULL_GRAPH = (
+    "consequentialism.Embedding(sparse=True) does not support torch.compile in a full graph, which has no sparse "
+    "gradients. Compile without fullgraph=True, or use sparse=False"
+)
+
+
+def _look_up_outside_graphs(*arguments: Any) -> Tensor:
+    return torch.compiler.disable(EmendedEmbedding.apply, reason=FULL_GRAPH)(*arguments)
+
+
+_torch.never_inlined(_look_up_outside_graphs, FULL_GRAPH)
+
+
+class Embedding(EmendedModule, nn.Embedding):
+    """`torch.nn.Embedding` whose weight gradient is emended: ``dw[v] = sum of dy over occurrences / (count_v + c)``.
+
+    An embedding is a linear layer of one-hot rows, whose Gram is diagonal; this is its emended gradient, exactly.
+    It is plain PyTorch on every device, whose name as a ``backend`` is ``"reference"``; there is no other, and nothing
+    to solve. A row at ``padding_idx`` is a row of zeros.
+
+    Args:
+        num_embeddings: ``V``, and all further positional arguments as `torch.nn.Embedding`.
+            ``scale_grad_by_freq`` is refused: emending already divides by the counts.
+        sparse: As `torch.nn.Embedding`; only the rows that occur are then counted. torch.compile leaves the layer out
+            of its graphs, and says that it cannot where they must be full.
+        damping: As `consequentialism.Linear`, and so ``damping_mode``, ``scale`` and ``process_group``; ``min(N, V)``
+            is the rank that a relative damping is relative to. ``scale="nlms"`` multiplies by all ``N`` indices, those
+            at ``padding_idx`` included, unless `set_samples` says otherwise. With ``process_group=`` ranks communicate
+            in backward.
+
+    Shape:
+        ``[...] -> [..., embedding_dim]``.
+
+    Raises:
+        TypeError: An option of the wrong type, or one that an embedding does not have.
+        ValueError: An option out of its range, or ``scale_grad_by_freq=True``.
+    """
+
+    OPTIONS = EMBEDDING_OPTIONS
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        damping: float = 1.0,
+        damping_mode: DampingMode = "relative",
+        scale: Scale = "nlms",
+        backend: Literal["auto", "reference"] = "auto",
+        process_group: Any = None,
+        **others: Never,
+    ) -> None:
+        names = ("damping", "damping_mode", "scale", "backend", "process_group")
+        check_option_names(others, names, type(self).__name__)
+        check_choice("backend", backend, BACKENDS)
+        check_choice("an Embedding's backend", backend, ("auto", "reference"))  # both are the same plain PyTorch
+        options = Options(damping, damping_mode, scale, process_group=process_group)
+        if scale_grad_by_freq:
+            raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            _weight,
+            _freeze,
+            device,
+            dtype,
+        )
+        self.set_options(options)
+
+    def emended_forward(self, input: Tensor) -> Tensor:
+        options = self.options()
+        if self.max_norm is not None:
+            with torch.no_grad():
+                torch.embedding_renorm_(self.weight, input.contiguous(), self.max_norm, self.norm_type)
+        transformed = _torch.transforms_active()
+        if transformed:
+            raise RuntimeError("consequentialism.Embedding does not support torch.func transforms; use revert() first")
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return F.embedding(input, self.weight, self.padding_idx)
+        if isinstance(options.process_group, distributed.Peers):
+            options = replace(options, process_group=options.process_group.in_backward())
+        ratio = samples.ratio(options, input.numel(), self.weight)
+        leaves_graph = self.sparse and torch.compiler.is_compiling()
+        look_up = _look_up_outside_graphs if leaves_graph else EmendedEmbedding.apply
+        return look_up(self.weight, input, self.padding_idx, self.sparse, options, ratio)

@@ -1,0 +1,227 @@
+"""The cost model: which form, which solver, and on which side. The only place that decides.
+
+All ways give the same gradient (floating-point operations beyond plain backward, ``N`` rows, ``I``
+inputs with the bias's, ``O`` outputs):
+
+=======  ==========  ==========================  ==============  =====================  ==============
+form     applied to  kept for backward           Gram            factor and inverse     application
+=======  ==========  ==========================  ==============  =====================  ==============
+dual     input       ``y = P x [N, I]``          ``N^2 I``       ``N^3``                ``2 N^2 I``
+dual     gradient    ``x``, ``P [N, N]``         ``N^2 I``       ``N^3``                ``2 N^2 O``
+primal   input       ``y = x P [N, I]``          ``N I^2``       ``I^3``                ``2 N I^2``
+primal   gradient    ``x``, ``P [I, I]``         ``N I^2``       ``I^3``                ``2 O I^2``
+=======  ==========  ==========================  ==============  =====================  ==============
+
+Applied to the input, backward is plain backward with ``y`` in the place of ``x``. Conjugate gradients, always primal
+and applied to the gradient (see `conjugate`), have no factor and do the application once an iteration: ``2 O I^2``
+with the stored Gram, or ``4 O N I`` with ``x`` and ``x^T`` one after the other and no Gram.
+
+On a GPU a small layer is all launches. There `is_fused` replaces a dual plan by one that keeps ``x`` alone and computes
+everything in backward, by the one launch of ``fused_weight_grad``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import ConvMethod, Form, Options
+from ..precision import compute_dtype, gram_dtype, keeps_digits
+from .conjugate import error_bound
+
+Side = Literal["input", "gradient", "fused"]  # the last: to neither, one launch in backward does all; see `is_fused`
+
+# Measured on two cores, see docs/solvers.md; nobody has on a GPU.
+FACTOR_TIME = 2  # of an operation of factor and inverse, in those of a product: 1.7 at I = 1152, 2.2 at I = 2304
+FEWEST_OUTPUTS = 64  # with fewer a product waits for memory: 16 take as long as 43 to 107 would
+
+# Up to so many rows, and weights, one launch is taken to be faster than six. Predicted: no GPU has measured it; the
+# rows of the op fused_weight_grad in `python -m consequentialism bench` say where it holds.
+FUSED_DEVICES = ("cuda",)
+FUSED_ROWS = {torch.float64: 64, torch.float32: 128, torch.bfloat16: 128, torch.float16: 128}
+FUSED_WEIGHTS = 4 * 2**20
+
+
+class Plan(NamedTuple):
+    """``form`` of the Gram, the side that the inverse is ``applied_to``, and what stands for the inverse."""
+
+    form: Form
+    applied_to: Side
+    solver: Literal["cholesky", "cg"] = "cholesky"
+    gram: Literal["stored", "free"] = "stored"  # conjugate gradients can do without
+
+
+def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0, factor: int = 1) -> int:
+    """Operations beyond plain backward; a symmetric product counts half, one of the factor ``factor``.
+
+    Of conjugate gradients, those that would take as long where the outputs are few.
+    """
+    n, m = (rows, inputs) if plan.form == "dual" else (inputs, rows)
+    if plan.solver == "cg":
+        gram, product = (n * n * m, 2 * n * n) if plan.gram == "stored" else (0, 4 * n * m)
+        return gram + iterations * (product + 10 * n) * max(outputs, FEWEST_OUTPUTS)
+    applied = m if plan.applied_to == "input" else outputs
+    return n * n * m + factor * n * n * n + 2 * n * n * applied
+
+
+def floor(rows: int, inputs: int, outputs: int) -> int:
+    """The fewest operations beyond plain backward over all plans with a factor."""
+    return min(flops(plan, rows, inputs, outputs) for plan in _PLANS)
+
+
+_PLANS = (Plan("dual", "input"), Plan("primal", "input"), Plan("dual", "gradient"), Plan("primal", "gradient"))
+_CG_PLANS = (Plan("primal", "gradient", "cg", "stored"), Plan("primal", "gradient", "cg", "free"))
+
+
+def has_factor(plan: Plan) -> bool:
+    """Whether the plan needs a factor and nothing else that depends on ``x`` alone."""
+    return plan in _PLANS
+
+
+def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
+    """The cheapest plan that keeps the digits.
+
+    Half types and ill-conditioned Grams with a factor are applied to the input only: there the result is rounded
+    once, after the inverse; on the gradient's side the rounding would be amplified by the condition number.
+    """
+    # A tracer's symbols have no hash, and the cache must not keep a batch's own count alive.
+    known = type(rows) is type(inputs) is type(outputs) is int and options.samples is None
+    return (_known_plan if known else _choose)(rows, inputs, outputs, dtype, options)
+
+
+def _choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
+    sizes = (rows, inputs, outputs)
+    if options.solver == "cg":
+        return _cheapest(_CG_PLANS, sizes, options.iterations)
+    well_conditioned = keeps_digits(rows, inputs, dtype, options.damping, options.damping_mode)
+    direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
+    if not _may_pay(inputs, dtype, options):
+        return direct
+    cg = _cheapest(_CG_PLANS, sizes, options.iterations)
+    return cg if _pays(cg, direct, sizes, options) else direct
+
+
+_known_plan = functools.lru_cache(maxsize=4096)(_choose)  # the same few layers, at every step
+
+
+def _may_pay(inputs: int, dtype: torch.dtype, options: Options) -> bool:
+    """Whether conjugate gradients are sure to be off by less than rounding. The rows, which may vary, do not matter."""
+    if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
+        return False
+    return inputs <= largest_ratio(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
+
+
+def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], options: Options) -> bool:
+    """Whether ``solver="auto"`` takes conjugate gradients where it may: where they are cheaper."""
+    rows, inputs, outputs = sizes
+    if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
+        return False
+    if rows + inputs <= options.iterations * max(outputs, FEWEST_OUTPUTS):  # a factor is then always cheaper
+        return False
+    return flops(cg, *sizes, options.iterations) < flops(direct, *sizes, factor=FACTOR_TIME)
+
+
+def _cheapest(plans: Iterable[Plan], sizes: tuple[int, int, int], iterations: int) -> Plan:
+    best, *others = plans
+    for plan in others:  # not min(key=...), which torch.compile does not trace over symbolic sizes
+        if flops(plan, *sizes, iterations) < flops(best, *sizes, iterations):
+            best = plan
+    return best
+
+
+def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) -> bool:
+    """Whether the gradient of ``x [..., I]`` is better computed whole in backward than by ``plan``."""
+    if x.device.type not in FUSED_DEVICES:
+        return False
+    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
+    return (
+        plan.solver == "cholesky"
+        and plan.form == "dual"
+        and rows <= FUSED_ROWS[x.dtype]
+        and inputs * outputs <= FUSED_WEIGHTS
+        and gram_dtype(rows, inputs + bias, x.dtype, options.damping, options.damping_mode, x.device.type)
+        == compute_dtype(x.dtype)
+    )
+
+
+def plan(x: Tensor, bias: bool, outputs: int, options: Options, fused_rows: int = 0) -> Plan:
+    """How the gradient of a linear layer with the input ``x [..., I]`` is emended: asked once in a forward.
+
+    Args:
+        bias: Whether the layer has a bias, which then stands in the Gram.
+        outputs: ``O``.
+        fused_rows: Up to how many rows the caller's backward can do everything in one launch.
+    """
+    rows = math.prod(x.shape[:-1])
+    chosen = choose(rows, x.shape[-1] + bias, outputs, x.dtype, options)
+    fused = fused_rows > 0 and rows <= fused_rows and is_fused(chosen, x, bias, outputs, options)
+    return chosen._replace(applied_to="fused") if fused else chosen
+
+
+@functools.lru_cache(maxsize=64)
+def largest_ratio(iterations: int, allowed: float) -> float:
+    """A ``rank / damping`` up to which conjugate gradients are sure to be off by no more than ``allowed``; or 0.
+
+    Off in the gradient's own norm, relative to the gradient, which costs the root of the condition number.
+    """
+    largest, ratio = 0.0, 1.0
+    while math.sqrt(1 + ratio) * error_bound(ratio, iterations) <= allowed:
+        largest, ratio = ratio, 1.25 * ratio
+    return largest
+
+
+def conv_form(rows: int, inputs: int) -> Form:
+    """The form of a convolution's Gram; the inverse is always applied to the gradient, in the type that allows it."""
+    return "dual" if rows < inputs else "primal"
+
+
+def conv_solver(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options
+) -> Literal["cholesky", "cg"]:
+    """The solver of a convolution's correction; ``outputs`` of one group. Its Gram is always stored."""
+    direct = Plan(conv_form(rows, inputs), "gradient")
+    sizes = (rows, inputs, outputs)
+    if options.solver == "cg" or (_may_pay(inputs, dtype, options) and _pays(_CG_PLANS[0], direct, sizes, options)):
+        return "cg"
+    return "cholesky"
+
+
+# To a multiple of which the kernel for displaced products multiplies; what is too much costs less than in proportion.
+_TILE_CHANNELS = 4
+_TILE_COST = 1.5  # exponent of its ratio to the channels, fitted to timings on one processor with AVX-512
+
+
+def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]) -> ConvMethod:
+    """How the CPU sums up a convolution's Gram: from unfolded patches, or from ``x`` times itself displaced.
+
+    Args:
+        channels: ``C`` of one group.
+        positions: Output positions along each dimension.
+    """
+    if any(s != 1 for s in stride) or math.prod(kernel) == 1:
+        return "direct"
+    multiplied = -(-channels // _TILE_CHANNELS) * _TILE_CHANNELS
+    displaced = displaced_flops(channels, kernel, positions) * (multiplied / channels) ** _TILE_COST
+    return "displaced" if displaced < direct_flops(channels, kernel, positions) else "direct"
+
+
+def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
+    """Operations of one sample and group for ``x^T x`` of its patches; a symmetric product counts half."""
+    return math.prod(positions) * float(channels * math.prod(kernel)) ** 2
+
+
+def displaced_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
+    """The same where taps with the same displacement share a product, but for a strip at the border each.
+
+    There are two, of which one lies in the padding where that keeps the size.
+    """
+    taps = math.prod(kernel)
+    unique = (math.prod([2 * k - 1 for k in kernel]) + 1) // 2
+    lines = math.prod(positions[:-1]) * (positions[-1] + kernel[-1] - 1)
+    strips = (taps * (taps + 1) // 2 - unique) * math.prod(positions) / min(positions)
+    return 2.0 * channels**2 * (unique * lines + strips)
