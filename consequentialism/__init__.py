@@ -17,7 +17,8 @@ from .nn.conv import Conv1d, Conv2d, Conv3d
 from .nn.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .nn.convert import convert, param_groups, revert
 from .nn.embedding import Embedding
-from .nn.linear import Linear, set_samples
+from .nn.linear import Linear
+from .nn.module import set_samples
 from .nn.registry import register
 from .nn.summary import summary
 from .options import Options

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import consequentialism as cw
-from consequentialism.nn.linear import EmendedModule
+from consequentialism.nn.module import EmendedModule
 
 
 class Labelled(nn.Linear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import consequentialism as cw
-from consequentialism.nn.linear import EmendedModule
+from consequentialism.nn.module import EmendedModule
 
 
 class Block(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import consequentialism as cw
 from consequentialism.functional.conv import emended_conv_transpose
-from consequentialism.nn.linear import EmendedModule
+from consequentialism.nn.module import EmendedModule
 
 
 class OwnWeights(nn.Module):

@@ -11,7 +11,7 @@ from cases import assert_identical
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism.nn.linear import EmendedModule
+from consequentialism.nn.module import EmendedModule
 
 
 def nested(*shape: int) -> Tensor:

@@ -27,7 +27,8 @@ from ..backend import dispatch
 from ..options import Options, OptionsDict, options_from
 from ..samples import counted, ratio, scaled
 from . import plain_path
-from .linear import _check_floating, _check_match, autocast, check_differentiable
+from .checks import check_conv, check_differentiable, check_floating, check_match
+from .linear import autocast
 
 
 def emended_conv(
@@ -170,7 +171,7 @@ def _emended(
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, x.shape[0] if x.ndim == weight.ndim else 1)
     x, weight, bias = autocast(x, weight, bias)
-    _check_conv(x, weight, bias, weight_shape)
+    check_conv(x, weight, bias, weight_shape)
     # Inside a torch.func transform a wrapper's requires_grad says nothing about the outer levels.
     transformed = _torch.transforms_active()
     recording = torch.is_grad_enabled()
@@ -226,11 +227,11 @@ def emended_conv_weight_grad(
         TypeError, ValueError, RuntimeError: As `emended_conv`, with a ValueError for shapes that do not fit.
     """
     settings = options_from(options)
-    _check_floating("x", x)
-    _check_floating("dy", dy)
+    check_floating("x", x)
+    check_floating("dy", dy)
     if not isinstance(bias, bool):
         raise TypeError(f"bias must be True or False, got {bias!r} ({type(bias).__name__})")
-    _check_match("x", x, "dy", dy)
+    check_match("x", x, "dy", dy)
     spatial = len(kernel_size) if isinstance(kernel_size, Sequence) else x.ndim - 2
     if spatial not in CONVOLUTIONS or x.ndim not in (spatial + 1, spatial + 2) or x.ndim != dy.ndim:
         raise ValueError(
@@ -274,14 +275,3 @@ def emended_conv_weight_grad(
         if by is not None:
             dw, db = scaled(dw, by), None if db is None else scaled(db, by)
     return dw, db
-
-
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, weight_shape: str) -> None:
-    _check_floating("x", x)
-    _check_floating("weight", weight)
-    _check_match("x", x, "weight", weight)
-    if weight.ndim - 2 not in CONVOLUTIONS:
-        raise ValueError(f"weight must have the shape {weight_shape}, 3 to 5 dimensions, got {list(weight.shape)}")
-    if bias is not None:
-        _check_floating("bias", bias)
-        _check_match("x", x, "bias", bias)

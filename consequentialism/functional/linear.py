@@ -20,8 +20,7 @@ from ..options import Options, OptionsDict, options_from
 from ..samples import counted, ratio, scaled
 from ..solve import cost
 from . import plain_path
-
-FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .checks import check_differentiable, check_floating, check_linear, check_match
 
 
 def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Unpack[OptionsDict]) -> Tensor:
@@ -141,11 +140,11 @@ def emended_weight_grad(
         TypeError, ValueError, RuntimeError: As `emended_linear`.
     """
     settings = options_from(options)
-    _check_floating("x", x)
-    _check_floating("dy", dy)
+    check_floating("x", x)
+    check_floating("dy", dy)
     if not isinstance(bias, bool):
         raise TypeError(f"bias must be True or False, got {bias!r} ({type(bias).__name__})")
-    _check_match("x", x, "dy", dy)
+    check_match("x", x, "dy", dy)
     if x.ndim == 0 or dy.ndim == 0 or x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(
             f"x [..., I] and dy [..., O] must have the same leading dimensions, got x {list(x.shape)} "
@@ -196,59 +195,3 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float16, torch.bfloat16, torch.float32)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)
-
-
-def check_differentiable(transformed: bool, *tensors: Tensor | None) -> None:
-    """Refuse forward mode, and the torch.func transforms under which the gradient would silently be another one."""
-    if not transformed:
-        if _torch.tangents_exist() and any(_torch.is_dual(tensor) for tensor in tensors):
-            raise RuntimeError(_torch.FORWARD_MODE)
-        return
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "consequentialism: torch.compile over a torch.func transform drops the emended gradient and would use "
-            "the plain one; compile without the transform, or run the transform eagerly"
-        )
-    if _torch.grad_levels() > 1:
-        raise RuntimeError(f"{_torch.SECOND_DERIVATIVE}. torch.func.grad and its like cannot be nested over it")
-
-
-def _check_floating(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {tensor!r} ({type(tensor).__name__})")
-    if _torch.is_dtensor(tensor):
-        raise TypeError(f"{name} is a DTensor, which is not supported; use {name}.to_local()")
-    if tensor.dtype not in FLOATING_TYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
-
-
-def _check_match(first: str, a: Tensor, second: str, b: Tensor) -> None:
-    if a.dtype != b.dtype:
-        raise TypeError(f"{first} and {second} must have the same type, got {a.dtype} and {b.dtype}")
-    if a.device != b.device:
-        raise ValueError(f"{first} and {second} must be on the same device, got {a.device} and {b.device}")
-
-
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
-    weight_name, bias_name = names
-    _check_floating("x", x)
-    _check_floating(weight_name, weight)
-    _check_match("x", x, weight_name, weight)
-    if weight.ndim != 2:
-        raise ValueError(f"{weight_name} must have the shape [O, I], got {list(weight.shape)}")
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x [..., I] and {weight_name} [O, I] must have the same I, got x {list(x.shape)} "
-            f"and {weight_name} {list(weight.shape)}"
-        )
-    if bias is None:
-        return
-    _check_floating(bias_name, bias)
-    _check_match("x", x, bias_name, bias)
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{bias_name} must have the shape [O] of {weight_name} [O, I], got {bias_name} {list(bias.shape)} "
-            f"and {weight_name} {list(weight.shape)}"
-        )

@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from .. import _torch
 
 if TYPE_CHECKING:
-    from ..nn.linear import EmendedModule
+    from ..nn.module import EmendedModule
 
 EXPORT_WARNING = (
     "consequentialism: torch's own layers stand in this exported program, so training it uses the plain gradient, not "

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..autograd.geometry import Sizes
 from ..functional.conv import emended_conv_with
 from ..options import CONV_OPTIONS, DampingMode, Options, Scale, Solver, is_whole
-from .linear import EmendedModule
+from .module import EmendedModule
 
 
 class EmendedConvNd(EmendedModule):

@@ -14,7 +14,7 @@ from ..functional import plain_path
 from ..functional.conv import emended_conv_transpose_with
 from ..options import CONV_OPTIONS, DampingMode, Options, Scale, Solver
 from .conv import check_size
-from .linear import EmendedModule
+from .module import EmendedModule
 
 
 class EmendedConvTransposeNd(EmendedModule):

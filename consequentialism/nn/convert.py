@@ -15,10 +15,11 @@ from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from .._torch import is_dtensor
-from ..functional.linear import FLOATING_TYPES
+from ..functional.checks import FLOATING_TYPES
 from ..options import OPTION_NAMES, Options, OptionsDict, as_number, options_from
 from .factor_batch import FactorBatch
-from .linear import EmendedModule, Linear
+from .linear import Linear
+from .module import EmendedModule
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
 

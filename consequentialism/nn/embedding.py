@@ -6,96 +6,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Never
 
 from .. import _torch, samples
-from ..autograd.linear import once_differentiable
-from ..backend.reference import embedding_counts, embedding_occurrences, emended_embedding_rows
+from ..autograd.embedding import EmendedEmbedding, look_up_outside_graphs
 from ..options import BACKENDS, EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_choice, check_option_names
 from ..solve import distributed
-from .linear import EmendedModule
-
-
-class EmendedEmbedding(torch.autograd.Function):
-    """A look-up whose weight gradient is ``sum of dy over occurrences / (count + c)``."""
-
-    @staticmethod
-    def forward(
-        weight: Tensor,
-        indices: Tensor,
-        padding_idx: int | None,
-        sparse: bool,
-        options: Options,
-        ratio: Tensor | None,
-    ) -> Tensor:
-        return F.embedding(indices, weight, padding_idx)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, indices, ctx.padding_idx, ctx.sparse, ctx.options, ratio = inputs
-        ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
-        ctx.save_for_backward(indices, ratio)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        indices, ratio = ctx.saved_tensors
-        flat, errors = indices.reshape(-1), dy.reshape(indices.numel(), dy.shape[-1])
-        options, padding_idx = ctx.options, ctx.padding_idx
-        rows, everyone = flat.shape[0], flat
-        multiplier: float | Tensor = rows if ratio is None else rows * ratio
-        if options.process_group is not None:
-            shape = f"embedding, V={ctx.num_embeddings}, E={errors.shape[1]}"
-            exchanged = distributed.exchange_counts(shape, rows, rows, errors, options)
-            rows, multiplier = sum(exchanged.rows), exchanged.samples
-            if ctx.sparse:
-                everyone = distributed.gather_rows(flat.long()[:, None], exchanged.rows, distributed.group_of(options))[
-                    0
-                ][:, 0]
-        if ctx.sparse:  # of a large vocabulary, which would take longer to count than all the rest
-            counts, total = embedding_occurrences(flat, everyone, padding_idx)
-        else:
-            every = embedding_counts(flat, ctx.num_embeddings, padding_idx)
-            if options.process_group is not None:
-                dist.all_reduce(every, group=distributed.group_of(options))
-            counts, total = every[flat], every.sum()
-        emended = emended_embedding_rows(
-            flat,
-            errors,
-            counts,
-            total,
-            total.new_full((), rows),
-            ctx.num_embeddings,
-            padding_idx,
-            damping=options.damping,
-            damping_mode=options.damping_mode,
-            scale=options.scale,
-            samples=multiplier,
-        )
-        if ctx.sparse:
-            size = (ctx.num_embeddings, errors.shape[1])
-            dw = torch.sparse_coo_tensor(flat[None], emended.to(ctx.dtype), size, check_invariants=False)
-        else:
-            ignored = -1 if padding_idx is None else padding_idx
-            dw = torch.ops.aten.embedding_dense_backward(emended, flat, ctx.num_embeddings, ignored, False)
-            dw = dw.to(ctx.dtype)
-        return dw, None, None, None, None, None
-
-
-FULL_GRAPH = (
-    "consequentialism.Embedding(sparse=True) does not support torch.compile in a full graph, which has no sparse "
-    "gradients. Compile without fullgraph=True, or use sparse=False"
-)
-
-
-def _look_up_outside_graphs(*arguments: Any) -> Tensor:
-    return torch.compiler.disable(EmendedEmbedding.apply, reason=FULL_GRAPH)(*arguments)
-
-
-_torch.never_inlined(_look_up_outside_graphs, FULL_GRAPH)
+from .module import EmendedModule
 
 
 class Embedding(EmendedModule, nn.Embedding):
@@ -182,5 +101,5 @@ class Embedding(EmendedModule, nn.Embedding):
             options = replace(options, process_group=options.process_group.in_backward())
         ratio = samples.ratio(options, input.numel(), self.weight)
         leaves_graph = self.sparse and torch.compiler.is_compiling()
-        look_up = _look_up_outside_graphs if leaves_graph else EmendedEmbedding.apply
+        look_up = look_up_outside_graphs if leaves_graph else EmendedEmbedding.apply
         return look_up(self.weight, input, self.padding_idx, self.sparse, options, ratio)

@@ -10,7 +10,8 @@ from torch import nn
 from .conv import Conv1d, Conv2d, Conv3d
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
-from .linear import EmendedModule, Linear
+from .linear import Linear
+from .module import EmendedModule
 
 EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Linear: Linear,

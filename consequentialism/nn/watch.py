@@ -19,7 +19,7 @@ import torch
 from .. import _torch
 
 if TYPE_CHECKING:
-    from .linear import EmendedModule
+    from .module import EmendedModule
 
 
 class Watch:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
-from ..nn.linear import EmendedModule
+from ..nn.module import EmendedModule
 from ..options import check_choice
 from . import memory
 from .inside import POSITION, parts_of, standing_in, step_all, step_weight_by_weight

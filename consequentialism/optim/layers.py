@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..autograd.geometry import Geometry, normalized, normalized_transposed
 from ..backend import dispatch, reference
-from ..nn.linear import EmendedModule
+from ..nn.module import EmendedModule
 from ..options import Options
 from .root import Blocks
 

@@ -13,7 +13,8 @@ from ..autograd.kept import EmendedInput, Kept, restored
 from ..autograd.linear import full_precision, keep, plain_linear, prepare
 from ..backend import dispatch
 from ..backend.reference import poisoned
-from ..functional.linear import autocast, check_linear
+from ..functional.checks import check_linear
+from ..functional.linear import autocast
 from ..options import Options
 from ..precision import compute_dtype, emended_dtype
 from ..samples import ratio

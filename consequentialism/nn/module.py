@@ -1,0 +1,193 @@
+"""`EmendedModule`, the base of all emended layers, and `set_samples`, which speaks to all of a model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import plain_path
+from ..options import LINEAR_OPTIONS, DampingMode, Options, Scale, Solver, check_samples
+from ..samples import count
+from ..solve.distributed import Peers, SavedGroup
+from .recorder import Recorder
+from .watch import Watched, note_compiled
+
+_NOT_COPIED = ("samples", "serial")  # those of this batch, and of this object
+_serials = itertools.count(1)
+
+
+class EmendedModule(nn.Module):
+    """What emended layers share: the options as plain attributes, which may be changed between steps.
+
+    It stands before torch's own class, whose ``forward`` serves where nothing is to be emended; a subclass has
+    `emended_forward`.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = LINEAR_OPTIONS  # those that the layer uses
+
+    # The class's values serve modules pickled before there were these, and classes of `register` that are called anew.
+    damping: float = Options.damping
+    damping_mode: DampingMode = Options.damping_mode
+    scale: Scale = Options.scale
+    backend: str = Options.backend
+    process_group: Any = None
+    patch_bytes: int = Options.patch_bytes
+    solver: Solver = Options.solver
+    iterations: int = Options.iterations
+    samples: int | Tensor | None = None  # set by set_samples
+    qualified_name: str | None = None  # set by convert: where in the model the layer is
+    serial: int  # the place among all layers that this process has made
+    recorder: Recorder | None = None  # set by `attach`, on this instance only
+    watched: Watched | None = None  # set by convert, until the layer has run
+    weight_name: ClassVar[str] = "weight"  # of the parameter; `register` may say others
+    bias_name: ClassVar[str] = "bias"
+    transposed: ClassVar[bool] = False  # whether a linear layer's weight is [I, O]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if plain_path.is_plain(self, input):
+            return plain_path.plain_forward(self, input, super().forward)
+        self.note_run()
+        if getattr(input, "is_nested", False):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a dense tensor where a gradient is emended, got a nested one: "
+                "give its rows as a tensor, input.values(), or call consequentialism.revert on this layer"
+            )
+        return self.emended_forward(input)
+
+    def note_run(self) -> None:
+        """Called by every forward that emends: the layer makes its own gradient."""
+        if torch.compiler.is_compiling():
+            note_compiled(self)
+        elif self.watched is not None:
+            self.watched.run_by(self)
+
+    def emended_forward(self, input: Tensor) -> Tensor:
+        """What torch's own forward returns, with emended gradients of weight and bias."""
+        raise NotImplementedError
+
+    def check_input(self, input: Any) -> None:
+        """Raise in this package's words what torch's own forward has refused, where there are better words."""
+
+    def emended_parameters(self) -> Iterator[nn.Parameter]:
+        """Weight and bias, or what they are computed from where they are parametrised."""
+        parametrized = getattr(self, "parametrizations", {})
+        for name in (self.weight_name, self.bias_name):
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                yield parameter
+            elif name in parametrized:
+                yield from parametrized[name].parameters()
+
+    def set_options(self, options: Options) -> None:
+        """Take over those of the checked options that the layer uses."""
+        for name in self.OPTIONS:
+            setattr(self, name, getattr(options, name))
+        self.__dict__.setdefault("serial", next(_serials))
+
+    def attach(self, recorder: Recorder | None) -> None:
+        """Let a recorder serve this layer's forward, or None."""
+        self.__dict__.pop("recorder", None)
+        if recorder is not None:
+            self.recorder = recorder
+
+    def options(self) -> Options:
+        """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
+        values = {name: getattr(self, name) for name in self.OPTIONS}
+        if self.process_group is not None:
+            values["process_group"] = Peers(self.process_group, self) if self.training else None
+        return Options(**values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
+        memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        copied.__dict__.update(copy.deepcopy(kept, memo), serial=next(_serials))
+        if copied.watched is not None:
+            copied.watched.bind(copied)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        state["process_group"] = SavedGroup(self.process_group)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        group = state.get("process_group")
+        group = group.group if isinstance(group, SavedGroup) else group
+        super().__setstate__({**state, "process_group": group, "serial": next(_serials)})
+        if self.watched is not None:
+            self.watched.bind(self)
+
+    def __prepare_scriptable__(self) -> EmendedModule:
+        raise TypeError(plain_path.refusal(self, "torch.jit.script"))
+
+    @property
+    def qconfig(self) -> Any:
+        """What ``torch.ao.quantization`` sets on every module of a model that it is given."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        if value is not None:
+            raise TypeError(plain_path.refusal(self, "torch.ao.quantization"))
+        warnings.warn(
+            plain_path.refusal(self, "torch.ao.quantization, which leaves alone what it is not told of,"), stacklevel=4
+        )
+        self.__dict__["qconfig"] = value
+
+    def extra_repr(self) -> str:
+        default = Options()
+        shown = (name for name in self.OPTIONS if name not in ("process_group", "samples"))
+        changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
+        if self.recorder is not None and self.recorder.label:
+            changed.append(self.recorder.label)
+        return ", ".join([super().extra_repr(), *changed])
+
+
+def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:
+    """Say how many samples the loss divides by, to all emended layers of ``model``, until it is said again.
+
+    ``scale="nlms"`` multiplies a gradient by the number of samples, because a mean-reduced loss has divided by it. That
+    number is taken to be the rows of linear and embedding layers (all leading dimensions, rows of zeros included) and
+    the batch size of convolutions. Where the loss divides by another one, such as the tokens that are not padding, the
+    labels that are not ignored, or the sequences, say so before forward:
+
+        cw.set_samples(model, labels != -100)
+
+    It must stay as it is until backward has ended, for checkpointing runs forward again there. It is not saved: not in
+    ``state_dict``, not in copies and pickles. ``scale="raw"`` and ``"gradient"`` do not count samples.
+
+    Args:
+        model: Any module, also a single layer.
+        samples: An integer of at least 0; a 0-dimensional tensor; a mask, whose sum it is; or None, the default. The
+            host does not read a tensor. Of 0 samples the gradient is zero. With ``process_group=``, of this rank's
+            batch; the ranks' are summed.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``samples`` of another type.
+        ValueError: A number below 0.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+    if samples is not None:
+        check_samples(samples)
+    counts: dict[torch.device, Tensor] = {}  # a tensor, so that torch.compile does not compile for each number
+    for layer in model.modules():
+        if not isinstance(layer, EmendedModule):
+            continue
+        if samples is None:
+            layer.__dict__.pop("samples", None)
+            continue
+        device = samples.device if isinstance(samples, Tensor) else next(layer.parameters()).device
+        if device not in counts:
+            counts[device] = count(samples, device)
+        layer.samples = counts[device]
