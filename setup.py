@@ -34,7 +34,7 @@ CPU_SOURCES = [
     "csrc/module.cpp",
     "csrc/autograd.cpp",
     "csrc/cpu/input_gram.cpp",
-    "csrc/cpu/factor.cpp",
+    "csrc/cpu/damped_inverse.cpp",
     "csrc/cpu/tile_inverse.cpp",
     "csrc/cpu/emended_input.cpp",
     "csrc/cpu/weight_grad.cpp",
@@ -48,15 +48,15 @@ CPU_SOURCES = [
 CUDA_SOURCES = [
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/fused_bindings.cpp",
-    "csrc/cuda/factor_plan.cpp",
-    "csrc/cuda/gram_plan.cpp",
-    "csrc/cuda/emend_plan.cpp",
-    "csrc/cuda/fused_plan.cpp",
-    "csrc/cuda/factor.cu",
-    "csrc/cuda/gram.cu",
-    "csrc/cuda/emend.cu",
+    "csrc/cuda/damped_inverse_plan.cpp",
+    "csrc/cuda/input_gram_plan.cpp",
+    "csrc/cuda/emended_input_plan.cpp",
+    "csrc/cuda/fused_weight_grad_plan.cpp",
+    "csrc/cuda/damped_inverse.cu",
+    "csrc/cuda/input_gram.cu",
+    "csrc/cuda/emended_input.cu",
     "csrc/cuda/weight_grad.cu",
-    "csrc/cuda/fused.cu",
+    "csrc/cuda/fused_weight_grad.cu",
 ]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 

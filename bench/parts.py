@@ -231,7 +231,7 @@ def _stock_inverse(gram: Tensor, eye: Tensor) -> Tensor:
     return torch.cholesky_solve(eye.expand_as(gram), torch.linalg.cholesky_ex(gram + c[..., None, None] * eye)[0])
 
 
-def factor_case(op: str, shape: Order, dtype_name: str, device: Device) -> Case:
+def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) -> Case:
     """Factor and inverse of one Gram ``[n, n]``, as forward does it, by torch's ``cholesky_ex`` and its solve.
 
     ``cholesky_ex`` alone is torch's factor without an inverse.
@@ -253,7 +253,7 @@ def factor_case(op: str, shape: Order, dtype_name: str, device: Device) -> Case:
         dtype_name,
         device,
         ("torch", stock),
-        lambda module, gram: lambda: module.factor(gram, *RAW, n, n),
+        lambda module, gram: lambda: module.damped_inverse(gram, *RAW, n, n),
         gram,
         lambda gram: [_inverse64(gram)],
         Least(2.0 * DTYPES[dtype_name].itemsize * n * n, 1.0 * n**3),
@@ -276,7 +276,7 @@ def factor_case(op: str, shape: Order, dtype_name: str, device: Device) -> Case:
     return case
 
 
-def factors_case(op: str, shape: Batch, dtype_name: str, device: Device) -> Case:
+def damped_inverses_case(op: str, shape: Batch, dtype_name: str, device: Device) -> Case:
     """Grams and inverses of `MATRICES` inputs ``[n, 2n]``: one by one, batched, and by torch's batches."""
     n = shape.order
 
@@ -298,7 +298,7 @@ def factors_case(op: str, shape: Batch, dtype_name: str, device: Device) -> Case
         dtype_name,
         device,
         ("torch", stock),
-        lambda module, xs: lambda: [module.input_inverse(x, False, "dual", *RAW) for x in xs],
+        lambda module, xs: lambda: [module.gram_inverse(x, False, "dual", *RAW) for x in xs],
         inputs,
         expected,
         Least(MATRICES * 3.0 * DTYPES[dtype_name].itemsize * n * n, MATRICES * 3.0 * n**3),

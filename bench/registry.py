@@ -154,8 +154,8 @@ OPS: dict[str, Op] = {
             not_quick=OTHERS,
         ),
         Op(
-            "factor",
-            parts.factor_case,
+            "damped_inverse",
+            parts.damped_inverse_case,
             Order,
             "N",
             {
@@ -169,8 +169,8 @@ OPS: dict[str, Op] = {
             not_quick=OTHERS,
         ),
         Op(
-            "factors",
-            parts.factors_case,
+            "damped_inverses",
+            parts.damped_inverses_case,
             Batch,
             "N",
             {"cpu": (Batch(128),), "cuda": [Batch(n) for n in ORDERS], "rehearsal": (Batch(5), Batch(33))},

@@ -132,7 +132,7 @@ def outside_graphs(function: Callable[..., Any], reason: str) -> Callable[..., A
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
-    """Whether an operator such as ``consequentialism::factor`` has a kernel for a key such as ``CPU``."""
+    """Whether an operator such as ``consequentialism::damped_inverse`` has a kernel for a key such as ``CPU``."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
 
 

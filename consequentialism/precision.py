@@ -1,8 +1,8 @@
 """The policy of types: what a Gram, its inverse, an emended input and the sums over errors are computed in.
 
 Half types are computed in float32, float32 and float64 as they are; a Gram whose inverse would lose digits is float64.
-The compiled kernels know the same limits (``csrc/factor_arguments.h``): on the CPU they look at the Gram of an absolute
-damping first, and stay in float32 where its condition allows that.
+The compiled kernels know the same limits (``csrc/inverse_arguments.h``): on the CPU they look at the Gram of an
+absolute damping first, and stay in float32 where its condition allows that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from .options import DampingMode
 
-# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/factor_arguments.h).
+# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/inverse_arguments.h).
 MAX_FLOAT32_CONDITION = 2e3
 # With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
 MAX_FLOAT32_CONDITION_TALL = 6e3

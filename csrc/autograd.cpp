@@ -1,5 +1,5 @@
-// The derivative of an emended linear layer for eager mode: what consequentialism/autograd/linear.py does, without Python
-// between the steps. There stands the meaning of every branch; tests hold the two to the same bits.
+// The derivative of an emended linear layer for eager mode: what consequentialism/autograd/linear.py does, without
+// Python between the steps. There stands the meaning of every branch; tests hold the two to the same bits.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_unsafe_view.h>
@@ -29,12 +29,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using SavedData = decltype(AutogradContext::saved_data);
 
-at::Tensor input_inverse(
+at::Tensor gram_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view mode,
     std::string_view scale) {
   using Call = at::Tensor(const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view);
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::input_inverse", "").typed<Call>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::gram_inverse", "").typed<Call>();
   return op.call(x, bias, form, damping, mode, scale);
 }
 
@@ -157,7 +157,7 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
       if (!needs_weight) emended = at::Tensor();
       if (!needs_bias) column = at::Tensor();
     } else if (side == Side::kGradient) {
-      inverse = input_inverse(rows, has_bias, form, damping, damping_mode, scale);
+      inverse = gram_inverse(rows, has_bias, form, damping, damping_mode, scale);
       if (!in_range(inverse)) {
         inverse = at::Tensor();
         std::tie(emended, column) = emended_input(rows, has_bias, form, damping, damping_mode, scale);

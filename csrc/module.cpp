@@ -5,7 +5,7 @@
 #include <string>
 
 #include "build_info.h"
-#include "cpu/factor.h"
+#include "cpu/damped_inverse.h"
 #ifdef CONSEQUENTIALISM_CUDA_VERSION
 #include "cuda/bindings.h"
 #endif

@@ -11,10 +11,10 @@
 TORCH_LIBRARY(consequentialism, m) {
   m.def("input_gram(Tensor x, bool bias, str form) -> Tensor");
   m.def(
-      "factor(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) "
+      "damped_inverse(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) "
       "-> Tensor");
   m.def(
-      "input_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
+      "gram_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
       "-> Tensor");
   m.def(
       "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
@@ -42,8 +42,8 @@ TORCH_LIBRARY(consequentialism, m) {
 // is an error.
 TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("input_gram", torch::autograd::autogradNotImplementedFallback());
-  m.impl("factor", torch::autograd::autogradNotImplementedFallback());
-  m.impl("input_inverse", torch::autograd::autogradNotImplementedFallback());
+  m.impl("damped_inverse", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gram_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_inputs", torch::autograd::autogradNotImplementedFallback());
   m.impl("conv_gram", torch::autograd::autogradNotImplementedFallback());

@@ -113,7 +113,7 @@ def test_a_commit_without_results_of_the_device() -> None:
 
 def test_plots_are_of_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    rows = [*OLD, row("own", None, state="failed: x", op="factor"), row("own", 1.5, op="step")]
+    rows = [*OLD, row("own", None, state="failed: x", op="damped_inverse"), row("own", 1.5, op="step")]
     paths = plot.save(rows, tmp_path / "new")
     assert paths == [tmp_path / "new" / "linear.png", tmp_path / "new" / "step.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

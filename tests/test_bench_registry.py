@@ -68,7 +68,7 @@ def test_a_choice() -> None:
 
 def test_factors_are_left_out_of_half_types() -> None:
     ops = {case.op for case in plan(Choice("cpu", dtypes=("bfloat16",)), DEVICES["cpu"])}
-    assert ops == set(OPS) - {"factor", "factors"}
+    assert ops == set(OPS) - {"damped_inverse", "damped_inverses"}
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_factors_are_left_out_of_half_types() -> None:
         (Choice("cpu", ops=("linear",), providers=("displaced",)), "no chosen op has 'displaced'; there are plain"),
         (Choice("cpu", shapes=((1, 2, 3, 4, 5, 6, 7), (3, 4))), "argument --shape: no op takes '3,4': linear takes "),
         (
-            Choice("cpu", ops=("factor",), dtypes=("float16",)),
-            "argument --dtype: no half types of factor, got float16",
+            Choice("cpu", ops=("damped_inverse",), dtypes=("float16",)),
+            "argument --dtype: no half types of damped_inverse, got float16",
         ),
         (Choice("cpu", ops=("conv2d",), shapes=((3, 4, 5),)), "'3,4,5': conv2d takes B,C,O,KERNEL,STRIDE,GROUPS,SIDE"),
     ],

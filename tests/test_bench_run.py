@@ -264,7 +264,7 @@ def test_a_provider_that_kills_or_hangs_the_process_costs_itself_only(tmp_path: 
 
 def test_rehearsal_of_a_gpus_cases(tmp_path: Path) -> None:
     out = tmp_path / "cost.csv"
-    ops = ("linear", "conv2d", "step", "mlp", "factors", "fused_weight_grad", "weight_grad")
+    ops = ("linear", "conv2d", "step", "mlp", "damped_inverses", "fused_weight_grad", "weight_grad")
     done = run_script(
         "--rehearse", "--quick", "--dtype", "float32", "--out", out, *(part for op in ops for part in ("--op", op))
     )

@@ -263,7 +263,7 @@ def test_solve_gram_is_the_factor_applied(
     for own_one, gram_one, right_one in zip(
         own.reshape(-1, rows, order), gram.reshape(-1, order, order), right.reshape(-1, rows, order), strict=True
     ):
-        expected = right_one @ reference.factor(gram_one, 0.8, damping_mode, scale, order, 17)
+        expected = right_one @ reference.damped_inverse(gram_one, 0.8, damping_mode, scale, order, 17)
         assert_close("solution", own_one, expected, EXACT)
         alone = conjugate.solve_gram(gram_one, right_one, 0.8, damping_mode, scale, order, 17, 200)
         assert_close("alone", own_one, alone, EXACT)
@@ -277,7 +277,7 @@ def test_solve_gram_groups_are_apart() -> None:
     own = conjugate.solve_gram(x.mT @ x, right, 1.0, "relative", "raw", 6, 20, 30)
     assert_identical("dead", own[0], torch.zeros_like(own[0]))
     assert own[1].isnan().all()
-    expected = right[2] @ reference.factor(x[2].mT @ x[2], 1.0, "relative", "raw", 6, 20)
+    expected = right[2] @ reference.damped_inverse(x[2].mT @ x[2], 1.0, "relative", "raw", 6, 20)
     assert_close("sound", own[2], expected, EXACT)
 
 

@@ -53,7 +53,7 @@ def test_the_inverse_is_applied_to_the_input_where_rounding_would_be_amplified(
 
 
 def test_the_kernels_know_the_same_condition_limits() -> None:
-    header = (ROOT / "csrc/factor_arguments.h").read_text()
+    header = (ROOT / "csrc/inverse_arguments.h").read_text()
     limits = dict(re.findall(r"kMaxFloat32Condition(\w*) = ([\d.e+]+);", header))
     assert {name: float(limit) for name, limit in limits.items()} == {
         "": reference.MAX_FLOAT32_CONDITION,

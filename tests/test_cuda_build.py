@@ -59,7 +59,7 @@ def test_fakes_on_cuda(form: str, bias: bool, dtype: torch.dtype) -> None:
     with FakeTensorMode():
         x, dy = torch.empty(X, dtype=dtype, device="cuda"), torch.empty(X[0], 3, dtype=dtype, device="cuda")
         gram = ops.input_gram(x, bias, form)
-        inverse = ops.factor(gram, 1.0, "relative", "raw", n, X[0])
+        inverse = ops.damped_inverse(gram, 1.0, "relative", "raw", n, X[0])
         assert (inverse.shape, inverse.dtype, inverse.device.type) == ((n, n), wide, "cuda")
         emended, column = ops.emended_input(x, bias, form, 1.0, "relative", "raw")
         assert (emended.shape, emended.dtype) == (X, torch.float32 if dtype == torch.float16 else dtype)
@@ -92,24 +92,24 @@ BAD_X = [
 ]
 BAD_CALLS = [
     *(("input_gram", *case) for case in BAD_X),
-    *((name, (*a, *OPTIONS), *rest) for name in ("input_inverse", "emended_input") for a, *rest in BAD_X),
+    *((name, (*a, *OPTIONS), *rest) for name in ("gram_inverse", "emended_input") for a, *rest in BAD_X),
     *(
         (name, (ones(5, 7), True, "dual", damping, "relative", "nlms"), ValueError, "damping must be finite")
-        for name in ("input_inverse", "emended_input")
+        for name in ("gram_inverse", "emended_input")
         for damping in (0.0, -1.0, math.nan, math.inf)
     ),
     *(("emended_inputs", ([a[0]], [a[1]], [a[2]], [True], *OPTIONS), *rest) for a, *rest in BAD_X),
     ("emended_inputs", ([ones(5, 7)], [], ["dual"], [True], *OPTIONS), ValueError, "equally long, got 1, 0, 1 and 1"),
     *(
-        ("factor", (torch.eye(4), d, "relative", "nlms", 4, 4), ValueError, "damping must be finite")
+        ("damped_inverse", (torch.eye(4), d, "relative", "nlms", 4, 4), ValueError, "damping must be finite")
         for d in (0.0, math.nan)
     ),
-    ("factor", (ones(4, 3), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
-    ("factor", (ones(4), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
-    ("factor", (ones(4, 4, dtype=torch.float16), *OPTIONS, 4, 4), TypeError, "gram must be float32 or float64"),
-    ("factor", (torch.eye(4), 1.0, "other", "nlms", 4, 4), ValueError, "damping_mode must be 'relative'"),
-    ("factor", (torch.eye(4), 1.0, "relative", "other", 4, 4), ValueError, "scale must be 'nlms'"),
-    ("factor", (torch.eye(4), *OPTIONS, 0, 4), ValueError, "rank must be at least 1, got 0"),
+    ("damped_inverse", (ones(4, 3), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
+    ("damped_inverse", (ones(4), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
+    ("damped_inverse", (ones(4, 4, dtype=torch.float16), *OPTIONS, 4, 4), TypeError, "gram must be float32 or float64"),
+    ("damped_inverse", (torch.eye(4), 1.0, "other", "nlms", 4, 4), ValueError, "damping_mode must be 'relative'"),
+    ("damped_inverse", (torch.eye(4), 1.0, "relative", "other", 4, 4), ValueError, "scale must be 'nlms'"),
+    ("damped_inverse", (torch.eye(4), *OPTIONS, 0, 4), ValueError, "rank must be at least 1, got 0"),
     ("weight_grad", (ones(4, 3), ones(5, 7), ones(5)), ValueError, "must have the same N"),
     ("weight_grad", (ones(5), ones(5, 7), ones(5)), ValueError, "must have the same N"),
     ("weight_grad", (ones(5, 3), ones(5, 7), ones(4)), ValueError, "column must have the shape"),
@@ -152,8 +152,8 @@ def test_bad_arguments_of_a_named_variant() -> None:
 def test_a_tensor_of_the_cpu_is_refused(name: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "input_gram": (ones(5, 7), True, "dual"),
-        "factor": (torch.eye(4), *OPTIONS, 4, 4),
-        "input_inverse": (ones(5, 7), True, "dual", *OPTIONS),
+        "damped_inverse": (torch.eye(4), *OPTIONS, 4, 4),
+        "gram_inverse": (ones(5, 7), True, "dual", *OPTIONS),
         "emended_input": (ones(5, 7), True, "dual", *OPTIONS),
         "emended_inputs": ([ones(5, 7)], [True], ["dual"], [True], *OPTIONS),
         "weight_grad": (ones(5, 3), ones(5, 7), ones(5)),

@@ -51,7 +51,7 @@ def test_op_is_the_single_ops(dtype: torch.dtype, options: tuple[Any, ...]) -> N
             expected = ops.emended_input(x, bias, form, *options)
             assert_identical(f"column {i}", columns[i], expected[1])
         else:
-            expected = (ops.input_inverse(x, bias, form, *options),)
+            expected = (ops.gram_inverse(x, bias, form, *options),)
             assert columns[i].shape == (0,)
         assert_identical(f"kept {i}", kept[i], expected[0])
         assert [kept[i].dtype, columns[i].dtype] == [truth[0][i].dtype, truth[1][i].dtype]

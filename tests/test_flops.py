@@ -33,12 +33,12 @@ def test_each_op() -> None:
     gram = 8 * 8 * 21  # half of 2 N^2 I
     assert counted(ops.input_gram, x, True, "dual") == gram
     assert counted(ops.input_gram, x, False, "primal") == 20 * 20 * 8
-    assert counted(ops.input_inverse, x, True, "dual", *SETTINGS) == gram + 8**3
+    assert counted(ops.gram_inverse, x, True, "dual", *SETTINGS) == gram + 8**3
     applied = gram + 8**3 + 2 * 8 * 8 * 21
     assert counted(ops.emended_input, x, True, "dual", *SETTINGS) == applied
     both = counted(ops.emended_inputs, [x, x], [True, True], ["dual", "dual"], [True, False], *SETTINGS)
     assert both == applied + gram + 8**3
-    assert counted(ops.factor, randn(3, 5, 5) @ randn(3, 5, 5).mT, *SETTINGS, 5, 5) == 3 * 5**3
+    assert counted(ops.damped_inverse, randn(3, 5, 5) @ randn(3, 5, 5).mT, *SETTINGS, 5, 5) == 3 * 5**3
     assert counted(ops.weight_grad, dy, x, x.new_ones(8)) == 2 * 8 * 30 * 21
     assert counted(ops.weight_grad, dy, x, x.new_ones(0)) == 2 * 8 * 30 * 20
     assert counted(ops.fused_weight_grad, x, dy, True, *SETTINGS) == applied + 2 * 8 * 30 * 21

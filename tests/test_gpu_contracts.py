@@ -201,11 +201,11 @@ def test_not_finite_gives_nan(where: str, dtype: torch.dtype, value: float) -> N
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 200, 288, 289, 500, 1024, 1025])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_factor_of_every_kernel(n: int, dtype: torch.dtype) -> None:
+def test_damped_inverse_of_every_kernel(n: int, dtype: torch.dtype) -> None:
     x = randn(n, n + 3, dtype=dtype, device="cuda")
     gram = x @ x.T
-    own = ops.factor(gram, 1.0, "relative", "raw", n, n)
-    expected = cw.reference.factor(gram.double().cpu(), 1.0, "relative", "raw", n, n)
+    own = ops.damped_inverse(gram, 1.0, "relative", "raw", n, n)
+    expected = cw.reference.damped_inverse(gram.double().cpu(), 1.0, "relative", "raw", n, n)
     assert_close("inverse", own, expected, TOLERANCE[dtype])
     if n <= 1024:  # the kernel's; cuSOLVER's is not
         assert_identical("inverse and its mirror", own, own.T.contiguous())
@@ -270,7 +270,7 @@ def test_breakdowns_are_retried_and_counted(n: int) -> None:
     gram = torch.eye(n, device="cuda")
     gram[n - 2, n - 2] = -5
     before = ops.breakdowns()
-    own = ops.factor(gram, 1.0, "absolute", "raw", n, n)
+    own = ops.damped_inverse(gram, 1.0, "absolute", "raw", n, n)
     assert_close("inverse", own, torch.linalg.inv(gram.double() + 10 * torch.eye(n, device="cuda")), 1e-5)
     assert ops.breakdowns() == before + 1
 
@@ -284,8 +284,8 @@ def test_opcheck(shape: Shape) -> None:
         for bias in (True, False):
             torch.library.opcheck(call.input_gram.default, (x, bias, form))
             gram = call.input_gram(x, bias, form)
-            torch.library.opcheck(call.factor.default, (gram, 1.0, "relative", "raw", rows, rows))
-            torch.library.opcheck(call.input_inverse.default, (x, bias, form, 1.0, "relative", "nlms"))
+            torch.library.opcheck(call.damped_inverse.default, (gram, 1.0, "relative", "raw", rows, rows))
+            torch.library.opcheck(call.gram_inverse.default, (x, bias, form, 1.0, "relative", "nlms"))
             torch.library.opcheck(call.emended_input.default, (x, bias, form, 1.0, "relative", "nlms"))
     torch.library.opcheck(call.weight_grad.default, (dy, x, torch.ones(rows, device="cuda")))
     torch.library.opcheck(call.weight_grad.default, (dy, x, torch.ones(0, device="cuda")))

@@ -60,7 +60,7 @@ def test_reference_dual_is_primal(shape: Shape, damping: float) -> None:
         assert_grads_close(dual, primal, EXACT)
 
 
-@pytest.mark.parametrize("op", ["emended_input", "input_inverse"])
+@pytest.mark.parametrize("op", ["emended_input", "gram_inverse"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -76,7 +76,7 @@ def test_op_dual_is_primal(backend: str, shape: Shape, bias: bool, op: str) -> N
             emended_x, column = module.emended_input(*arguments)
             results[form] = torch.cat([emended_x, column[:, None]], dim=1).cpu() if bias else emended_x.cpu()
         else:
-            inverse = module.input_inverse(*arguments).cpu()
+            inverse = module.gram_inverse(*arguments).cpu()
             results[form] = inverse @ whole if form == "dual" else whole @ inverse
     assert_close("emended input", results["dual"], results["primal"], EXACT)
 

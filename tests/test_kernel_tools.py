@@ -144,6 +144,6 @@ def test_gpu_script_reports_every_part(
 
 
 def test_all_backends_retry_a_broken_factor_alike() -> None:
-    for file, name in (("cpu/factor.cpp", "kRetries"), ("cuda/factor.cuh", "kFactorRetries")):
+    for file, name in (("cpu/damped_inverse.cpp", "kRetries"), ("cuda/damped_inverse.cuh", "kInverseRetries")):
         found = re.findall(rf"constexpr int {name} = (\d+);", (ROOT / "csrc" / file).read_text())
         assert found == [str(reference.RETRIES)], file

@@ -21,7 +21,18 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 # Rows, inputs, outputs: an emended input and an inverse are kept, in both forms.
 SHAPES = ((12, 20, 40), (40, 12, 50), (12, 40, 9), (50, 12, 17), (8, 5, 1))
-PRODUCTS = ("mm", "matmul", "addmm", "bmm", "mv", "addr", "weight_grad", "emended_inputs", "input_gram", "factor")
+PRODUCTS = (
+    "mm",
+    "matmul",
+    "addmm",
+    "bmm",
+    "mv",
+    "addr",
+    "weight_grad",
+    "emended_inputs",
+    "input_gram",
+    "damped_inverse",
+)
 
 
 def products(run: Any) -> tuple[Any, list[str]]:

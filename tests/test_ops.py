@@ -64,7 +64,7 @@ def test_opcheck_of_x(form: str, dtype: torch.dtype, layout: str) -> None:
     for bias, (rows, inputs) in ((True, (5, 7)), (False, (7, 5)), (True, (1, 1))):
         x = LAYOUTS[layout](rows, inputs, dtype)
         torch.library.opcheck(op("input_gram"), (x, bias, form), test_utils=OPCHECKS)
-        torch.library.opcheck(op("input_inverse"), (x, bias, form, *OPTIONS), test_utils=OPCHECKS)
+        torch.library.opcheck(op("gram_inverse"), (x, bias, form, *OPTIONS), test_utils=OPCHECKS)
         torch.library.opcheck(op("emended_input"), (x, bias, form, *OPTIONS), test_utils=OPCHECKS)
 
 
@@ -80,11 +80,11 @@ def test_opcheck_of_weight_grad(dtype: torch.dtype, layout: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("scale", ["nlms", "raw", "gradient"])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_opcheck_of_factor(dtype: torch.dtype, scale: str) -> None:
+def test_opcheck_of_damped_inverse(dtype: torch.dtype, scale: str) -> None:
     for gram in (torch.eye(5, dtype=dtype), torch.eye(10, dtype=dtype)[::2, ::2], torch.ones(1, 1, dtype=dtype)):
         for damping_mode in ("relative", "absolute"):
             arguments = (gram, 0.5, damping_mode, scale, 5, 9)
-            torch.library.opcheck(op("factor"), arguments, test_utils=OPCHECKS)
+            torch.library.opcheck(op("damped_inverse"), arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,21 +118,21 @@ def test_gram_and_inverse_are_whole_and_symmetric(backend: str, shape: Shape, bi
         gram = module.input_gram(x, bias, form)
         assert_close(f"gram {form}", gram, reference.input_gram(x, bias, form), EXACT)
         assert_close(f"gram^T {form}", gram.T, gram, EXACT)
-        inverse = module.input_inverse(x, bias, form, *OPTIONS)
-        assert_close(f"inverse {form}", inverse, reference.input_inverse(x, bias, form, *OPTIONS), EXACT)
-        own = module.factor(gram, *OPTIONS, min(shape[0], shape[1] + bias), shape[0])
-        assert_close(f"factor {form}", own, inverse, EXACT)
+        inverse = module.gram_inverse(x, bias, form, *OPTIONS)
+        assert_close(f"inverse {form}", inverse, reference.gram_inverse(x, bias, form, *OPTIONS), EXACT)
+        own = module.damped_inverse(gram, *OPTIONS, min(shape[0], shape[1] + bias), shape[0])
+        assert_close(f"damped_inverse {form}", own, inverse, EXACT)
 
 
 @pytest.mark.parametrize("order", [1, 2, 63, 64, 65, 127, 128, 129, 200, 257])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_factor(backend: str, dtype: torch.dtype, order: int) -> None:
+def test_damped_inverse(backend: str, dtype: torch.dtype, order: int) -> None:
     rows = randn(order, order + 5)
     gram = (rows @ rows.T).to(device_of(backend), dtype)
     before = gram.clone()
     for damping_mode, scale in (("relative", "nlms"), ("absolute", "raw"), ("relative", "gradient")):
-        own = kernels(backend, gram).factor(gram, 0.5, damping_mode, scale, order, 7)
+        own = kernels(backend, gram).damped_inverse(gram, 0.5, damping_mode, scale, order, 7)
         c = 0.5 if damping_mode == "absolute" else 0.5 * gram.double().trace() / order
         multiplier = {"nlms": 7, "raw": 1, "gradient": c}[scale]
         expected = multiplier * torch.linalg.inv(gram.double() + c * torch.eye(order, dtype=F64, device=gram.device))
@@ -165,15 +165,15 @@ def test_fused_weight_grad_is_the_gradient(backend: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("order", [1, 9, 64, 129])
 @pytest.mark.parametrize("backend", [b for b in ("cpu", "reference") if dispatch.backends()[b] == "available"])
-def test_factor_of_groups_is_that_of_each(backend: str, order: int) -> None:
+def test_damped_inverse_of_groups_is_that_of_each(backend: str, order: int) -> None:
     rows = randn(5, order, order + 5)
     rows[1], rows[3, 0] = 0, math.nan
     gram = rows @ rows.mT
     gram[4] -= 0.9 * gram[4].diagonal().mean() * torch.eye(order, dtype=F64)  # retried with more damping
     module = kernels(backend, gram)
     for damping_mode, scale in (("relative", "nlms"), ("absolute", "raw"), ("relative", "gradient")):
-        own = module.factor(gram, 0.5, damping_mode, scale, order, 7)
-        each = torch.stack([module.factor(one, 0.5, damping_mode, scale, order, 7) for one in gram])
+        own = module.damped_inverse(gram, 0.5, damping_mode, scale, order, 7)
+        each = torch.stack([module.damped_inverse(one, 0.5, damping_mode, scale, order, 7) for one in gram])
         assert own[3].isnan().all()
         for k in (0, 1, 2, 4):
             assert_close(f"inverse of {k}", own[k], each[k], EXACT)
@@ -198,7 +198,7 @@ def indefinite(smallest: float, order: int = 70) -> Tensor:
 def test_breakdown_is_retried_with_more_damping(backend: str, smallest: float, growth: int) -> None:
     gram = indefinite(smallest).to(device_of(backend))
     before = ops.breakdowns()
-    own = kernels(backend, gram).factor(gram, 0.01, "absolute", "raw", 70, 70)
+    own = kernels(backend, gram).damped_inverse(gram, 0.01, "absolute", "raw", 70, 70)
     eye = torch.eye(70, dtype=F64, device=gram.device)
     assert_close("inverse", own, torch.linalg.inv(gram + 0.01 * growth * eye), EXACT)
     counted = backend != "reference" and growth > 1
@@ -210,7 +210,7 @@ def test_breakdown_for_good_takes_the_diagonal(backend: str) -> None:
     gram = indefinite(-500.0).to(device_of(backend))
     gram += torch.diag(600 - gram.diagonal())  # a positive diagonal, no positive matrix
     gram[0, 1] = gram[1, 0] = 1e6
-    own = kernels(backend, gram).factor(gram, 0.01, "absolute", "nlms", 70, 3)
+    own = kernels(backend, gram).damped_inverse(gram, 0.01, "absolute", "nlms", 70, 3)
     assert_close("inverse", own, torch.diag(3 / (gram.diagonal() + 0.01)), EXACT)
 
 
@@ -227,15 +227,15 @@ def test_tiny_absolute_damping_of_duplicate_rows_stays_finite(backend: str, dtyp
 @pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_factor_of_nothing_and_of_nan(backend: str, dtype: torch.dtype, damping_mode: str) -> None:
+def test_damped_inverse_of_nothing_and_of_nan(backend: str, dtype: torch.dtype, damping_mode: str) -> None:
     zero = torch.zeros(5, 5, dtype=dtype, device=device_of(backend))
     module = kernels(backend, zero)
     for scale in ("nlms", "raw", "gradient"):
-        assert_identical("inverse", module.factor(zero, 1.0, damping_mode, scale, 5, 5), zero)
+        assert_identical("inverse", module.damped_inverse(zero, 1.0, damping_mode, scale, 5, 5), zero)
         for value in (math.nan, math.inf):
             gram = torch.eye(5, dtype=dtype, device=zero.device)
             gram[2, 2] = value
-            assert module.factor(gram, 1.0, damping_mode, scale, 5, 5).isnan().all()
+            assert module.damped_inverse(gram, 1.0, damping_mode, scale, 5, 5).isnan().all()
 
 
 @needs_kernels
@@ -246,14 +246,18 @@ def test_bad_arguments_of_ops() -> None:
         (lambda: own.input_gram(x[0], True, "dual"), ValueError, ("x", "[N, I]", "[3]")),
         (lambda: own.input_gram(x.int(), True, "dual"), TypeError, ("x", "float16", "Int")),
         (lambda: own.input_gram(x, True, "both"), ValueError, ("form", "both", "'dual'", "'primal'")),
-        (lambda: own.input_inverse(x, True, "dual", 0.0, "relative", "raw"), ValueError, ("damping", "0")),
-        (lambda: own.input_inverse(x, True, "dual", math.nan, "relative", "raw"), ValueError, ("damping", "nan")),
+        (lambda: own.gram_inverse(x, True, "dual", 0.0, "relative", "raw"), ValueError, ("damping", "0")),
+        (lambda: own.gram_inverse(x, True, "dual", math.nan, "relative", "raw"), ValueError, ("damping", "nan")),
         (lambda: own.emended_input(x, True, "dual", 1.0, "none", "raw"), ValueError, ("damping_mode", "none")),
         (lambda: own.emended_input(x, True, "dual", 1.0, "relative", "none"), ValueError, ("scale", "none", "'raw'")),
-        (lambda: own.factor(randn(2, 2, 3, 3), 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[groups, n, n]")),
-        (lambda: own.factor(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
-        (lambda: own.factor(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "BFloat16")),
-        (lambda: own.factor(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
+        (
+            lambda: own.damped_inverse(randn(2, 2, 3, 3), 1.0, "relative", "raw", 3, 3),
+            ValueError,
+            ("gram", "[groups, n, n]"),
+        ),
+        (lambda: own.damped_inverse(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
+        (lambda: own.damped_inverse(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "BFloat16")),
+        (lambda: own.damped_inverse(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
         (lambda: own.weight_grad(x, x[:2], x[:, 0]), ValueError, ("dy", "rows", "[4, 3]", "[2, 3]")),
         (lambda: own.fused_weight_grad(x, x[:2], True, *OPTIONS), ValueError, ("dy", "x", "[2, 3]", "[4, 3]")),
         (lambda: own.fused_weight_grad(x, x.float(), True, *OPTIONS), TypeError, ("dy", "x", "Float", "Double")),

@@ -47,10 +47,10 @@ def test_gram_ridge_and_inverse(form: str, bias: bool) -> None:
     assert_close("c", c, gram.trace() * 0.5 / (4 + bias), EXACT)
     assert reference.ridge(gram, 0.5, "absolute", 4).item() == 0.5
     expected = torch.linalg.inv(gram + c * torch.eye(gram.shape[0], dtype=F64))
-    assert_close("inverse", reference.factor(gram, 0.5, "relative", "raw", 4 + bias, 6), expected, EXACT)
-    assert_close("inverse", reference.factor(gram, 0.5, "relative", "nlms", 4 + bias, 6), 6 * expected, EXACT)
-    assert_close("inverse", reference.factor(gram, 0.5, "relative", "gradient", 4 + bias, 6), c * expected, EXACT)
-    own = reference.input_inverse(x, bias, form, 0.5, "relative", "raw")
+    for scale, multiplier in (("raw", 1), ("nlms", 6), ("gradient", c)):
+        own = reference.damped_inverse(gram, 0.5, "relative", scale, 4 + bias, 6)
+        assert_close(f"inverse {scale}", own, multiplier * expected, EXACT)
+    own = reference.gram_inverse(x, bias, form, 0.5, "relative", "raw")
     assert_close("inverse of x", own, expected, EXACT)
 
 
@@ -63,26 +63,26 @@ def indefinite(smallest: float) -> torch.Tensor:
 @pytest.mark.parametrize(("smallest", "growth"), [(-0.005, 1), (-0.05, 10), (-0.5, 100), (-5.0, 1000)])
 def test_factor_that_breaks_down_takes_more_damping(smallest: float, growth: int) -> None:
     gram = indefinite(smallest) if smallest > -5 else indefinite(-2.5)
-    own = reference.factor(gram, 0.01, "absolute", "raw", 4, 4)
+    own = reference.damped_inverse(gram, 0.01, "absolute", "raw", 4, 4)
     expected = torch.linalg.inv(gram + 0.01 * growth * torch.eye(4, dtype=F64))
     assert_close("inverse", own, expected, EXACT)
 
 
 def test_factor_that_breaks_down_for_good_takes_the_diagonal() -> None:
     gram = torch.tensor([[1.0, 50.0], [50.0, 1.0]], dtype=F64)
-    own = reference.factor(gram, 0.01, "absolute", "raw", 2, 2)
+    own = reference.damped_inverse(gram, 0.01, "absolute", "raw", 2, 2)
     assert_close("inverse", own, torch.eye(2, dtype=F64) / 1.01, EXACT)
 
 
 @pytest.mark.parametrize("damping_mode", ["relative", "absolute"])
-def test_factor_of_nothing_and_of_nan(damping_mode: str) -> None:
+def test_damped_inverse_of_nothing_and_of_nan(damping_mode: str) -> None:
     zero = torch.zeros(3, 3, dtype=F64)
     for scale in ("raw", "nlms", "gradient"):
-        assert_identical("inverse", reference.factor(zero, 1.0, damping_mode, scale, 3, 3), zero)
+        assert_identical("inverse", reference.damped_inverse(zero, 1.0, damping_mode, scale, 3, 3), zero)
         for value in (math.nan, math.inf):
             gram = torch.eye(3, dtype=F64)
             gram[1, 1] = value
-            assert reference.factor(gram, 1.0, damping_mode, scale, 3, 3).isnan().all()
+            assert reference.damped_inverse(gram, 1.0, damping_mode, scale, 3, 3).isnan().all()
 
 
 @pytest.mark.parametrize("form", ["dual", "primal"])

@@ -22,7 +22,7 @@ from triton_aot import MAIN_TARGETS, SHARED_BYTES, Case, compile_case
 
 from consequentialism.backend.triton import plans
 
-PRODUCTS = ("gram", "conv", "emend", "fused", "factor", "multiply")
+PRODUCTS = ("gram", "conv", "emend", "fused", "damped_inverse", "multiply")
 TENSOR_CORES = {
     "sm_80": ("mma.sync",),
     "sm_90": ("mma.sync", "wgmma.mma_async"),
@@ -50,8 +50,8 @@ ELSEWHERE = (
     "emend-fp32-fp32-dual-64",
     "conv-bf16-64",
     "fused-fp32-fp32-64",
-    "factor-fp32-64",
-    "factor-fp64-32",
+    "damped_inverse-fp32-64",
+    "damped_inverse-fp64-32",
 )
 
 
@@ -143,9 +143,9 @@ def test_plans_are_candidates_and_cover_the_shape() -> None:
         assert (plan.splits - 1) * plan.length < inner <= plan.splits * plan.length
 
 
-def test_plans_of_factors() -> None:
-    for order, size in itertools.product(range(1, plans.MAX_FACTOR_ORDER + 1), (4, 8)):
-        assert plans.plan_factor(order, size) in plans.FACTOR_CANDIDATES[size]
+def test_plans_of_damped_inverses() -> None:
+    for order, size in itertools.product(range(1, plans.MAX_INVERSE_ORDER + 1), (4, 8)):
+        assert plans.plan_damped_inverse(order, size) in plans.INVERSE_CANDIDATES[size]
     for rows, size in itertools.product(range(1, plans.MAX_FUSED_ROWS + 1), (4, 8)):
         plan = plans.plan_fused(rows, size)
         assert plan in plans.FUSED_CANDIDATES[size]

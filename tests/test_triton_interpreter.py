@@ -26,7 +26,7 @@ SELECTED = {
     "determinism": ("test_accuracy.py", "bitwise and bfloat16 and (31 or 33) or any_size or wide_gram"),
     "ops": (
         "test_ops.py",
-        "(test_factor and float32 and (64 or 65 or 129)) or breakdown or (tiny and float32) or "
+        "(test_damped_inverse and float32 and (64 or 65 or 129)) or breakdown or (tiny and float32) or "
         "(layout and bfloat16 and 7)",
     ),
     "contracts": (

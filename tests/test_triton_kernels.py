@@ -120,7 +120,7 @@ def test_a_batch_of_matrices_in_one_launch() -> None:
     grams[1] = 0
     grams[2, 3, 3] = math.nan
     own = launch.inverse_of(grams, RIDGE._replace(rank=40))
-    assert_close("first", own[0], reference.factor(grams[0], 0.5, "relative", "raw", 40, 40), 1e-10)
+    assert_close("first", own[0], reference.damped_inverse(grams[0], 0.5, "relative", "raw", 40, 40), 1e-10)
     assert_identical("of nothing", own[1], torch.zeros_like(own[1]))
     assert own[2].isnan().all()
 
@@ -130,7 +130,7 @@ def test_emended_inputs_are_the_single_ones(monkeypatch: pytest.MonkeyPatch, dty
     launches = []
     inverse_of = launch.inverse_of
     monkeypatch.setattr(launch, "inverse_of", lambda gram, ridge: launches.append(len(gram)) or inverse_of(gram, ridge))
-    monkeypatch.setattr(plans, "MAX_FACTOR_ORDER", 20)
+    monkeypatch.setattr(plans, "MAX_INVERSE_ORDER", 20)
     shapes = ((9, 12), (9, 40), (9, 5), (6, 5), (25, 30), (25, 40), (0, 3))
     xs = [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
     biases = [True, False, True, True, True, False, True]
@@ -145,7 +145,7 @@ def test_emended_inputs_are_the_single_ones(monkeypatch: pytest.MonkeyPatch, dty
                 one, column = launch.emended_input(x, bias, form, *options)
                 assert_identical(f"column {i}", columns[i], column)
             else:
-                one = launch.input_inverse(x, bias, form, *options)
+                one = launch.gram_inverse(x, bias, form, *options)
                 assert columns[i].shape == (0,)
                 assert kept[i].untyped_storage().nbytes() == kept[i].nbytes
             assert_identical(f"kept {i}", kept[i], one)
@@ -172,19 +172,19 @@ def test_layers_are_factored_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("works", [True, False])
 def test_orders_beyond_one_program(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
-    monkeypatch.setattr(plans, "MAX_FACTOR_ORDER", 20)  # as if a matrix were too large for our kernel
+    monkeypatch.setattr(plans, "MAX_INVERSE_ORDER", 20)  # as if a matrix were too large for our kernel
     basis = torch.linalg.qr(randn(40, 40))[0]
     values = torch.ones(40, dtype=F64)
     values[-1] = 0.5 if works else -0.05
     gram = basis @ torch.diag(values) @ basis.T
     before = ops.breakdowns()
     for scale in ("nlms", "gradient"):
-        own = launch.factor(gram, 0.01, "absolute", scale, 40, 7)
-        assert_close("inverse", own, reference.factor(gram, 0.01, "absolute", scale, 40, 7), 1e-10)
+        own = launch.damped_inverse(gram, 0.01, "absolute", scale, 40, 7)
+        assert_close("inverse", own, reference.damped_inverse(gram, 0.01, "absolute", scale, 40, 7), 1e-10)
     assert ops.breakdowns() - before == (0 if works else 2)
     for special in (torch.zeros_like(gram), gram + math.inf):
-        own = launch.factor(special, 0.01, "relative", "nlms", 40, 7)
-        assert torch.equal(own.isnan(), reference.factor(special, 0.01, "relative", "nlms", 40, 7).isnan())
+        own = launch.damped_inverse(special, 0.01, "relative", "nlms", 40, 7)
+        assert torch.equal(own.isnan(), reference.damped_inverse(special, 0.01, "relative", "nlms", 40, 7).isnan())
 
 
 def test_tf32_only_where_torch_allows_it() -> None:
@@ -339,14 +339,14 @@ def test_opcheck(form: str) -> None:
     for bias, dtype in ((True, F32), (False, F16)):
         x, dy = randn(5, 7, dtype=dtype), randn(5, 3, dtype=dtype)
         torch.library.opcheck(OPS.input_gram.default, (x, bias, form), test_utils=checks)
-        torch.library.opcheck(OPS.input_inverse.default, (x, bias, form, *options), test_utils=checks)
+        torch.library.opcheck(OPS.gram_inverse.default, (x, bias, form, *options), test_utils=checks)
         torch.library.opcheck(OPS.emended_input.default, (x, bias, form, *options), test_utils=checks)
         torch.library.opcheck(OPS.fused_weight_grad.default, (x, dy, bias, *options), test_utils=checks)
         column = torch.ones(5 if bias else 0)
         torch.library.opcheck(OPS.weight_grad.default, (dy, x, column), test_utils=checks)
     arguments = ([2, 2], [1, 1], [1, 0], [1, 1], 1, form == "dual", 1, F32)
     torch.library.opcheck(OPS.conv_gram.default, (randn(2, 3, 4, 4, dtype=F32), *arguments), test_utils=checks)
-    torch.library.opcheck(OPS.factor.default, (torch.eye(5), *options, 5, 9), test_utils=checks)
+    torch.library.opcheck(OPS.damped_inverse.default, (torch.eye(5), *options, 5, 9), test_utils=checks)
     lists = ([randn(5, 7, dtype=F16), randn(3, 2, dtype=F16)], [True, False], [form, "dual"], [True, False])
     torch.library.opcheck(OPS.emended_inputs.default, (*lists, *options), test_utils=checks)
 
@@ -357,12 +357,12 @@ def test_bad_arguments() -> None:
         (lambda: OPS.input_gram(x[0], True, "dual"), ValueError, ("x", "[N, I]", "[3]")),
         (lambda: OPS.input_gram(x.int(), True, "dual"), TypeError, ("x", "float16", "int32")),
         (lambda: OPS.input_gram(x, True, "both"), ValueError, ("form", "both", "'dual'", "'primal'")),
-        (lambda: OPS.input_inverse(x, True, "dual", 0.0, "relative", "raw"), ValueError, ("damping", "0")),
+        (lambda: OPS.gram_inverse(x, True, "dual", 0.0, "relative", "raw"), ValueError, ("damping", "0")),
         (lambda: OPS.emended_input(x, True, "dual", 1.0, "none", "raw"), ValueError, ("damping_mode", "none")),
         (lambda: OPS.emended_input(x, True, "dual", 1.0, "relative", "none"), ValueError, ("scale", "none", "'raw'")),
-        (lambda: OPS.factor(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
-        (lambda: OPS.factor(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "bfloat16")),
-        (lambda: OPS.factor(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
+        (lambda: OPS.damped_inverse(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
+        (lambda: OPS.damped_inverse(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "bfloat16")),
+        (lambda: OPS.damped_inverse(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
         (
             lambda: OPS.emended_inputs([x], [], ["dual"], [True], 1.0, "relative", "raw"),
             ValueError,

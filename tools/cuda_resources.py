@@ -54,7 +54,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """``factor_block_kernel<float>`` of the whole demangled signature."""
+    """``damped_inverse_block_kernel<float>`` of the whole demangled signature."""
     name = re.sub(r"\(anonymous namespace\)::", "", name)
     name = re.sub(r"\b(?:\w+::)+", "", name.removeprefix("void "))
     depth = 0

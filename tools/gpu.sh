@@ -57,7 +57,7 @@ part check 40 $python -m consequentialism check
 # By file: those that the host shim runs need no device. By name: the backends' cases are called cuda and triton.
 mapfile -t of_the_shim < <(grep -lE '^(import|from) cuda_shim' tests/test_*.py)
 selection=(-q --maxfail 20 -k "(cuda or gpu) and not triton" "${of_the_shim[@]/#/--ignore=}")
-[ "$quick" = 1 ] && selection+=(tests/test_gpu_contracts.py tests/test_gpu_fused.py tests/test_ops.py tests/test_cuda_build.py)
+[ "$quick" = 1 ] && selection+=(tests/test_gpu_contracts.py tests/test_gpu_fused_weight_grad.py tests/test_ops.py tests/test_cuda_build.py)
 $python -c "import xdist" 2> /dev/null && selection+=(-n 6)
 part tests "$([ "$quick" = 1 ] && echo 60 || echo 180)" $python -m pytest "${selection[@]}"
 # Each shape of arguments is compiled once, a second or more, so the shared cases of few files.

@@ -15,7 +15,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for form in ("dual", "primal"):
             for bias in (True, False):
                 gram = ops.input_gram(x, bias, form)
-                inverse = ops.input_inverse(x, bias, form, 1.0, "relative", "nlms")
+                inverse = ops.gram_inverse(x, bias, form, 1.0, "relative", "nlms")
                 emended, column = ops.emended_input(x, bias, form, 1.0, "relative", "nlms")
                 dw, db = ops.weight_grad(dy, emended, column)
                 for one in (gram, inverse, emended, column, dw, db):

@@ -16,11 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from consequentialism.backend.triton import plans
-from consequentialism.backend.triton.conv import conv_gram_kernel
-from consequentialism.backend.triton.emend import emended_input_kernel
-from consequentialism.backend.triton.factor import factor_kernel, multiply_kernel
-from consequentialism.backend.triton.fused import fused_weight_grad_kernel
-from consequentialism.backend.triton.gram import input_gram_kernel, reduce_gram_kernel
+from consequentialism.backend.triton.conv_gram import conv_gram_kernel
+from consequentialism.backend.triton.damped_inverse import damped_inverse_kernel, multiply_kernel
+from consequentialism.backend.triton.emended_input import emended_input_kernel
+from consequentialism.backend.triton.fused_weight_grad import fused_weight_grad_kernel
+from consequentialism.backend.triton.input_gram import input_gram_kernel, reduce_gram_kernel
 from consequentialism.backend.triton.weight_grad import bias_grad_kernel, poison_kernel
 
 TARGETS = {
@@ -142,12 +142,12 @@ def cases(target: str) -> Iterator[Case]:
     for wide in ("fp32", "fp64"):
         pointers = {"gram": wide, "upper": wide, "inverse": wide, "state": wide, "result": wide}
         exact = precision(wide, target)
-        for plan in plans.FACTOR_CANDIDATES[BYTES[wide]]:
+        for plan in plans.INVERSE_CANDIDATES[BYTES[wide]]:
             constants = {
                 "RELATIVE": True, "BY_RIDGE": False, "RETRY": False, "RETRIES": 3, "TILE": plan.tile,
                 "WIDE": plan.wide, "PRECISION": exact,
             }  # fmt: skip
-            yield Case(f"factor-{wide}-{plan.wide}", factor_kernel, pointers, constants, plan.warps, 1)
+            yield Case(f"damped_inverse-{wide}-{plan.wide}", damped_inverse_kernel, pointers, constants, plan.warps, 1)
         constants = {"TILE": plans.MULTIPLY_TILE, "DEPTH": 32, "PRECISION": exact}
         yield Case(f"multiply-{wide}", multiply_kernel, pointers, constants, 4, 2)
         yield Case(f"reduce-{wide}", reduce_gram_kernel, {"partial": wide, "gram": wide}, {"TILE": 32}, 4, 3)

@@ -129,11 +129,11 @@ def _inverse(backend: Any, x: Tensor, gram: Tensor, solver: Solver, unit: Tensor
     """``scale * (G + c I)^-1 [groups, n, n]``, an absolute ``c`` in units of the Gram."""
     if unit is not None and solver.damping_mode == "absolute":
         c = solver.damping / unit / unit
-        return reference.factor_with(gram, c[:, 0, 0], solver.scale, solver.samples)
+        return reference.inverse_with(gram, c[:, 0, 0], solver.scale, solver.samples)
     arguments = solver[:5]
     if gram.shape[0] == 1:
-        return backend.factor(gram[0], *arguments)[None]
-    return (ops if is_compiled(backend, x) else reference).factor(gram, *arguments)
+        return backend.damped_inverse(gram[0], *arguments)[None]
+    return (ops if is_compiled(backend, x) else reference).damped_inverse(gram, *arguments)
 
 
 def _is_looked_at(tensor: Tensor) -> bool:

@@ -83,7 +83,7 @@ def prepare(
         # Nobody can look there whether the inverse is in range, and only without a bias can that of x / unit be taken.
         unit = reference.unit_of(x, bias, options.damping_mode)
         arguments = (x / unit, *arguments[1:])
-    inverse = backend.input_inverse(*arguments)
+    inverse = backend.gram_inverse(*arguments)
     if unit is None and not in_range(inverse):
         emended, column = backend.emended_input(*arguments)
         return keep_emended(emended, column, need_weight, need_bias)

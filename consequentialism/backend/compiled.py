@@ -21,7 +21,15 @@ from ..precision import compute_dtype, emended_dtype
 from .flops import count_ops_of
 from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
 
-NAMES = ("input_gram", "factor", "input_inverse", "emended_input", "emended_inputs", "weight_grad", "fused_weight_grad")
+NAMES = (
+    "input_gram",
+    "damped_inverse",
+    "gram_inverse",
+    "emended_input",
+    "emended_inputs",
+    "weight_grad",
+    "fused_weight_grad",
+)
 CONV_NAMES = ("conv_gram",)
 
 BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
@@ -92,12 +100,14 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
     return torch.ops.consequentialism.input_gram(x, bias, form)
 
 
-def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
-    return torch.ops.consequentialism.factor(gram, damping, damping_mode, scale, rank, rows)
+def damped_inverse(
+    gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
+) -> Tensor:
+    return torch.ops.consequentialism.damped_inverse(gram, damping, damping_mode, scale, rank, rows)
 
 
-def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    return torch.ops.consequentialism.input_inverse(x, bias, form, damping, damping_mode, scale)
+def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    return torch.ops.consequentialism.gram_inverse(x, bias, form, damping, damping_mode, scale)
 
 
 def emended_input(
@@ -181,11 +191,11 @@ if module is not None:
     def _(x: Tensor, bias: bool, form: str) -> Tensor:
         return _square(x, bias, form)
 
-    @torch.library.register_fake("consequentialism::factor")
+    @torch.library.register_fake("consequentialism::damped_inverse")
     def _(gram: Tensor, damping: float, damping_mode: str, scale: str, rank: int, rows: int) -> Tensor:
         return gram.new_empty(gram.shape)
 
-    @torch.library.register_fake("consequentialism::input_inverse")
+    @torch.library.register_fake("consequentialism::gram_inverse")
     def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> Tensor:
         return _square(x, bias, form)
 

@@ -35,18 +35,18 @@ def input_gram(x: Shape, bias: bool, form: str, **_: Any) -> int:
     return order**2 * length
 
 
-def factor(gram: Shape, *_: Any, **__: Any) -> int:
+def damped_inverse(gram: Shape, *_: Any, **__: Any) -> int:
     return math.prod(gram[:-2]) * gram[-1] ** 3
 
 
-def input_inverse(x: Shape, bias: bool, form: str, *_: Any, **__: Any) -> int:
+def gram_inverse(x: Shape, bias: bool, form: str, *_: Any, **__: Any) -> int:
     order, _length = _gram_sizes(x, bias, form)
     return input_gram(x, bias, form) + order**3
 
 
 def emended_input(x: Shape, bias: bool, form: str, *_: Any, **__: Any) -> int:
     order, length = _gram_sizes(x, bias, form)
-    return input_inverse(x, bias, form) + 2 * order**2 * length
+    return gram_inverse(x, bias, form) + 2 * order**2 * length
 
 
 def emended_inputs(
@@ -58,7 +58,7 @@ def emended_inputs(
     **__: Any,
 ) -> int:
     items = zip(xs, biases, forms, applied, strict=True)
-    return sum((emended_input if own else input_inverse)(x, bias, form) for x, bias, form, own in items)
+    return sum((emended_input if own else gram_inverse)(x, bias, form) for x, bias, form, own in items)
 
 
 def weight_grad(dy: Shape, rows: Shape, column: Shape, **_: Any) -> int:
@@ -76,7 +76,7 @@ def emended_linear(x: Shape, weight: Shape, bias: Shape | None, form: str, appli
     forward = 2 * math.prod(x) * weight[0]
     if applied_to == "fused":
         return forward
-    return forward + (emended_input if applied_to == "input" else input_inverse)(rows, bias is not None, form)
+    return forward + (emended_input if applied_to == "input" else gram_inverse)(rows, bias is not None, form)
 
 
 def conv_gram(
@@ -103,8 +103,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     formula.__name__: formula
     for formula in (
         input_gram,
-        factor,
-        input_inverse,
+        damped_inverse,
+        gram_inverse,
         emended_input,
         emended_inputs,
         weight_grad,

@@ -85,7 +85,9 @@ def ridge(gram: Tensor, damping: float, damping_mode: DampingMode, rank: int) ->
     return damping * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / rank
 
 
-def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
+def damped_inverse(
+    gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
+) -> Tensor:
     """``scale * (G + c I)^-1 [..., n, n]``, through a Cholesky factor.
 
     Args:
@@ -98,12 +100,12 @@ def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale
     """
     limited, excess = limited_damping(damping, damping_mode, gram.dtype)
     c = ridge(gram, limited, damping_mode, rank)
-    inverse = factor_with(gram, c, scale, rows)
+    inverse = inverse_with(gram, c, scale, rows)
     return inverse if excess == 1 or scale == "gradient" else inverse * excess
 
 
-def factor_with(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
-    """`factor` with the ridges ``c [...]`` as they are."""
+def inverse_with(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
+    """`damped_inverse` with the ridges ``c [...]`` as they are."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     c = c[..., None, None]
     c = torch.where(trace == 0, torch.ones_like(c), c)
@@ -129,7 +131,7 @@ def factor_with(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
     return torch.where(trace.isfinite(), inverse, torch.full_like(inverse, torch.nan))
 
 
-def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
     inverse, _, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
     if scale != "gradient":  # there c and the Gram have the same unit
@@ -140,7 +142,7 @@ def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mod
 def _wide_inverse(
     x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`input_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
+    """`gram_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
 
     In the type that Gram and factor need: float64 where float32 would lose the inverse's digits.
     """
@@ -151,8 +153,8 @@ def _wide_inverse(
     scaled = _rows(x, bias) / unit
     gram = input_gram(scaled, False, form)
     if damping_mode == "absolute":
-        return factor_with(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
-    return factor(gram, damping, damping_mode, scale, rank, rows), scaled, unit
+        return inverse_with(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
+    return damped_inverse(gram, damping, damping_mode, scale, rank, rows), scaled, unit
 
 
 def apply_inverse(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
@@ -191,13 +193,13 @@ def emended_inputs(
     damping_mode: DampingMode,
     scale: Scale,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each ``x [N, I]``, where ``applied`` its `emended_input`, else its `input_inverse` and nothing."""
+    """Of each ``x [N, I]``, where ``applied`` its `emended_input`, else its `gram_inverse` and nothing."""
     pairs = []
     for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
         if is_applied:
             pairs.append(emended_input(x, bias, form, damping, damping_mode, scale))
         else:
-            inverse = input_inverse(x, bias, form, damping, damping_mode, scale)
+            inverse = gram_inverse(x, bias, form, damping, damping_mode, scale)
             pairs.append((inverse, inverse.new_zeros(0)))
     return [kept for kept, _ in pairs], [column for _, column in pairs]
 

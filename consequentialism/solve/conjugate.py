@@ -90,7 +90,7 @@ def solve_gram(
     iterations: int,
     unit: Tensor | None = None,
 ) -> Tensor:
-    """``right * scale * (G + c I)^-1 [..., R, n]``: `reference.factor` applied to ``right``, without the factor.
+    """``right * scale * (G + c I)^-1 [..., R, n]``: `damped_inverse` applied to ``right``, without the factor.
 
     Any leading dimensions are a batch, such as the groups of a convolution.
 

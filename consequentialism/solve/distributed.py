@@ -221,7 +221,7 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
         work = work.to(gram_dtype(total, inputs, x.dtype, damping, mode, x.device.type))
         gram = backend.input_gram(work, bias, "primal")
         dist.all_reduce(gram, group=group)
-        inverse = backend.factor(gram, damping, mode, scale, max(min(total, inputs), 1), total)
+        inverse = backend.damped_inverse(gram, damping, mode, scale, max(min(total, inputs), 1), total)
         emended, column = apply_inverse(inverse, work, bias, "primal")
     if options.scale == "nlms":
         emended, column = emended * counts.samples, column * counts.samples

@@ -15,7 +15,7 @@
 
 #include "../checks.h"
 #include "../guards.h"
-#include "factor.h"
+#include "damped_inverse.h"
 #include "input_gram.h"
 
 namespace consequentialism::cpu {
@@ -25,7 +25,7 @@ namespace {
 constexpr double kLeastDamping = std::numeric_limits<double>::min();
 
 struct Inversion {
-  FactorArguments arguments;
+  InverseArguments arguments;
   bool bias;
   bool primal;
   at::Tensor x;        // [N, I], float32 or float64, in a layout that BLAS reads
@@ -76,7 +76,7 @@ at::Tensor inverse_of(const Inversion& item) {
 Inversion inversion_of(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  const FactorArguments arguments = factor_arguments_of(x, bias, damping, damping_mode, scale);
+  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
   return {arguments, bias, parse_form(form) == Form::kPrimal, computable(x), {}};
 }
 
@@ -107,7 +107,7 @@ void invert_(c10::ArrayRef<Inversion*> items) {
     item->inverse = lower_input_gram(item->x, item->bias, item->primal);
     narrow.push_back(item);
   }
-  for_each_gram(narrow, [](Inversion& item) { item.done = try_factor_float32_(item.inverse, item.arguments); });
+  for_each_gram(narrow, [](Inversion& item) { item.done = try_damped_inverse_float32_(item.inverse, item.arguments); });
   for (Inversion* item : items) {
     if (item->done) continue;
     item->x = item->x.to(at::kDouble);
@@ -115,7 +115,7 @@ void invert_(c10::ArrayRef<Inversion*> items) {
     measure_in_unit_(*item);
     wide.push_back(item);
   }
-  for_each_gram(wide, [](Inversion& item) { item.inverse = factor_lower(item.inverse, item.arguments); });
+  for_each_gram(wide, [](Inversion& item) { item.inverse = lower_damped_inverse(item.inverse, item.arguments); });
 }
 
 at::ScalarType wide_type(at::ScalarType dtype) {
@@ -151,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor> apply(const Inversion& item, at::ScalarType d
 
 }  // namespace
 
-at::Tensor input_inverse(
+at::Tensor gram_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
   const PlainKernelGuard guard;
@@ -199,7 +199,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
 }  // namespace consequentialism::cpu
 
 TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
-  m.impl("input_inverse", consequentialism::cpu::input_inverse);
+  m.impl("gram_inverse", consequentialism::cpu::gram_inverse);
   m.impl("emended_input", consequentialism::cpu::emended_input);
   m.impl("emended_inputs", consequentialism::cpu::emended_inputs);
 }

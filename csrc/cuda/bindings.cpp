@@ -28,8 +28,8 @@
 #include <vector>
 
 #include "../checks.h"
-#include "../factor_arguments.h"
 #include "../guards.h"
+#include "../inverse_arguments.h"
 #include "device.h"
 #include "launchers.h"
 #include "matrix_launchers.h"
@@ -40,15 +40,15 @@ namespace {
 
 // Matrices of one order, as many in a launch as it takes.
 template <class T>
-void run_factor(
-    c10::ArrayRef<FactorItem<T>> items, int64_t n, const FactorPlan& plan, const at::TensorOptions& options) {
+void run_damped_inverse(
+    c10::ArrayRef<InverseItem<T>> items, int64_t n, const InversePlan& plan, const at::TensorOptions& options) {
   const auto bytes = static_cast<int64_t>(plan.workspace_bytes);
-  for (size_t first = 0; first < items.size(); first += kMaxFactorItems) {
-    const auto some = items.slice(first, std::min<size_t>(kMaxFactorItems, items.size() - first));
+  for (size_t first = 0; first < items.size(); first += kMaxInverseItems) {
+    const auto some = items.slice(first, std::min<size_t>(kMaxInverseItems, items.size() - first));
     const auto count = static_cast<int>(some.size());
     const at::Tensor workspace = at::empty({count * bytes}, options.dtype(at::kByte));
     C10_CUDA_CHECK(
-        launch_factor<T>(
+        launch_damped_inverse<T>(
             some.data(), count, n, plan, workspace.mutable_data_ptr(), breakdown_counter(),
             c10::cuda::getCurrentCUDAStream()));
   }
@@ -57,8 +57,8 @@ void run_factor(
 // By cuSOLVER, for orders above the kernel's. A broken-down factor is done again by the kernel, which else returns at
 // once.
 template <class T>
-at::Tensor stock_factor(
-    const at::Tensor& gram, const FactorArguments& arguments, FactorItem<T> item, const Limits& limits) {
+at::Tensor stock_inverse(
+    const at::Tensor& gram, const InverseArguments& arguments, InverseItem<T> item, const Limits& limits) {
   const int64_t n = gram.size(0);
   const at::Tensor trace = gram.diagonal().sum();
   const at::Tensor c = arguments.relative ? trace.mul(arguments.damping / static_cast<double>(arguments.rank))
@@ -72,18 +72,18 @@ at::Tensor stock_factor(
   if (item.scaled_by_c) inverse.mul_(c);
   const at::Tensor broken = info.ne(0).logical_or(lower.diagonal().isfinite().logical_not().any());
   const at::Tensor retry = broken.logical_and(trace.ne(0)).logical_and(trace.isfinite()).to(at::kInt);
-  const FactorPlan plan = plan_factor_retry(n, sizeof(T), limits);
-  TORCH_CHECK_VALUE(plan.team != FactorTeam::kNone, "gram must have at most ", kMaxRetryOrder, " rows, got ", n);
+  const InversePlan plan = plan_damped_inverse_retry(n, sizeof(T), limits);
+  TORCH_CHECK_VALUE(plan.team != InverseTeam::kNone, "gram must have at most ", kMaxRetryOrder, " rows, got ", n);
   item.inverse = inverse.mutable_data_ptr<T>();
   item.only_if = retry.const_data_ptr<int>();
-  run_factor<T>(item, n, plan, gram.options());
+  run_damped_inverse<T>(item, n, plan, gram.options());
   inverse = at::where(trace.eq(0), at::zeros_like(inverse), inverse);
   return at::where(trace.isfinite(), inverse, at::full_like(inverse, std::numeric_limits<double>::quiet_NaN()));
 }
 
 template <class T>
-FactorItem<T> factor_item(const at::Tensor& gram, const at::Tensor& inverse, const FactorArguments& arguments) {
-  FactorItem<T> item{};
+InverseItem<T> inverse_item(const at::Tensor& gram, const at::Tensor& inverse, const InverseArguments& arguments) {
+  InverseItem<T> item{};
   item.gram = gram.const_data_ptr<T>();
   item.inverse = inverse.mutable_data_ptr<T>();
   item.damping = arguments.damping;
@@ -97,25 +97,25 @@ FactorItem<T> factor_item(const at::Tensor& gram, const at::Tensor& inverse, con
 // scale * (gram + c I)^-1 of Grams of one type, those of one order by one launch; the other Grams are left alone.
 template <class T>
 void invert_grams(
-    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<FactorArguments> arguments, std::vector<at::Tensor>& inverses) {
+    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, std::vector<at::Tensor>& inverses) {
   const Limits limits = limits_of_current_device();
-  std::map<int64_t, std::vector<FactorItem<T>>> by_order;
+  std::map<int64_t, std::vector<InverseItem<T>>> by_order;
   for (size_t i = 0; i < grams.size(); ++i) {
     const int64_t n = grams[i].size(0);
     if (grams[i].scalar_type() != c10::CppTypeToScalarType<T>::value || n == 0) continue;
-    const FactorItem<T> item = factor_item<T>(grams[i], inverses[i], arguments[i]);
-    if (plan_factor(n, sizeof(T), limits).team == FactorTeam::kNone) {
-      inverses[i] = stock_factor<T>(grams[i], arguments[i], item, limits);
+    const InverseItem<T> item = inverse_item<T>(grams[i], inverses[i], arguments[i]);
+    if (plan_damped_inverse(n, sizeof(T), limits).team == InverseTeam::kNone) {
+      inverses[i] = stock_inverse<T>(grams[i], arguments[i], item, limits);
     } else {
       by_order[n].push_back(item);
     }
   }
   for (const auto& [n, items] : by_order) {
-    run_factor<T>(items, n, plan_factor(n, sizeof(T), limits), grams[0].options());
+    run_damped_inverse<T>(items, n, plan_damped_inverse(n, sizeof(T), limits), grams[0].options());
   }
 }
 
-std::vector<at::Tensor> inverses_of(c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<FactorArguments> arguments) {
+std::vector<at::Tensor> inverses_of(c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments) {
   std::vector<at::Tensor> inverses;
   for (const at::Tensor& gram : grams) inverses.push_back(at::empty(gram.sizes(), gram.options()));
   invert_grams<float>(grams, arguments, inverses);
@@ -152,13 +152,13 @@ at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dty
 }
 
 // In float64 where float32 is not enough, known from the arguments alone: looking at the Gram would wait for it.
-at::Tensor gram_to_factor(const at::Tensor& x, bool bias, Form form, const FactorArguments& arguments) {
+at::Tensor gram_to_invert(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
   const bool narrow = arguments.float32_is_enough() && x.scalar_type() != at::kDouble;
   return gram_of(x, bias, form, narrow ? at::kFloat : at::kDouble);
 }
 
-at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const FactorArguments& arguments) {
-  return inverses_of(gram_to_factor(x, bias, form, arguments), arguments)[0];
+at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
+  return inverses_of(gram_to_invert(x, bias, form, arguments), arguments)[0];
 }
 
 }  // namespace
@@ -184,20 +184,20 @@ at::Tensor input_gram(const at::Tensor& x, bool bias, std::string_view form) {
   return gram_of(with_contiguous_rows(x), bias, parsed, wide_type(x.scalar_type()));
 }
 
-at::Tensor factor(
+at::Tensor damped_inverse(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
   check_gram(gram);
-  const FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, rows);
+  const InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(gram.device());
   return inverses_of(gram.contiguous(), arguments)[0];
 }
 
-at::Tensor input_inverse(
+at::Tensor gram_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  const FactorArguments arguments = factor_arguments_of(x, bias, damping, damping_mode, scale);
+  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
@@ -246,7 +246,7 @@ std::tuple<at::Tensor, at::Tensor> apply_inverse(const at::Tensor& inverse, cons
 std::tuple<at::Tensor, at::Tensor> emended_input(
     const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  const FactorArguments arguments = factor_arguments_of(input, bias, damping, damping_mode, scale);
+  const InverseArguments arguments = inverse_arguments_of(input, bias, damping, damping_mode, scale);
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(input.device());
@@ -258,10 +258,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
     at::TensorList inputs, const c10::List<bool>& biases, const c10::List<std::string>& forms,
     const c10::List<bool>& applied, double damping, std::string_view damping_mode, std::string_view scale) {
   check_lists(inputs.size(), biases.size(), forms.size(), applied.size());
-  std::vector<FactorArguments> arguments;
+  std::vector<InverseArguments> arguments;
   std::vector<Form> parsed;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    arguments.push_back(factor_arguments_of(inputs[i], biases.get(i), damping, damping_mode, scale));
+    arguments.push_back(inverse_arguments_of(inputs[i], biases.get(i), damping, damping_mode, scale));
     parsed.push_back(parse_form(forms.get(i)));
     TORCH_CHECK_VALUE(
         inputs[i].device() == inputs[0].device(), "xs must be on one device, got ", inputs[0].device(), " and ",
@@ -272,7 +272,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
   std::vector<at::Tensor> xs, grams, kept, columns;
   for (size_t i = 0; i < inputs.size(); ++i) {
     xs.push_back(with_contiguous_rows(inputs[i]));
-    grams.push_back(gram_to_factor(xs[i], biases.get(i), parsed[i], arguments[i]));
+    grams.push_back(gram_to_invert(xs[i], biases.get(i), parsed[i], arguments[i]));
   }
   const std::vector<at::Tensor> inverses = inverses_of(grams, arguments);
   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -329,8 +329,8 @@ std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::T
 
 TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
   m.impl("input_gram", consequentialism::cuda::input_gram);
-  m.impl("factor", consequentialism::cuda::factor);
-  m.impl("input_inverse", consequentialism::cuda::input_inverse);
+  m.impl("damped_inverse", consequentialism::cuda::damped_inverse);
+  m.impl("gram_inverse", consequentialism::cuda::gram_inverse);
   m.impl("emended_input", consequentialism::cuda::emended_input);
   m.impl("emended_inputs", consequentialism::cuda::emended_inputs);
   m.impl("weight_grad", consequentialism::cuda::weight_grad);

@@ -13,8 +13,8 @@
 #include <unordered_map>
 
 #include "../checks.h"
-#include "../factor_arguments.h"
 #include "../guards.h"
+#include "../inverse_arguments.h"
 #include "../separate_weight_grad.h"
 #include "device.h"
 #include "fused_launcher.h"
@@ -53,12 +53,12 @@ FusedShape shape_of(const at::Tensor& x, const at::Tensor& dy, bool bias) {
 }
 
 // A narrow x whose Gram needs float64 is not fused.
-bool keeps_digits(const at::Tensor& x, const FactorArguments& arguments) {
+bool keeps_digits(const at::Tensor& x, const InverseArguments& arguments) {
   return x.scalar_type() == at::kDouble || arguments.float32_is_enough();
 }
 
 std::tuple<at::Tensor, at::Tensor> run_fused(
-    const at::Tensor& input, const at::Tensor& error, bool bias, const FactorArguments& options, const FusedPlan& plan,
+    const at::Tensor& input, const at::Tensor& error, bool bias, const InverseArguments& options, const FusedPlan& plan,
     cudaStream_t stream, unsigned* counters) {
   const at::Tensor x = with_contiguous_rows(input), dy = with_contiguous_rows(error);
   const at::Tensor dw = at::empty({dy.size(1), x.size(1)}, x.options());
@@ -95,7 +95,7 @@ std::tuple<at::Tensor, at::Tensor> run_fused(
 std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
     const at::Tensor& x, const at::Tensor& dy, bool bias, double damping, std::string_view damping_mode,
     std::string_view scale) {
-  const FactorArguments arguments = factor_arguments_of(x, bias, damping, damping_mode, scale);
+  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
   check_fused(x, dy);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
@@ -115,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
 std::tuple<at::Tensor, at::Tensor> fused_weight_grad_by(
     const at::Tensor& x, const at::Tensor& dy, bool bias, double damping, std::string_view damping_mode,
     std::string_view scale, std::string_view variant) {
-  const FactorArguments arguments = factor_arguments_of(x, bias, damping, damping_mode, scale);
+  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
   check_fused(x, dy);
   TORCH_CHECK_VALUE(
       variant == "recompute" || variant == "cooperative", "variant must be 'recompute' or 'cooperative', got '",

@@ -2,8 +2,8 @@
 // nothing waits for the device.
 #pragma once
 
-#include "factor.h"
-#include "fused.h"
+#include "damped_inverse.h"
+#include "fused_weight_grad.h"
 #include "types.h"
 
 namespace consequentialism::cuda {
@@ -26,8 +26,8 @@ struct FusedArguments {
   int64_t rows;
   int64_t inputs;
   int64_t outputs;
-  bool tf32;                           // float32 may be rounded to TF32
-  FactorItem<Accumulator<T>> inverse;  // its options; the matrices are in shared memory
+  bool tf32;                            // float32 may be rounded to TF32
+  InverseItem<Accumulator<T>> inverse;  // its options; the matrices are in shared memory
 };
 
 // dw, db <- dy^T P [x, 1] with P the inverse of the damped Gram, by plan = plan_fused(...). NaN everywhere where an

@@ -1,20 +1,20 @@
 // Launchers of the kernels. Pointers are to device memory of the stream's device; nothing waits for the device.
 #pragma once
 
-#include "factor.h"
+#include "damped_inverse.h"
 #include "types.h"
 
 namespace consequentialism::cuda {
 
-// count matrices of order n, at most kMaxFactorItems, by plan = plan_factor(n, sizeof(T), ...). workspace has
+// count matrices of order n, at most kMaxInverseItems, by plan = plan_damped_inverse(n, sizeof(T), ...). workspace has
 // count * plan.workspace_bytes, aligned to 128. *breakdowns counts the matrices whose first attempt
 // broke down, here or elsewhere.
 template <class T>
-cudaError_t launch_factor(
-    const FactorItem<T>* items, int count, int64_t n, const FactorPlan& plan, void* workspace, unsigned* breakdowns,
+cudaError_t launch_damped_inverse(
+    const InverseItem<T>* items, int count, int64_t n, const InversePlan& plan, void* workspace, unsigned* breakdowns,
     cudaStream_t stream);
 
-// The current device's own counter for launch_factor. Zero when the process begins.
+// The current device's own counter for launch_damped_inverse. Zero when the process begins.
 cudaError_t breakdown_counter_address(unsigned** address);
 
 // How many entries `broken` has below.

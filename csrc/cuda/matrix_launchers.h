@@ -2,8 +2,8 @@
 // nothing waits for the device.
 #pragma once
 
-#include "emend.h"
-#include "gram.h"
+#include "emended_input.h"
+#include "input_gram.h"
 #include "types.h"
 
 namespace consequentialism::cuda {

@@ -1,6 +1,6 @@
 """Compiles CUDA kernels for the host against shim.h, and calls them on guarded copies of tensors.
 
-    library = cuda_shim.load([ROOT / "csrc/cuda/gram.cu", Path(__file__).with_name("matrix_calls.cu")])
+    library = cuda_shim.load([ROOT / "csrc/cuda/input_gram.cu", Path(__file__).with_name("matrix_calls.cu")])
     x = library.guarded(torch.randn(5, 7), "x")
     gram = library.empty(5, 5, name="gram")
     library.run("call_gram", x, gram, 5, 7)  # extern "C" int call_gram(const float*, float*, int64_t, int64_t)

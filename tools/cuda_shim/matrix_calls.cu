@@ -1,6 +1,6 @@
-// What tests/test_cuda_gram.py and tests/test_cuda_emend.py call.
-#include "emend.cuh"
-#include "gram.cuh"
+// What tests/test_cuda_input_gram.py and tests/test_cuda_emended_input.py call.
+#include "emended_input.cuh"
+#include "input_gram.cuh"
 #include "matrix_launchers.h"
 
 using namespace consequentialism::cuda;

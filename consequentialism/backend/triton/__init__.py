@@ -26,19 +26,19 @@ __all__ = [
     "MAX_FUSED_ROWS",
     "breakdowns",
     "conv_gram",
+    "damped_inverse",
     "emended_input",
     "emended_inputs",
-    "factor",
     "fused_weight_grad",
+    "gram_inverse",
     "input_gram",
-    "input_inverse",
     "weight_grad",
 ]
 
 _SCHEMAS = (
     "input_gram(Tensor x, bool bias, str form) -> Tensor",
-    "factor(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) -> Tensor",
-    "input_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) -> Tensor",
+    "damped_inverse(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) -> Tensor",
+    "gram_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) -> Tensor",
     "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) -> (Tensor, Tensor)",
     "emended_inputs(Tensor[] xs, bool[] biases, str[] forms, bool[] applied, float damping, str damping_mode, "
     "str scale) -> (Tensor[], Tensor[])",
@@ -63,12 +63,14 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
     return _ops.input_gram(x, bias, form)
 
 
-def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
-    return _ops.factor(gram, damping, damping_mode, scale, rank, rows)
+def damped_inverse(
+    gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
+) -> Tensor:
+    return _ops.damped_inverse(gram, damping, damping_mode, scale, rank, rows)
 
 
-def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    return _ops.input_inverse(x, bias, form, damping, damping_mode, scale)
+def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+    return _ops.gram_inverse(x, bias, form, damping, damping_mode, scale)
 
 
 def emended_input(
@@ -128,12 +130,12 @@ def _(x: Tensor, bias: bool, form: str) -> Tensor:
     return _square(x, bias, form)
 
 
-@torch.library.register_fake("consequentialism_triton::factor")
+@torch.library.register_fake("consequentialism_triton::damped_inverse")
 def _(gram: Tensor, damping: float, damping_mode: str, scale: str, rank: int, rows: int) -> Tensor:
     return gram.new_empty(gram.shape)
 
 
-@torch.library.register_fake("consequentialism_triton::input_inverse")
+@torch.library.register_fake("consequentialism_triton::gram_inverse")
 def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> Tensor:
     return _square(x, bias, form)
 

@@ -41,7 +41,7 @@ def check_lists(xs: Sequence[Tensor], biases: Sequence[bool], forms: Sequence[st
 
 
 def check_options(damping: float, damping_mode: str, scale: str) -> None:
-    """Raise unless a factor can be asked for so."""
+    """Raise unless a damped inverse can be asked for so."""
     check_damping(damping)
     check_choice("damping_mode", damping_mode, DAMPING_MODES)
     check_choice("scale", scale, SCALES)

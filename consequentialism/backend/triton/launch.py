@@ -23,11 +23,11 @@ from ...precision import compute_dtype, emended_dtype, gram_dtype
 from ..reference import RETRIES
 from . import plans, tune
 from .checks import check_form, check_fused, check_gram, check_lists, check_options, check_weight_grad, check_x
-from .conv import conv_gram_kernel
-from .emend import emended_input_kernel
-from .factor import factor_kernel, multiply_kernel
-from .fused import fused_weight_grad_kernel
-from .gram import input_gram_kernel, reduce_gram_kernel
+from .conv_gram import conv_gram_kernel
+from .damped_inverse import damped_inverse_kernel, multiply_kernel
+from .emended_input import emended_input_kernel
+from .fused_weight_grad import fused_weight_grad_kernel
+from .input_gram import input_gram_kernel, reduce_gram_kernel
 from .plans import ceil_div
 from .weight_grad import bias_grad_kernel, poison_kernel
 
@@ -37,7 +37,7 @@ _NONE = 1  # programs of a grid, or entries of a tensor, that must not be none
 
 
 class Ridge(NamedTuple):
-    """What a factor is asked for: ``multiplier * (G + c I)^-1``."""
+    """What a damped inverse is asked for: ``multiplier * (G + c I)^-1``."""
 
     damping: float
     relative: bool
@@ -184,24 +184,24 @@ def inverse_of(gram: Tensor, ridge: Ridge) -> Tensor:
     if gram.numel() == 0:
         return torch.empty_like(gram)
     gram = gram.contiguous()
-    if order <= plans.MAX_FACTOR_ORDER:
+    if order <= plans.MAX_INVERSE_ORDER:
         inverse = torch.empty_like(gram)
-        _factor(gram, ridge, inverse)
+        _damped_inverse(gram, ridge, inverse)
         return inverse
     return _stock_inverse(gram, ridge)
 
 
-def _factor(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None = None) -> None:
+def _damped_inverse(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None = None) -> None:
     """Write ``inverse``; with ``broken [B]``, only where the first attempt broke down or there is none."""
     matrices, order, _ = gram.shape
-    plan = plans.plan_factor(order, gram.element_size())
+    plan = plans.plan_damped_inverse(order, gram.element_size())
     size = ceil_div(order, plan.tile) * plan.tile
     room = gram.new_empty(2, matrices, size, size)
     state = gram.new_empty(matrices, 3)
     counter = _counter(gram.device)
     along = ceil_div(order, plans.MULTIPLY_TILE)
     with _on_device(gram):
-        factor_kernel[(matrices,)](
+        damped_inverse_kernel[(matrices,)](
             gram, room[0], room[1], state, counter if broken is None else broken, counter, order, order, size,
             ridge.damping, float(ridge.rank), float(ridge.multiplier),
             RELATIVE=ridge.relative, BY_RIDGE=ridge.by_ridge, RETRY=broken is not None, RETRIES=RETRIES,
@@ -226,7 +226,7 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     if ridge.by_ridge:
         inverse *= c[:, None, None]
     inverse = inverse.contiguous()
-    _factor(gram, ridge, inverse, broken.to(torch.int32))
+    _damped_inverse(gram, ridge, inverse, broken.to(torch.int32))
     return inverse
 
 
@@ -257,12 +257,14 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
     return _gram_of(x, bias, form, compute_dtype(x.dtype))
 
 
-def factor(gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Tensor:
+def damped_inverse(
+    gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
+) -> Tensor:
     check_gram(gram, rank)
     return inverse_of(gram[None], _ridge(damping, damping_mode, scale, rank, rows))[0]
 
 
-def input_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
+def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     return _wide_inverse(x, bias, form, damping, damping_mode, scale).to(compute_dtype(x.dtype))
 
 
@@ -312,7 +314,7 @@ def emended_inputs(
     ]
     alike: dict[tuple[Any, ...], list[int]] = {}
     for i, (gram, ridge) in enumerate(damped):
-        alone = i if gram.shape[0] > plans.MAX_FACTOR_ORDER else -1  # stock operations batch with other bits
+        alone = i if gram.shape[0] > plans.MAX_INVERSE_ORDER else -1  # stock operations batch with other bits
         alike.setdefault((gram.shape[0], gram.dtype, ridge, alone), []).append(i)
     inverses: dict[int, Tensor] = {}
     for group in alike.values():

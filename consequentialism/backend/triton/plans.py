@@ -141,7 +141,7 @@ def emend_candidates(plan: EmendPlan, rows: int, inputs: int, order: int, elemen
     return (plan, *(plan._replace(stages=stages) for stages in STAGES[element_bytes] if stages != plan.stages))
 
 
-class FactorPlan(NamedTuple):
+class InversePlan(NamedTuple):
     """Rows that are factored in registers, the columns of a strip, and the warps of the one program of a matrix."""
 
     tile: int
@@ -149,16 +149,16 @@ class FactorPlan(NamedTuple):
     warps: int
 
 
-MAX_FACTOR_ORDER = 256  # what one program factors in less time than cuSOLVER takes (a prediction)
-FACTOR_SMALL = {4: FactorPlan(32, 32, 4), 8: FactorPlan(16, 32, 4)}
-FACTOR_LARGE = {4: FactorPlan(32, 64, 8), 8: FactorPlan(16, 32, 4)}
-FACTOR_CANDIDATES = {size: sorted({FACTOR_SMALL[size], FACTOR_LARGE[size]}) for size in (4, 8)}
+MAX_INVERSE_ORDER = 256  # what one program factors in less time than cuSOLVER takes (a prediction)
+INVERSE_SMALL = {4: InversePlan(32, 32, 4), 8: InversePlan(16, 32, 4)}
+INVERSE_LARGE = {4: InversePlan(32, 64, 8), 8: InversePlan(16, 32, 4)}
+INVERSE_CANDIDATES = {size: sorted({INVERSE_SMALL[size], INVERSE_LARGE[size]}) for size in (4, 8)}
 MULTIPLY_TILE = 32
 
 
-def plan_factor(order: int, element_bytes: int) -> FactorPlan:
+def plan_damped_inverse(order: int, element_bytes: int) -> InversePlan:
     """For matrices ``[order, order]``, float32 or float64."""
-    return FACTOR_SMALL[element_bytes] if order <= 64 else FACTOR_LARGE[element_bytes]
+    return INVERSE_SMALL[element_bytes] if order <= 64 else INVERSE_LARGE[element_bytes]
 
 
 class FusedPlan(NamedTuple):

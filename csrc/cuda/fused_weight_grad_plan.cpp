@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "fused.h"
+#include "fused_weight_grad.h"
 
 namespace consequentialism::cuda {
 

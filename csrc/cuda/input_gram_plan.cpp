@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "gram.h"
+#include "input_gram.h"
 #include "matrix_tiles.h"
 
 namespace consequentialism::cuda {

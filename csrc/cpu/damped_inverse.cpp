@@ -1,4 +1,4 @@
-#include "factor.h"
+#include "damped_inverse.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -55,11 +55,11 @@ at::Tensor block(const at::Tensor& a, int64_t row, int64_t rows, int64_t column,
   return a.narrow(0, row, rows).narrow(1, column, columns);
 }
 
-double ridge_of(const FactorArguments& arguments, double trace) {
+double ridge_of(const InverseArguments& arguments, double trace) {
   return arguments.relative ? arguments.damping * trace / static_cast<double>(arguments.rank) : arguments.damping;
 }
 
-double multiplier_of(const FactorArguments& arguments, double c) {
+double multiplier_of(const InverseArguments& arguments, double c) {
   switch (arguments.scale) {
     case Scale::kNlms:
       return static_cast<double>(arguments.rows) * arguments.excess;
@@ -120,8 +120,8 @@ bool invert_(const at::Tensor& a, double multiplier) {
 
 }  // namespace
 
-at::Tensor factor_lower(const at::Tensor& gram, const FactorArguments& asked_for) {
-  const FactorArguments arguments = limited(asked_for, gram.scalar_type());
+at::Tensor lower_damped_inverse(const at::Tensor& gram, const InverseArguments& asked_for) {
+  const InverseArguments arguments = limited(asked_for, gram.scalar_type());
   const double trace = trace_of(gram);
   if (!std::isfinite(trace)) {
     return at::full_like(gram, std::numeric_limits<double>::quiet_NaN());
@@ -139,8 +139,8 @@ at::Tensor factor_lower(const at::Tensor& gram, const FactorArguments& asked_for
   return at::diag(gram.diagonal().add(c).reciprocal_().mul_(multiplier));
 }
 
-bool try_factor_float32_(const at::Tensor& gram, const FactorArguments& asked_for) {
-  const FactorArguments arguments = limited(asked_for, at::kFloat);
+bool try_damped_inverse_float32_(const at::Tensor& gram, const InverseArguments& asked_for) {
+  const InverseArguments arguments = limited(asked_for, at::kFloat);
   const double trace = trace_of(gram);
   // Also false for NaN.
   if (!(trace > kMinFloat32Trace && trace < std::numeric_limits<float>::max())) return false;
@@ -154,18 +154,19 @@ int64_t breakdowns() {
   return breakdown_count.load();
 }
 
-at::Tensor factor(
+at::Tensor damped_inverse(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
   check_gram_or_groups(gram);
-  const FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, rows);
+  const InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard guard;
   const at::Tensor grams = gram.contiguous();
-  if (grams.dim() == 2) return factor_lower(grams, arguments);
+  if (grams.dim() == 2) return lower_damped_inverse(grams, arguments);
   const at::Tensor inverses = at::empty_like(grams);
   at::parallel_for(0, grams.size(0), 1, [&](int64_t begin, int64_t end) {
     const PlainKernelGuard inner;
-    for (int64_t g = begin; g < end; ++g) inverses.select(0, g).copy_(factor_lower(grams.select(0, g), arguments));
+    for (int64_t g = begin; g < end; ++g)
+      inverses.select(0, g).copy_(lower_damped_inverse(grams.select(0, g), arguments));
   });
   return inverses;
 }
@@ -173,5 +174,5 @@ at::Tensor factor(
 }  // namespace consequentialism::cpu
 
 TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
-  m.impl("factor", consequentialism::cpu::factor);
+  m.impl("damped_inverse", consequentialism::cpu::damped_inverse);
 }

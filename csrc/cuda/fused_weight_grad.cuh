@@ -1,10 +1,10 @@
 // The weight gradient in one launch: Gram, inverse, emended slice of x, product with dy. See FusedPlan.
 #pragma once
 
-#include "emend.cuh"
-#include "factor.cuh"
+#include "damped_inverse.cuh"
+#include "emended_input.cuh"
 #include "fused_launcher.h"
-#include "gram.cuh"
+#include "input_gram.cuh"
 #include "matrix_launchers.h"
 
 namespace consequentialism::cuda {
@@ -39,7 +39,7 @@ struct FusedTraits {
       (tile_index(0, kTile / 32) + 1) * static_cast<size_t>(TileTraits<G>::kElements) * sizeof(G));
   static_assert(kLayout.emended == kTile * kStride * sizeof(Y));
   static_assert(kLayout.apply_stages == Apply::P::kSharedBytes && kLayout.weight_stages == Weight::kSharedBytes);
-  static_assert(kLayout.bytes <= kMaxSharedBytes && kFusedStateBytes >= sizeof(FactorState<G>) + sizeof(int));
+  static_assert(kLayout.bytes <= kMaxSharedBytes && kFusedStateBytes >= sizeof(InverseState<G>) + sizeof(int));
 };
 
 // The emended column of ones, in shared memory, with zeros up to a full tile. As it is not rounded, unlike y, it may
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
   constexpr int kTile = Traits::kTile;
   constexpr int kGramStride = Traits::Apply::kStride;
   unsigned char* shared = dynamic_shared<unsigned char>();
-  auto* state = reinterpret_cast<FactorState<G>*>(shared);
+  auto* state = reinterpret_cast<InverseState<G>*>(shared);
   G* gram = reinterpret_cast<G*>(shared + kLayout.gram_at);
   Y* y = reinterpret_cast<Y*>(shared + kLayout.inverse_end);
   G* column = reinterpret_cast<G*>(shared + kLayout.column_at);
@@ -151,11 +151,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
     __syncthreads();
   }
 
-  FactorItem<G> item = arguments.inverse;
+  InverseItem<G> item = arguments.inverse;
   item.gram = gram;
   item.inverse = gram;
   G* tiles = reinterpret_cast<G*>(shared + kLayout.inverse_end);
-  invert_matrix<FactorTeam::kBlock>(item, n, kGramStride, tiles, state, blockIdx.x == 0 ? breakdowns : nullptr);
+  invert_matrix<InverseTeam::kBlock>(item, n, kGramStride, tiles, state, blockIdx.x == 0 ? breakdowns : nullptr);
   __syncthreads();
 
   const unsigned slice = blockIdx.x % slices;

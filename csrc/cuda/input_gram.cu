@@ -1,4 +1,4 @@
-#include "gram.cuh"
+#include "input_gram.cuh"
 #include "matrix_launchers.h"
 
 namespace consequentialism::cuda {

@@ -1,4 +1,4 @@
-// What a factor is asked for, the same on every device.
+// What a damped inverse is asked for, the same on every device.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,8 @@ inline double max_float32_condition(int64_t rows, int64_t rank, at::ScalarType d
   return rows > rank ? kMaxFloat32ConditionTall : kMaxFloat32Condition;
 }
 
-// (G + c I)^-1 times the scale's multiplier; what `factor` returns.
-struct FactorArguments {
+// (G + c I)^-1 times the scale's multiplier; what `damped_inverse` returns.
+struct InverseArguments {
   double damping;
   bool relative;
   Scale scale;
@@ -35,7 +35,7 @@ struct FactorArguments {
 };
 
 // A damping whose ridge stays in the range of a Gram's type: `limited_damping` in reference.py, with the same numbers.
-inline FactorArguments limited(FactorArguments arguments, at::ScalarType dtype) {
+inline InverseArguments limited(InverseArguments arguments, at::ScalarType dtype) {
   constexpr double kLargestDamping = 0x1p80;
   if (!arguments.relative || arguments.damping <= kLargestDamping) return arguments;
   const double limit = dtype == at::kDouble ? 0x1p80 : 0x1p40;
@@ -44,7 +44,7 @@ inline FactorArguments limited(FactorArguments arguments, at::ScalarType dtype) 
   return arguments;
 }
 
-inline FactorArguments factor_arguments(
+inline InverseArguments inverse_arguments(
     double damping, std::string_view damping_mode, std::string_view scale, int64_t rank, int64_t rows) {
   check_damping(damping);
   TORCH_CHECK_VALUE(rank >= 1, "rank must be at least 1, got ", rank);
@@ -52,11 +52,11 @@ inline FactorArguments factor_arguments(
 }
 
 // For the Gram of x [N, I].
-inline FactorArguments factor_arguments_of(
+inline InverseArguments inverse_arguments_of(
     const at::Tensor& x, bool bias, double damping, std::string_view damping_mode, std::string_view scale) {
   check_x(x);
   const int64_t rank = std::max<int64_t>(1, std::min(x.size(0), x.size(1) + bias));
-  FactorArguments arguments = factor_arguments(damping, damping_mode, scale, rank, x.size(0));
+  InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, x.size(0));
   arguments.max_float32_condition = max_float32_condition(x.size(0), rank, x.scalar_type());
   return arguments;
 }

@@ -1,4 +1,4 @@
-"""The CUDA factor kernel on the host: the kernel's own source, run by the shim."""
+"""The CUDA damped_inverse kernels on the host: the kernel's own source, run by the shim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from torch import Tensor
 import consequentialism as cw
 
 CUDA = cuda_shim.ROOT / "csrc" / "cuda"
-SOURCES = [CUDA / "factor.cu", CUDA / "factor_plan.cpp", Path(cuda_shim.__file__).with_name("factor_calls.cu")]
+SOURCES = [
+    CUDA / "damped_inverse.cu",
+    CUDA / "damped_inverse_plan.cpp",
+    Path(cuda_shim.__file__).with_name("damped_inverse_calls.cu"),
+]
 SHARED = 232448  # of a block, sm_90
 TOO_LITTLE = 200  # shared memory for no tile: the cluster's kernel, whatever the order
 NONE, BLOCK, CLUSTER = 0, 1, 2
@@ -28,7 +32,9 @@ def shim() -> cuda_shim.Library:
 
 def plan(shim: cuda_shim.Library, n: int, dtype: torch.dtype, shared: int = SHARED, clusters: bool = True) -> list[int]:
     size = torch.empty((), dtype=dtype).element_size()
-    (made,) = shim.run("call_plan_factor", shim.empty(5, dtype=torch.int64), n, size, shared, clusters, seeds=(0,))
+    (made,) = shim.run(
+        "call_plan_damped_inverse", shim.empty(5, dtype=torch.int64), n, size, shared, clusters, seeds=(0,)
+    )
     return [int(value) for value in made]
 
 
@@ -55,7 +61,7 @@ def invert(
         shim.empty(count * workspace, dtype=torch.uint8, name="workspace", alignment=128),
         shim.guarded(torch.zeros(1, dtype=torch.int32), "breakdowns"),
     )
-    name = {F32: "call_factor_float", F64: "call_factor_double"}[grams.dtype]
+    name = {F32: "call_damped_inverse_float", F64: "call_damped_inverse_double"}[grams.dtype]
     rank = n if rank is None else rank
     results = shim.run(
         name, *arguments, count, n, shared, damping, float(rank), factor, relative, scaled_by_c, seeds=seeds
@@ -78,7 +84,7 @@ def test_block(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
     shim.reset_counts()
     own, breakdowns = invert(shim, gram[None], factor=3.0, seeds=(0, 1))
     assert shim.launches == 2
-    expected = cw.reference.factor(gram.double(), 1.0, "relative", "raw", n, n) * 3
+    expected = cw.reference.damped_inverse(gram.double(), 1.0, "relative", "raw", n, n) * 3
     assert_close("inverse", own[0], expected, 1e-12 if dtype == F64 else 2e-6)
     assert torch.equal(own[0], own[0].T)
     assert breakdowns == 0
@@ -89,7 +95,7 @@ def test_block(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
 def test_cluster(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
     gram = gram_of("random", n, dtype)
     own, _ = invert(shim, gram[None], shared=TOO_LITTLE, seeds=(0, 1))
-    expected = cw.reference.factor(gram.double(), 1.0, "relative", "raw", n, n)
+    expected = cw.reference.damped_inverse(gram.double(), 1.0, "relative", "raw", n, n)
     assert_close("inverse", own[0], expected, 1e-12 if dtype == F64 else 2e-6)
 
 
@@ -131,7 +137,9 @@ def test_batch_of_different_matrices(shim: cuda_shim.Library) -> None:
     own, _ = invert(shim, grams)
     assert shim.launches == len(cuda_shim.SEEDS)
     for gram, inverse in zip(grams, own, strict=True):
-        assert_close("inverse", inverse, cw.reference.factor(gram.double(), 1.0, "relative", "raw", 48, 48), 2e-6)
+        assert_close(
+            "inverse", inverse, cw.reference.damped_inverse(gram.double(), 1.0, "relative", "raw", 48, 48), 2e-6
+        )
     alone, _ = invert(shim, grams[3:4])
     assert torch.equal(alone[0], own[3])
 
@@ -147,7 +155,9 @@ def test_batch_of_clusters_keeps_the_matrices_apart(shim: cuda_shim.Library, cou
         if i == 1:
             assert inverse.isnan().all()
             continue
-        assert_close("inverse", inverse, cw.reference.factor(gram.double(), 1.0, "relative", "raw", 34, 34), 2e-6)
+        assert_close(
+            "inverse", inverse, cw.reference.damped_inverse(gram.double(), 1.0, "relative", "raw", 34, 34), 2e-6
+        )
 
 
 def test_a_launch_takes_32_matrices(shim: cuda_shim.Library) -> None:
@@ -163,9 +173,9 @@ def test_options(shim: cuda_shim.Library, n: int, shared: int) -> None:
     gram = gram_of("random", n, F32)
     wide = gram.double()
     own, _ = invert(shim, gram[None], damping=0.5, relative=False, shared=shared)
-    assert_close("absolute", own[0], cw.reference.factor(wide, 0.5, "absolute", "raw", n, n), 2e-5)
+    assert_close("absolute", own[0], cw.reference.damped_inverse(wide, 0.5, "absolute", "raw", n, n), 2e-5)
     own, _ = invert(shim, gram[None], damping=0.5, rank=n // 2, scaled_by_c=True, shared=shared)
-    assert_close("times c", own[0], cw.reference.factor(wide, 0.5, "relative", "gradient", n // 2, n), 2e-6)
+    assert_close("times c", own[0], cw.reference.damped_inverse(wide, 0.5, "relative", "gradient", n // 2, n), 2e-6)
 
 
 @pytest.mark.parametrize(("n", "shared"), [(1, SHARED), (70, SHARED), (70, TOO_LITTLE)])
@@ -202,7 +212,7 @@ def test_only_if(shim: cuda_shim.Library) -> None:
     assert own.isnan().all()  # untouched
     assert breakdowns == 0
     own, breakdowns = invert(shim, gram[None], only_if=7, damping=0.1)
-    assert_close("inverse", own[0], cw.reference.factor(gram.double(), 1.0, "relative", "raw", 33, 33), 2e-6)
+    assert_close("inverse", own[0], cw.reference.damped_inverse(gram.double(), 1.0, "relative", "raw", 33, 33), 2e-6)
     assert breakdowns == 1  # the first attempt, made elsewhere
 
 

@@ -1,4 +1,4 @@
-#include "fused.cuh"
+#include "fused_weight_grad.cuh"
 
 namespace consequentialism::cuda {
 

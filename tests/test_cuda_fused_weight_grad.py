@@ -33,14 +33,14 @@ from cases import (
     relative_ridge,
     with_ones,
 )
-from test_cuda_gram import ADA_SHARED, AMPERE_SHARED, HOPPER_SHARED, PLAN_SIZES, TYPE_CODE, rounded_like
+from test_cuda_input_gram import ADA_SHARED, AMPERE_SHARED, HOPPER_SHARED, PLAN_SIZES, TYPE_CODE, rounded_like
 from torch import Tensor
 
 import consequentialism as cw
 
 SOURCES = [
-    *(cuda_shim.ROOT / "csrc" / "cuda" / name for name in ("fused.cu", "fused_plan.cpp")),
-    Path(cuda_shim.__file__).with_name("fused_calls.cu"),
+    *(cuda_shim.ROOT / "csrc" / "cuda" / name for name in ("fused_weight_grad.cu", "fused_weight_grad_plan.cpp")),
+    Path(cuda_shim.__file__).with_name("fused_weight_grad_calls.cu"),
 ]
 PLANNED, RECOMPUTE, COOPERATIVE = 0, 1, 2
 VARIANTS = pytest.mark.parametrize("variant", [RECOMPUTE, COOPERATIVE], ids=["recompute", "cooperative"])

@@ -8,7 +8,7 @@ import cuda_shim
 import pytest
 import torch
 from cases import BF16, DTYPES, F16, F32, F64, KINDS, SHAPES, error_of, make_input, randn
-from test_cuda_gram import (
+from test_cuda_input_gram import (
     ADA_SHARED,
     AMPERE_SHARED,
     FORMS,
@@ -41,7 +41,7 @@ def inverse_of(values: Tensor, bias: bool, primal: bool, damping: float = 1e-2) 
     form = "primal" if primal else "dual"
     gram = cw.reference.input_gram(values, bias, form)
     rank = min(values.shape[0], values.shape[1] + bias)
-    return cw.reference.factor(gram, damping, "relative", "raw", rank, values.shape[0])
+    return cw.reference.damped_inverse(gram, damping, "relative", "raw", rank, values.shape[0])
 
 
 def emend(

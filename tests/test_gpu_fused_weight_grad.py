@@ -168,4 +168,4 @@ def test_a_small_layer_takes_one_launch(shape: Shape) -> None:
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
     assert any("fused_weight_grad_kernel" in name for name in names), names
-    assert not any("factor_block_kernel" in name for name in names), names
+    assert not any("damped_inverse_block_kernel" in name for name in names), names

@@ -1,4 +1,4 @@
-// What tests/test_cuda_factor.py calls.
+// What tests/test_cuda_damped_inverse.py calls.
 #include <vector>
 
 #include "launchers.h"
@@ -8,42 +8,43 @@ using namespace consequentialism::cuda;
 namespace {
 
 template <class T>
-int factor(
+int damped_inverse(
     const T* gram, T* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns, int64_t count,
     int64_t n, int64_t shared_limit, double damping, double rank, double factor, bool relative, bool scaled_by_c) {
   const Limits limits{static_cast<size_t>(shared_limit), 132, true};
-  const FactorPlan plan = plan_factor(n, sizeof(T), limits);
-  std::vector<FactorItem<T>> items;
+  const InversePlan plan = plan_damped_inverse(n, sizeof(T), limits);
+  std::vector<InverseItem<T>> items;
   for (int64_t i = 0; i < count; ++i) {
     items.push_back({gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, relative, scaled_by_c});
   }
-  return launch_factor<T>(items.data(), static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
+  return launch_damped_inverse<T>(items.data(), static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
 }
 
 }  // namespace
 
-extern "C" int call_factor_float(
+extern "C" int call_damped_inverse_float(
     const float* gram, float* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
     int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
     bool scaled_by_c) {
-  return factor(
+  return damped_inverse(
       gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
       scaled_by_c);
 }
 
-extern "C" int call_factor_double(
+extern "C" int call_damped_inverse_double(
     const double* gram, double* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
     int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
     bool scaled_by_c) {
-  return factor(
+  return damped_inverse(
       gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
       scaled_by_c);
 }
 
 // plan: team, threads, blocks, shared bytes, workspace bytes.
-extern "C" int call_plan_factor(int64_t* plan, int64_t n, int64_t element_bytes, int64_t shared_limit, bool clusters) {
+extern "C" int call_plan_damped_inverse(
+    int64_t* plan, int64_t n, int64_t element_bytes, int64_t shared_limit, bool clusters) {
   const Limits limits{static_cast<size_t>(shared_limit), 132, clusters};
-  const FactorPlan made = plan_factor(n, static_cast<size_t>(element_bytes), limits);
+  const InversePlan made = plan_damped_inverse(n, static_cast<size_t>(element_bytes), limits);
   plan[0] = static_cast<int64_t>(made.team);
   plan[1] = made.threads;
   plan[2] = made.blocks;

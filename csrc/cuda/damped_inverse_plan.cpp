@@ -1,4 +1,4 @@
-#include "factor.h"
+#include "damped_inverse.h"
 
 namespace consequentialism::cuda {
 
@@ -17,27 +17,27 @@ size_t tile_bytes(int64_t along, size_t element_bytes) {
 
 }  // namespace
 
-FactorPlan plan_factor(int64_t n, size_t element_bytes, const Limits& limits) {
-  if (n < 1 || n > kMaxFactorOrder) return {FactorTeam::kNone, 0, 0, 0, 0};
+InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& limits) {
+  if (n < 1 || n > kMaxInverseOrder) return {InverseTeam::kNone, 0, 0, 0, 0};
   const int64_t along = (n + kTile - 1) / kTile;
   const size_t bytes = kStateBytes + tile_bytes(along, element_bytes);
   if (bytes > limits.shared_bytes) {
-    if (!limits.clusters) return {FactorTeam::kNone, 0, 0, 0, 0};
-    return {FactorTeam::kCluster, kClusterWarps * 32, kClusterBlocks, 0, bytes};
+    if (!limits.clusters) return {InverseTeam::kNone, 0, 0, 0, 0};
+    return {InverseTeam::kCluster, kClusterWarps * 32, kClusterBlocks, 0, bytes};
   }
   // As many warps as the widest step has tiles, and registers for each.
   const int most_warps = element_bytes == 8 ? 8 : 16;
   int warps = 1;
   while (warps < most_warps && warps < along * (along + 1) / 2) warps *= 2;
-  return {FactorTeam::kBlock, warps * 32, 1, bytes, 0};
+  return {InverseTeam::kBlock, warps * 32, 1, bytes, 0};
 }
 
-FactorPlan plan_factor_retry(int64_t n, size_t element_bytes, const Limits& limits) {
-  const FactorPlan plan = plan_factor(n, element_bytes, limits);
-  if (plan.team != FactorTeam::kNone || n < 1 || n > kMaxRetryOrder) return plan;
+InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Limits& limits) {
+  const InversePlan plan = plan_damped_inverse(n, element_bytes, limits);
+  if (plan.team != InverseTeam::kNone || n < 1 || n > kMaxRetryOrder) return plan;
   const int blocks = limits.clusters ? kClusterBlocks : 1;
   const int64_t along = (n + kTile - 1) / kTile;
-  return {FactorTeam::kCluster, kClusterWarps * 32, blocks, 0, kStateBytes + tile_bytes(along, element_bytes)};
+  return {InverseTeam::kCluster, kClusterWarps * 32, blocks, 0, kStateBytes + tile_bytes(along, element_bytes)};
 }
 
 }  // namespace consequentialism::cuda

@@ -1,4 +1,4 @@
-// What tests/test_cuda_fused.py calls.
+// What tests/test_cuda_fused_weight_grad.py calls.
 #include <cstring>
 
 #include "fused_launcher.h"

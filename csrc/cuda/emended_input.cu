@@ -1,4 +1,4 @@
-#include "emend.cuh"
+#include "emended_input.cuh"
 #include "matrix_launchers.h"
 
 namespace consequentialism::cuda {

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .emend import add_emended
-from .factor import factor_with_retries, outcome_tile
-from .gram import input_gram_tile
+from .damped_inverse import inverse_with_retries, outcome_tile
+from .emended_input import add_emended
+from .input_gram import input_gram_tile
 from .language import add_product, ceil_div, element, load, round_to, store, sum_over
 
 
@@ -63,7 +63,7 @@ def fused_weight_grad_kernel(
         entries += 1
     tl.store(gram + row[:, None] * SIZE + row[None, :], entries)
     tl.debug_barrier()
-    outcome, times, ridge = factor_with_retries(
+    outcome, times, ridge = inverse_with_retries(
         gram, rows, SIZE, upper, inverse, SIZE, damping, rank, multiplier, breakdowns, breakdowns, program == 0,
         RELATIVE, BY_RIDGE, False, RETRIES, TILE, WIDE, PRECISION,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "emend.h"
+#include "emended_input.h"
 #include "matrix_tiles.h"
 
 namespace consequentialism::cuda {

@@ -15,7 +15,7 @@ import consequentialism as cw
 
 CUDA = cuda_shim.ROOT / "csrc" / "cuda"
 SOURCES = [
-    *(CUDA / name for name in ("gram.cu", "gram_plan.cpp", "emend.cu", "emend_plan.cpp")),
+    *(CUDA / name for name in ("input_gram.cu", "input_gram_plan.cpp", "emended_input.cu", "emended_input_plan.cpp")),
     Path(cuda_shim.__file__).with_name("matrix_calls.cu"),
 ]
 TYPE_CODE = {F64: 0, F32: 1, BF16: 2, F16: 3}

@@ -61,7 +61,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         return call
 
-    for name in ("input_inverse", "emended_input", "fused_weight_grad"):
+    for name in ("gram_inverse", "emended_input", "fused_weight_grad"):
         monkeypatch.setattr(reference, name, watched(name, getattr(reference, name)))
     with Calls(called):
         yield called

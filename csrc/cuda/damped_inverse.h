@@ -1,4 +1,4 @@
-// Host side of the factor kernel: what it is asked for, and how a launch is chosen. Plain C++.
+// Host side of the damped_inverse kernels: what it is asked for, and how a launch is chosen. Plain C++.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +11,10 @@ namespace consequentialism::cuda {
 // One matrix: inverse <- multiplier * (gram + c I)^-1, both [n, n] and contiguous; gram's upper triangle is read.
 //
 // c = damping * trace / rank where relative, else damping; the multiplier is `factor`, or `factor` * c where
-// scaled_by_c. Zero where the trace is zero, NaN where it is not finite. Where a pivot is not positive and finite the
-// ridge grows tenfold, at most three times; then the diagonal of gram + c I stands in.
+// scaled_by_c. Zero where the trace is zero, NaN where it is not finite. Where a pivot is not positive and finite
+// the ridge grows tenfold, at most three times; then the diagonal of gram + c I stands in.
 template <class T>
-struct FactorItem {
+struct InverseItem {
   const T* gram;
   T* inverse;
   const int* only_if;  // null, or on the device: do nothing where it is 0, else begin with the first retry
@@ -25,29 +25,29 @@ struct FactorItem {
   bool scaled_by_c;
 };
 
-constexpr int kMaxFactorItems = 32;
-constexpr int kMaxFactorOrder = 1024;  // above, cuSOLVER is faster
-constexpr int kMaxRetryOrder = 32768;  // indices are 32 bits
+constexpr int kMaxInverseItems = 32;
+constexpr int kMaxInverseOrder = 1024;  // above, cuSOLVER is faster
+constexpr int kMaxRetryOrder = 32768;   // indices are 32 bits
 
 template <class T>
-struct FactorBatch {
-  FactorItem<T> items[kMaxFactorItems];
+struct InverseBatch {
+  InverseItem<T> items[kMaxInverseItems];
 };
 
-enum class FactorTeam { kNone, kBlock, kCluster };
+enum class InverseTeam { kNone, kBlock, kCluster };
 
 // How a matrix of order n is factored: by one block in shared memory, by a cluster in global memory (L2), or not here.
-struct FactorPlan {
-  FactorTeam team;
+struct InversePlan {
+  InverseTeam team;
   int threads;             // of a block
   int blocks;              // of a matrix
   size_t shared_bytes;     // of a block
   size_t workspace_bytes;  // of a matrix, in global memory
 };
 
-FactorPlan plan_factor(int64_t n, size_t element_bytes, const Limits& limits);
+InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& limits);
 
 // For an item with only_if whose first attempt was made elsewhere: rare, so any order is taken, however slow.
-FactorPlan plan_factor_retry(int64_t n, size_t element_bytes, const Limits& limits);
+InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Limits& limits);
 
 }  // namespace consequentialism::cuda

@@ -171,7 +171,7 @@ def trace_of(gram, order, stride, LINE: tl.constexpr):
 
 
 @helper
-def factor_with_retries(
+def inverse_with_retries(
     gram,
     order,
     stride,
@@ -232,7 +232,7 @@ def factor_with_retries(
 
 
 @triton.jit(do_not_specialize=["order", "stride"])
-def factor_kernel(
+def damped_inverse_kernel(
     gram,
     upper,
     inverse,
@@ -259,7 +259,7 @@ def factor_kernel(
     """
     matrix = tl.program_id(0).to(tl.int64)
     state += matrix * 3
-    outcome, times, ridge = factor_with_retries(
+    outcome, times, ridge = inverse_with_retries(
         gram + matrix * order * stride, order, stride, upper + matrix * size * size, inverse + matrix * size * size,
         size, damping, rank, multiplier, broken_before + matrix, breakdowns, matrix >= 0,
         RELATIVE, BY_RIDGE, RETRY, RETRIES, TILE, WIDE, PRECISION,
@@ -313,7 +313,7 @@ def multiply_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``result [order, order]`` of each matrix of a batch, from what `factor_kernel` left."""
+    """``result [order, order]`` of each matrix of a batch, from what `damped_inverse_kernel` left."""
     matrix = tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * TILE
     first_column = tl.program_id(1) * TILE

@@ -6,16 +6,16 @@
 // and the team only, so results are the same from run to run.
 #pragma once
 
-#include "factor.h"
+#include "damped_inverse.h"
 #include "platform.cuh"
 #include "tile.cuh"
 
 namespace consequentialism::cuda {
 
-constexpr int kFactorRetries = 3;
+constexpr int kInverseRetries = 3;
 
 template <class T>
-struct FactorState {
+struct InverseState {
   T trace;
   int broken;
 };
@@ -30,7 +30,7 @@ __host__ __device__ constexpr int tile_index(int i, int j) {
 }
 
 // The warps that work on one matrix.
-template <FactorTeam kTeam>
+template <InverseTeam kTeam>
 struct Team {
   int warp;    // of this thread, over all blocks
   int warps;   // of all blocks
@@ -38,8 +38,8 @@ struct Team {
   int threads;
 
   __device__ __forceinline__ Team() {
-    const int block = kTeam == FactorTeam::kCluster ? static_cast<int>(cluster_block_rank()) : 0;
-    const int blocks = kTeam == FactorTeam::kCluster ? static_cast<int>(cluster_size()) : 1;
+    const int block = kTeam == InverseTeam::kCluster ? static_cast<int>(cluster_block_rank()) : 0;
+    const int blocks = kTeam == InverseTeam::kCluster ? static_cast<int>(cluster_size()) : 1;
     const int threads_each = static_cast<int>(blockDim.x);
     thread = block * threads_each + static_cast<int>(threadIdx.x);
     threads = blocks * threads_each;
@@ -48,7 +48,7 @@ struct Team {
   }
 
   __device__ __forceinline__ void sync() const {
-    if constexpr (kTeam == FactorTeam::kCluster) {
+    if constexpr (kTeam == InverseTeam::kCluster) {
       cluster_sync();
     } else {
       __syncthreads();
@@ -81,7 +81,7 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
 }
 
 // The tiles <- gram + ridge I, an identity beyond n.
-template <FactorTeam kTeam, class T>
+template <InverseTeam kTeam, class T>
 __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int stride, T ridge, T* tiles) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
@@ -103,8 +103,8 @@ __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int st
 }
 
 // The tiles <- U. Returns early, with state->broken set, where a pivot breaks down.
-template <FactorTeam kTeam, class T>
-__device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, FactorState<T>* state) {
+template <InverseTeam kTeam, class T>
+__device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, InverseState<T>* state) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
@@ -134,7 +134,7 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, Facto
 
 // The tiles <- V = U^-1. From the last row of tiles up: with row k of V known, every row above takes its share of it.
 // spare is one tile more.
-template <FactorTeam kTeam, class T>
+template <InverseTeam kTeam, class T>
 __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* spare) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
@@ -186,7 +186,7 @@ __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* sp
 
 // inverse <- multiplier * V V^T, both triangles. Summed from the last column of V to the first: the other way round the
 // sums lose up to four times the digits on duplicate rows.
-template <FactorTeam kTeam, class T>
+template <InverseTeam kTeam, class T>
 __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const T* tiles, T multiplier, T* inverse) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
@@ -220,9 +220,9 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const
 // The whole, for one matrix and all threads of its team; rows of the item are `stride` apart, and both of its matrices
 // may be the same. state and tiles, one more than the triangle has, are the team's. breakdowns is null where another
 // team counts.
-template <FactorTeam kTeam, class T>
+template <InverseTeam kTeam, class T>
 __device__ void invert_matrix(
-    const FactorItem<T>& item, int n, int stride, T* tiles, FactorState<T>* state, unsigned* breakdowns) {
+    const InverseItem<T>& item, int n, int stride, T* tiles, InverseState<T>* state, unsigned* breakdowns) {
   const Team<kTeam> team;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   if (team.warp == 0) {
@@ -246,7 +246,7 @@ __device__ void invert_matrix(
   const T multiplier = static_cast<T>(item.scaled_by_c ? item.factor * ridge : item.factor);
   T growth = 1;
 #pragma unroll 1
-  for (int attempt = 0; attempt <= kFactorRetries; ++attempt, growth *= 10) {
+  for (int attempt = 0; attempt <= kInverseRetries; ++attempt, growth *= 10) {
     if (attempt == 0 && item.only_if != nullptr) {  // the first attempt was made elsewhere, and broke down
       if (team.thread == 0) atomicAdd(breakdowns, 1u);
       continue;

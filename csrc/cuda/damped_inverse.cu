@@ -1,0 +1,72 @@
+#include "damped_inverse.cuh"
+#include "launchers.h"
+
+namespace consequentialism::cuda {
+
+namespace {
+
+constexpr size_t kStateBytes = 128;
+template <class T>
+constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;  // a tile of float64 takes a thread 64 registers
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads<T>)
+    damped_inverse_block_kernel(const __grid_constant__ InverseBatch<T> batch, int n, unsigned* breakdowns) {
+  const InverseItem<T>& item = batch.items[blockIdx.x];
+  if (item.only_if != nullptr && *item.only_if == 0) return;
+  unsigned char* shared = dynamic_shared<unsigned char>();
+  invert_matrix<InverseTeam::kBlock>(
+      item, n, n, reinterpret_cast<T*>(shared + kStateBytes), reinterpret_cast<InverseState<T>*>(shared), breakdowns);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) damped_inverse_cluster_kernel(
+    const __grid_constant__ InverseBatch<T> batch, int n, unsigned char* workspace, size_t workspace_bytes,
+    unsigned* breakdowns) {
+  const unsigned matrix = blockIdx.x / cluster_size();
+  const InverseItem<T>& item = batch.items[matrix];
+  if (item.only_if != nullptr && *item.only_if == 0) return;
+  unsigned char* own = workspace + matrix * workspace_bytes;
+  invert_matrix<InverseTeam::kCluster>(
+      item, n, n, reinterpret_cast<T*>(own + kStateBytes), reinterpret_cast<InverseState<T>*>(own), breakdowns);
+}
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+__device__ unsigned breakdown_counter;
+#endif
+
+}  // namespace
+
+#ifndef CONSEQUENTIALISM_HOST_SHIM
+cudaError_t breakdown_counter_address(unsigned** address) {
+  return cudaGetSymbolAddress(reinterpret_cast<void**>(address), breakdown_counter);
+}
+#endif
+
+template <class T>
+cudaError_t launch_damped_inverse(
+    const InverseItem<T>* items, int count, int64_t n, const InversePlan& plan, void* workspace, unsigned* breakdowns,
+    cudaStream_t stream) {
+  if (count == 0 || n == 0) return cudaSuccess;
+  if (plan.team == InverseTeam::kNone || count > kMaxInverseItems) return cudaErrorInvalidValue;
+  InverseBatch<T> batch{};
+  for (int i = 0; i < count; ++i) batch.items[i] = items[i];
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(count * plan.blocks));
+  shape.block = dim3(static_cast<unsigned>(plan.threads));
+  shape.shared_bytes = plan.shared_bytes;
+  shape.stream = stream;
+  if (plan.team == InverseTeam::kBlock)
+    return launch(damped_inverse_block_kernel<T>, shape, batch, static_cast<int>(n), breakdowns);
+  shape.cluster = static_cast<unsigned>(plan.blocks);
+  return launch(
+      damped_inverse_cluster_kernel<T>, shape, batch, static_cast<int>(n), static_cast<unsigned char*>(workspace),
+      plan.workspace_bytes, breakdowns);
+}
+
+template cudaError_t launch_damped_inverse<float>(
+    const InverseItem<float>*, int, int64_t, const InversePlan&, void*, unsigned*, cudaStream_t);
+template cudaError_t launch_damped_inverse<double>(
+    const InverseItem<double>*, int, int64_t, const InversePlan&, void*, unsigned*, cudaStream_t);
+
+}  // namespace consequentialism::cuda
