@@ -7,6 +7,8 @@ The emended gradient ``dw = dy^T (x x^T + c I)^-1 x`` undoes that beforehand. `L
 Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import optim
 from .backend import compiled as ops  # noqa: F401  (`consequentialism.ops`, the name that README gives)
 from .backend import reference
@@ -24,6 +26,11 @@ from .nn.summary import summary
 from .options import Options
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .insight.diagnose import diagnose
+
+_INSIGHT = {"diagnose": "diagnose"}  # imported when first asked for
+
 __all__ = [
     "Conv1d",
     "Conv2d",
@@ -37,6 +44,7 @@ __all__ = [
     "__version__",
     "backends",
     "convert",
+    "diagnose",
     "emended_conv",
     "emended_conv_transpose",
     "emended_conv_weight_grad",
@@ -51,3 +59,17 @@ __all__ = [
     "set_samples",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _INSIGHT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f".insight.{_INSIGHT[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_INSIGHT})

@@ -1,0 +1,173 @@
+"""What every layer saw of a batch: its inputs, and the loss's gradient at its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from ..autograd.geometry import normalized, normalized_transposed
+from ..backend import reference
+from ..nn.convert import survey
+from ..nn.linear import EmendedModule
+from ..nn.registry import Form, emended_class, form_of, plain_class
+from ..options import Options
+from .batch import loss_of, with_stand_ins
+
+READY = ("emended", "not converted")  # the states of `survey` in which a layer can be looked at
+_OWN = ("_parameters", "_buffers", "_modules", "training")
+
+
+@dataclass
+class Seen:
+    """A layer and its calls.
+
+    Attributes:
+        name: In the model.
+        module: The layer.
+        inputs: Of each call, a copy.
+        errors: The loss's gradient at the output of each call.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Tensor] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def form(self) -> Form:
+        """Which map the layer computes."""
+        form = form_of(_plain(type(self.module)))
+        assert form is not None
+        return form
+
+    def twin(self, emended: bool, options: Options) -> Any:
+        """A layer with the same weight, plain or emended, that no hook or recorder knows of."""
+        plain = _plain(type(self.module))
+        cls: Any = emended_class(plain, self.form) if emended else plain
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        blank = set(made.__dict__) - set(_OWN) | {"watched", "recorder"}
+        made.__dict__.update({key: value for key, value in self.module.__dict__.items() if key not in blank})
+        changes_weight = getattr(self.module, "max_norm", None) is not None
+        made.__dict__["_parameters"] = {
+            key: None if p is None else nn.Parameter(p.detach().clone() if changes_weight else p.detach())
+            for key, p in self.module._parameters.items()
+        }
+        if emended:
+            made.set_options(options)
+        return made
+
+    def options(self, default: Options) -> Options:
+        """The layer's own where it is emended, without a process group: of this rank's batch alone."""
+        module = self.module
+        if not isinstance(module, EmendedModule):
+            return default
+        values = {name: getattr(module, name) for name in module.OPTIONS if name != "process_group"}
+        return Options(**values)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Rows ``[groups, N, I]``, with the bias's column of ones, and errors ``[groups, N, O]``, in float64."""
+        twin = self.twin(True, Options())
+        pairs = [self._of_call(twin, x, dy) for x, dy in zip(self.inputs, self.errors, strict=True)]
+        x, dy = torch.cat([rows for rows, _ in pairs], 1), torch.cat([errors for _, errors in pairs], 1)
+        if twin.bias is not None:
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+        return x, dy
+
+    def _of_call(self, twin: Any, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, dy = x.to(torch.float64), dy.to(torch.float64)
+        if self.form.like is nn.Linear:
+            return x.reshape(1, -1, x.shape[-1]), dy.reshape(1, -1, dy.shape[-1])
+        spatial = self.form.dimensions() - 2
+        if x.ndim == spatial + 1:
+            x, dy = x[None], dy[None]
+        kernel, padding = tuple(twin.weight.shape[2:]), twin.padding
+        if self.form.like in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+            more = twin.output_padding
+            geometry: Any = normalized_transposed(kernel, twin.stride, padding, more, twin.groups, twin.dilation)
+        else:
+            if twin.padding_mode != "zeros":
+                x, padding = F.pad(x, twin._reversed_padding_repeated_twice, mode=twin.padding_mode), 0
+            normal = normalized(x, kernel, twin.stride, padding, twin.dilation, twin.groups)
+            assert normal is not None  # forward has run
+            x, geometry = normal
+        return geometry.patches(x), reference.conv_errors(dy, twin.groups)
+
+    def indices(self) -> tuple[Tensor, Tensor, int, int | None]:
+        """Of an embedding: indices ``[N]``, errors ``[N, E]`` in float64, ``V`` and the index of its zero row."""
+        twin = self.twin(True, Options())
+        indices = torch.cat([x.reshape(-1) for x in self.inputs]).long()
+        errors = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in self.errors]).to(torch.float64)
+        return indices, errors, twin.weight.shape[0], twin.padding_idx
+
+
+def _plain(cls: type[nn.Module]) -> type[nn.Module]:
+    return plain_class(cls) if issubclass(cls, EmendedModule) else cls
+
+
+def look(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> tuple[float, list[Seen], dict[str, str]]:
+    """Run a batch: its loss, the layers that took part, and why the others did not, by name.
+
+    Raises:
+        ValueError: No layer can be looked at, or none took part.
+    """
+    chosen: list[Seen] = []
+    left_out: dict[str, str] = {}
+    for name, module, state, parameters in survey(model):
+        frozen = not any(p.requires_grad for p in parameters)
+        if state not in READY or parametrize.is_parametrized(module):
+            left_out[name] = "its parameters are parametrised" if state in READY else state
+        elif frozen:
+            left_out[name] = "its parameters want no gradient"
+        else:
+            chosen.append(Seen(name, module))
+    if not chosen:
+        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "it has no layer with a weight"
+        raise ValueError(f"model has no layer that can be emended ({why})")
+    watching = True
+
+    def hook_of(seen: Seen) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            # What no gradient would reach begins a graph here; what follows gets a copy that it may change in place.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            if watching:  # and not once more while checkpointing repeats a forward
+                seen.inputs.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
+                seen.outputs.append(output)
+            return output.clone()
+
+        return hook
+
+    def run() -> tuple[float, Iterator[Tensor | None]]:
+        nonlocal watching
+        loss = loss_of(model, batch, loss_fn)
+        watching = False
+        outputs = [output for seen in chosen for output in seen.outputs]
+        if not outputs or not loss.requires_grad:
+            raise ValueError("loss_fn ran none of the layers that can be emended, or ran them without gradients")
+        return float(loss.detach()), iter(torch.autograd.grad(loss, outputs, allow_unused=True))
+
+    handles = [
+        seen.module.register_forward_hook(hook_of(seen), prepend=True, with_kwargs=True)  # type: ignore[arg-type]
+        for seen in chosen
+    ]
+    try:
+        loss, found = with_stand_ins(model, run)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for seen in chosen:
+        gradients = [next(found) for _ in seen.outputs]
+        calls = [(x, dy) for x, dy in zip(seen.inputs, gradients, strict=True) if dy is not None]
+        seen.inputs, seen.errors, seen.outputs = [x for x, _ in calls], [dy for _, dy in calls], []
+        if not calls:
+            left_out[seen.name] = "the loss does not depend on it"
+    return loss, [seen for seen in chosen if seen.errors], left_out
