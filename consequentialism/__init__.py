@@ -28,8 +28,9 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .insight.diagnose import diagnose
+    from .insight.find_damping import find_damping
 
-_INSIGHT = {"diagnose": "diagnose"}  # imported when first asked for
+_INSIGHT = {"diagnose": "diagnose", "find_damping": "find_damping"}  # imported when first asked for
 
 __all__ = [
     "Conv1d",
@@ -50,6 +51,7 @@ __all__ = [
     "emended_conv_weight_grad",
     "emended_linear",
     "emended_weight_grad",
+    "find_damping",
     "optim",
     "param_groups",
     "predict_change",

@@ -20,6 +20,10 @@ from .. import _torch
 TAKES_MODEL = ("model", "module", "net", "network", "m")
 
 
+class NotFinite(ValueError):
+    """A loss that is infinite or not a number."""
+
+
 def loss_of(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> Tensor:
     """The loss of a batch, by the rule that `diagnose` documents.
 
@@ -39,7 +43,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> Tensor
     if loss.numel() != 1 or not loss.is_floating_point():
         raise ValueError(f"loss_fn must return one floating-point number, got {list(loss.shape)} of {loss.dtype}")
     if not bool(loss.isfinite()):
-        raise ValueError(f"loss_fn must return a finite loss, got {loss.item()}")
+        raise NotFinite(f"loss_fn must return a finite loss, got {loss.item()}")
     return loss.reshape(())
 
 

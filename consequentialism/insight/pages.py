@@ -11,6 +11,7 @@ from ..errors import need
 
 if TYPE_CHECKING:
     from .diagnose import Layer, Report
+    from .find_damping import Found
 
 MOST_PICTURES = 12  # of layers, those in which a plain step interferes most
 PLAIN, EMENDED = "#d62728", "#1f77b4"
@@ -128,4 +129,49 @@ def matrices(layer: Layer) -> Any:
     right.set_xlabel("direction")
     right.set_title(f"spectrum of the input Gram, effective rank {layer.effective_rank:.1f}", fontsize=10)
     right.grid(alpha=0.3)
+    return figure
+
+
+def found_body(found: Found) -> str:
+    """The heat map of a `Found`, and its table as text."""
+    best = f"damping {found.damping:g}, learning rate {found.lr:g}, loss {found.best.loss:.4g} from {found.start:.4g}"
+    text = f"<pre>{html.escape(str(found))}</pre>"
+    return (
+        f"<p>Best after {found.steps} steps: {best}.</p>" + picture(heat_map(found), "Loss by damping and rate") + text
+    )
+
+
+def heat_map(found: Found) -> Any:
+    """The loss over damping and learning rate; the plain layers are the lowest row."""
+    rates = sorted({one.lr for one in found.tries})
+    dampings = sorted({one.damping for one in found.tries}, key=lambda damping: (damping is not None, damping or 0))
+    loss = {(one.damping, one.lr): one.loss for one in found.tries}
+    values = [[min(loss[damping, rate], found.start) for rate in rates] for damping in dampings]
+    figure = new_figure(1.8 + 1.05 * len(rates), 1.2 + 0.5 * len(dampings))
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.14, right=0.99, top=0.9, bottom=0.62 / figure.get_figheight())
+    positive = min(min(row) for row in values) > 0
+    shown = axes.imshow(values, cmap="viridis_r", aspect="auto", origin="lower", norm="log" if positive else "linear")
+    for row, damping in enumerate(dampings):
+        for column, rate in enumerate(rates):
+            value, best = loss[damping, rate], (damping, rate) == (found.damping, found.lr)
+            text = f"{value:.3g}" if value < float("inf") else "diverged"
+            dark = shown.norm(values[row][column]) > 0.5
+            weight = "bold" if best else "normal"
+            text = f"[{text}]" if best else text
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=9,
+                weight=weight,
+                color="white" if dark else "black",
+            )
+    axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set_yticks(range(len(dampings)), ["plain" if d is None else f"{d:g}" for d in dampings])
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("damping")
+    axes.set_title(f"loss after {found.steps} steps", fontsize=10)
     return figure
