@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import SymInt, Tensor
-from typing_extensions import TypedDict  # torch requires it; the one of typing has no Unpack before Python 3.11
+from typing_extensions import TypedDict, Unpack  # torch requires it; typing has Unpack from Python 3.11 on
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,28 +80,41 @@ class Options:
         if self.solver == "cg" and self.process_group is not None:
             raise ValueError("solver must be 'auto' or 'cholesky' with a process_group, got 'cg'")
 
+    def changed(self, **changes: Unpack[OptionsDict]) -> Options:
+        """The same but for ``changes``; unlike `dataclasses.replace` torch.compile sees through it."""
+        return Options(**{**{name: getattr(self, name) for name in OPTION_NAMES}, **changes})
+
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
-class OptionsDict(TypedDict, total=False):
-    """The fields of `Options` as keywords, each with its default: what ``**options`` stands for."""
+class EmbeddingOptions(TypedDict, total=False):
+    """The fields of `Options` that mean something to an embedding, as keywords."""
 
     damping: float
     damping_mode: DampingMode
     scale: Scale
-    backend: str
     process_group: ProcessGroup | None
-    patch_bytes: int
+
+
+class LinearOptions(EmbeddingOptions, total=False):
+    """Those of a linear layer."""
+
+    backend: str
     solver: Solver
     iterations: int
+
+
+class ConvOptions(LinearOptions, total=False):
+    """Those of a convolution."""
+
+    patch_bytes: int
+
+
+class OptionsDict(ConvOptions, total=False):
+    """All of them, each with its default: what ``**options`` stands for. ``samples`` are those of a batch."""
+
     samples: int | Tensor | None
-
-
-# Which of them mean something: to an embedding, to a linear layer, to a convolution.
-EMBEDDING_OPTIONS = ("damping", "damping_mode", "scale", "process_group", "samples")
-LINEAR_OPTIONS = tuple(name for name in OPTION_NAMES if name != "patch_bytes")
-CONV_OPTIONS = OPTION_NAMES
 
 
 def check_option_names(options: Iterable[str], names: Sequence[str] = OPTION_NAMES, owner: str = "") -> None:

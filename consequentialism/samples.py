@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import OPTION_NAMES, Options
+from .options import Options
 from .precision import compute_dtype
 
 
@@ -53,7 +53,7 @@ def counted(
     if by is not None:
         weight = ScaledGradient.apply(weight, by)
         bias = None if bias is None else ScaledGradient.apply(bias, by)
-    return weight, bias, Options(**{name: getattr(options, name) for name in OPTION_NAMES if name != "samples"})
+    return weight, bias, options.changed(samples=None)
 
 
 class ScaledGradient(torch.autograd.Function):

@@ -163,11 +163,13 @@ def test_a_learning_rate_of_numpy() -> None:
 
 def test_an_embedding_refuses_what_it_does_not_use() -> None:
     for name, value in {"solver": "cg", "iterations": 3, "patch_bytes": 4096}.items():
-        words = ("Embedding", name, "damping, damping_mode, scale, backend, process_group")
+        words = ("Embedding", name, "the options are damping, damping_mode, scale, process_group")
         assert_raises(TypeError, words, lambda n=name, v=value: cw.Embedding(5, 3, **{n: v}))
     assert_raises(TypeError, ("did you mean 'damping'",), lambda: cw.Embedding(5, 3, dampening=1.0))
     assert_raises(ValueError, ("backend", "'auto', 'reference'", "'cpu'"), lambda: cw.Embedding(5, 3, backend="cpu"))
-    assert cw.Embedding(5, 3, backend="reference").backend == "auto"
+    layer = cw.Embedding(5, 3, backend="reference")
+    assert layer.backend == "auto"
+    assert_raises(TypeError, ("Embedding", "'solver'"), lambda: setattr(layer, "solver", "cg"))
 
 
 def test_convert_passes_on_what_each_layer_uses() -> None:

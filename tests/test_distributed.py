@@ -298,7 +298,7 @@ def test_saved_without_a_group_to_load_into(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="process_group"):
         loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
     assert loaded.process_group is None
-    assert loaded.options() == cw.Options()
+    assert loaded.options == cw.Options()
 
 
 def test_compile(found: list[dict[str, Any]]) -> None:

@@ -195,8 +195,8 @@ def test_large_finite_errors_stay_finite(device_scalar: bool) -> None:
     layer = cw.Linear(4, 3, bias=False, scale="raw", dtype=F16)
     nn.init.zeros_(layer.weight)
     x, dy = randn(100, 4, dtype=F16), torch.full((100, 3), torch.finfo(F16).max / 2, dtype=F16)
-    plan = cost.plan(x, False, 3, layer.options())
-    prepared = autograd.prepare(x, False, 3, layer.options(), cw.reference, True, False, plan)
+    plan = cost.plan(x, False, 3, layer.options)
+    prepared = autograd.prepare(x, False, 3, layer.options, cw.reference, True, False, plan)
     with torch.no_grad():
         step.update(layer.weight, None, prepared, x, dy, torch.tensor(8.0) if device_scalar else 8.0)
     expected = -8 * cw.reference.emended_weight_grad(x.double(), dy.double(), False, scale="raw")[0]

@@ -279,7 +279,7 @@ def test_it_is_not_saved() -> None:
 
 def test_convert_takes_it() -> None:
     model = cw.convert(nn.Sequential(nn.Linear(INPUTS, OUTPUTS)), samples=COUNTED)
-    assert model[0].options().samples == COUNTED
+    assert model[0].options.samples == COUNTED
 
 
 def test_nothing_is_read_by_the_host() -> None:

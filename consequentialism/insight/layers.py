@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ..autograd.geometry import normalized, normalized_transposed
 from ..backend import reference
 from ..nn.convert import survey
-from ..nn.linear import EmendedModule
+from ..nn.module import EmendedModule
 from ..nn.registry import Form, emended_class, form_of, plain_class
 from ..options import Options
 from .batch import loss_of, with_stand_ins

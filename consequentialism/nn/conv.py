@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
 from ..autograd.geometry import Sizes
 from ..functional.conv import emended_conv_with
-from ..options import CONV_OPTIONS, DampingMode, Options, Scale, Solver, is_whole
+from ..options import ConvOptions, is_whole
 from .module import EmendedModule
 
 
 class EmendedConvNd(EmendedModule):
     """What the three share: everything but the number of spatial dimensions."""
 
-    OPTIONS = CONV_OPTIONS
+    OPTIONS = ConvOptions.__optional_keys__
 
     weight: Tensor
     bias: Tensor | None
@@ -42,17 +43,9 @@ class EmendedConvNd(EmendedModule):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        damping: float = 1.0,
-        damping_mode: DampingMode = "relative",
-        scale: Scale = "nlms",
-        backend: str = "auto",
-        process_group: Any = None,
-        patch_bytes: int = Options.patch_bytes,
-        solver: Solver = Options.solver,
-        iterations: int = Options.iterations,
+        **options: Unpack[ConvOptions],
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes, solver, iterations)
+        settings = self.settings_from(options)
         sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
         for name, size in sizes.items():
             check_size(name, size)
@@ -69,7 +62,7 @@ class EmendedConvNd(EmendedModule):
             device,
             dtype,
         )
-        self.set_options(options)
+        self.set_options(settings)
 
     def emended_forward(self, input: Tensor) -> Tensor:
         padding: str | tuple[int, ...] = self.padding
@@ -77,7 +70,7 @@ class EmendedConvNd(EmendedModule):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.stride)
         arguments = (self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        return emended_conv_with(input, *arguments, self.options())
+        return emended_conv_with(input, *arguments, self.options_now())
 
 
 def check_size(name: str, size: Any) -> None:

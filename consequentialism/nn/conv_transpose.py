@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from typing_extensions import Unpack
 
 from ..autograd.geometry import Sizes
 from ..functional import plain_path
 from ..functional.conv import emended_conv_transpose_with
-from ..options import CONV_OPTIONS, DampingMode, Options, Scale, Solver
+from ..options import ConvOptions
 from .conv import check_size
 from .module import EmendedModule
 
@@ -20,7 +21,7 @@ from .module import EmendedModule
 class EmendedConvTransposeNd(EmendedModule):
     """What the three share: everything but the number of spatial dimensions."""
 
-    OPTIONS = CONV_OPTIONS
+    OPTIONS = ConvOptions.__optional_keys__
 
     weight: Tensor
     bias: Tensor | None
@@ -45,17 +46,9 @@ class EmendedConvTransposeNd(EmendedModule):
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        damping: float = 1.0,
-        damping_mode: DampingMode = "relative",
-        scale: Scale = "nlms",
-        backend: str = "auto",
-        process_group: Any = None,
-        patch_bytes: int = Options.patch_bytes,
-        solver: Solver = Options.solver,
-        iterations: int = Options.iterations,
+        **options: Unpack[ConvOptions],
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, patch_bytes, solver, iterations)
+        settings = self.settings_from(options)
         sizes = {
             "kernel_size": kernel_size,
             "stride": stride,
@@ -79,7 +72,7 @@ class EmendedConvTransposeNd(EmendedModule):
             device,
             dtype,
         )
-        self.set_options(options)
+        self.set_options(settings)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Torch's own output; ``output_size`` chooses among the sizes that a stride leaves open."""
@@ -100,7 +93,7 @@ class EmendedConvTransposeNd(EmendedModule):
             sizes = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
             output_padding = layer._output_padding(input, output_size, *sizes)
         arguments = self.stride, self.padding, output_padding, self.groups, self.dilation
-        return emended_conv_transpose_with(input, self.weight, self.bias, *arguments, self.options())
+        return emended_conv_transpose_with(input, self.weight, self.bias, *arguments, self.options_now())
 
 
 class ConvTranspose1d(EmendedConvTransposeNd, nn.ConvTranspose1d):

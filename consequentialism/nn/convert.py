@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from .._torch import is_dtensor
 from ..functional.checks import FLOATING_TYPES
-from ..options import OPTION_NAMES, Options, OptionsDict, as_number, options_from
+from ..options import Options, OptionsDict, as_number, options_from
 from .factor_batch import FactorBatch
 from .linear import Linear
 from .module import EmendedModule
@@ -84,8 +84,7 @@ def convert(
             )
         reason = _obstacle(module, tied)
         if reason is None:
-            own = {option: getattr(module, option) for option in module.OPTIONS} if emended else {}
-            chosen.append((name, module, options_from({**own, **options}) if emended else settings))
+            chosen.append((name, module, module.options.changed(**options) if emended else settings))
         else:
             left_alone.append(f"{_place(name, module)}: {reason}")
     watch = Watch()
@@ -126,7 +125,7 @@ def revert(model: Model) -> Model:
     for module, plain in emended:
         if module.watched is not None:
             module.watched.leave(module)
-        for name in (*OPTION_NAMES, "recorder", "qualified_name", "serial"):
+        for name in ("options", "recorder", "qualified_name", "serial"):
             module.__dict__.pop(name, None)
         _swap(module, plain)
     return model

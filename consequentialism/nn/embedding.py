@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Never
+from typing_extensions import Unpack
 
 from .. import _torch, samples
 from ..autograd.embedding import EmendedEmbedding, look_up_outside_graphs
-from ..options import BACKENDS, EMBEDDING_OPTIONS, DampingMode, Options, Scale, check_choice, check_option_names
+from ..options import BACKENDS, EmbeddingOptions, check_choice
 from ..solve import distributed
 from .module import EmendedModule
 
@@ -42,7 +41,7 @@ class Embedding(EmendedModule, nn.Embedding):
         ValueError: An option out of its range, or ``scale_grad_by_freq=True``.
     """
 
-    OPTIONS = EMBEDDING_OPTIONS
+    OPTIONS = EmbeddingOptions.__optional_keys__
 
     def __init__(
         self,
@@ -58,18 +57,12 @@ class Embedding(EmendedModule, nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        damping: float = 1.0,
-        damping_mode: DampingMode = "relative",
-        scale: Scale = "nlms",
         backend: Literal["auto", "reference"] = "auto",
-        process_group: Any = None,
-        **others: Never,
+        **options: Unpack[EmbeddingOptions],
     ) -> None:
-        names = ("damping", "damping_mode", "scale", "backend", "process_group")
-        check_option_names(others, names, type(self).__name__)
         check_choice("backend", backend, BACKENDS)
         check_choice("an Embedding's backend", backend, ("auto", "reference"))  # both are the same plain PyTorch
-        options = Options(damping, damping_mode, scale, process_group=process_group)
+        settings = self.settings_from(options)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
         super().__init__(
@@ -85,10 +78,10 @@ class Embedding(EmendedModule, nn.Embedding):
             device,
             dtype,
         )
-        self.set_options(options)
+        self.set_options(settings)
 
     def emended_forward(self, input: Tensor) -> Tensor:
-        options = self.options()
+        options = self.options_now()
         if self.max_norm is not None:
             with torch.no_grad():
                 torch.embedding_renorm_(self.weight, input.contiguous(), self.max_norm, self.norm_type)
@@ -98,7 +91,7 @@ class Embedding(EmendedModule, nn.Embedding):
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.embedding(input, self.weight, self.padding_idx)
         if isinstance(options.process_group, distributed.Peers):
-            options = replace(options, process_group=options.process_group.in_backward())
+            options = options.changed(process_group=cast(Any, options.process_group.in_backward()))
         ratio = samples.ratio(options, input.numel(), self.weight)
         leaves_graph = self.sparse and torch.compiler.is_compiling()
         look_up = look_up_outside_graphs if leaves_graph else EmendedEmbedding.apply

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..functional.checks import check_linear
 from ..functional.linear import autocast, emended_linear_with
-from ..options import DampingMode, Options, Scale, Solver
+from ..options import LinearOptions
 from .module import EmendedModule
 
 
@@ -59,23 +60,17 @@ class Linear(EmendedModule, nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        damping: float = 1.0,
-        damping_mode: DampingMode = "relative",
-        scale: Scale = "nlms",
-        backend: str = "auto",
-        process_group: Any = None,
-        solver: Solver = "auto",
-        iterations: int = 16,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[LinearOptions],
     ) -> None:
-        options = Options(damping, damping_mode, scale, backend, process_group, solver=solver, iterations=iterations)
+        settings = self.settings_from(options)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.set_options(options)
+        self.set_options(settings)
 
     def emended_forward(self, input: Tensor) -> Tensor:
         linear = emended_linear_with if self.recorder is None else self.recorder.linear
-        return linear(input, self.weight.t() if self.transposed else self.weight, self.bias, self.options())
+        return linear(input, self.weight.t() if self.transposed else self.weight, self.bias, self.options_now())
 
     def check_input(self, input: Any) -> None:
         check_linear(*autocast(input, self.weight.t() if self.transposed else self.weight, self.bias))

@@ -5,42 +5,74 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import plain_path
-from ..options import LINEAR_OPTIONS, DampingMode, Options, Scale, Solver, check_samples
+from ..options import (
+    OPTION_NAMES,
+    DampingMode,
+    LinearOptions,
+    Options,
+    Scale,
+    Solver,
+    check_option_names,
+    check_samples,
+)
 from ..samples import count
 from ..solve.distributed import Peers, SavedGroup
 from .recorder import Recorder
 from .watch import Watched, note_compiled
 
-_NOT_COPIED = ("samples", "serial")  # those of this batch, and of this object
+Value = TypeVar("Value")
 _serials = itertools.count(1)
 
 
+class Option(Generic[Value]):
+    """One field of a layer's `options` as an attribute of the layer, which may be written between steps."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Option[Value]: ...
+    @overload
+    def __get__(self, layer: EmendedModule, owner: type) -> Value: ...
+    def __get__(self, layer: EmendedModule | None, owner: type) -> Option[Value] | Value:
+        if layer is None:
+            return self
+        value: Value = getattr(layer.options, self.name)
+        return value
+
+    def __set__(self, layer: EmendedModule, value: Value) -> None:
+        check_option_names([self.name], [*layer.option_names(), "samples"], type(layer).__name__)
+        changed: Any = {self.name: value}
+        layer.options = layer.options.changed(**changed)
+
+
 class EmendedModule(nn.Module):
-    """What emended layers share: the options as plain attributes, which may be changed between steps.
+    """What emended layers share: their options, checked once, and what they hold beside torch's own attributes.
 
     It stands before torch's own class, whose ``forward`` serves where nothing is to be emended; a subclass has
     `emended_forward`.
     """
 
-    OPTIONS: ClassVar[tuple[str, ...]] = LINEAR_OPTIONS  # those that the layer uses
+    OPTIONS: ClassVar[frozenset[str]] = LinearOptions.__optional_keys__  # their names, as far as the layer uses them
 
-    # The class's values serve modules pickled before there were these, and classes of `register` that are called anew.
-    damping: float = Options.damping
-    damping_mode: DampingMode = Options.damping_mode
-    scale: Scale = Options.scale
-    backend: str = Options.backend
-    process_group: Any = None
-    patch_bytes: int = Options.patch_bytes
-    solver: Solver = Options.solver
-    iterations: int = Options.iterations
-    samples: int | Tensor | None = None  # set by set_samples
+    options: Options = Options()  # the class's serves classes of `register` that are called anew
+    damping = Option[float]()
+    damping_mode = Option[DampingMode]()
+    scale = Option[Scale]()
+    backend = Option[str]()
+    process_group = Option[Any]()
+    patch_bytes = Option[int]()
+    solver = Option[Solver]()
+    iterations = Option[int]()
+    samples = Option["int | Tensor | None"]()  # of this batch alone: neither copied nor saved
+
     qualified_name: str | None = None  # set by convert: where in the model the layer is
     serial: int  # the place among all layers that this process has made
     recorder: Recorder | None = None  # set by `attach`, on this instance only
@@ -84,10 +116,20 @@ class EmendedModule(nn.Module):
             elif name in parametrized:
                 yield from parametrized[name].parameters()
 
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The options that a layer of this class uses, but for ``samples``, which are a batch's."""
+        return [name for name in OPTION_NAMES if name in cls.OPTIONS]
+
+    @classmethod
+    def settings_from(cls, options: Mapping[str, Any]) -> Options:
+        """The checked options of a constructor's keywords."""
+        check_option_names(options, cls.option_names(), cls.__name__)
+        return Options(**options)
+
     def set_options(self, options: Options) -> None:
         """Take over those of the checked options that the layer uses."""
-        for name in self.OPTIONS:
-            setattr(self, name, getattr(options, name))
+        self.options = Options(**{name: getattr(options, name) for name in (*self.option_names(), "samples")})
         self.__dict__.setdefault("serial", next(_serials))
 
     def attach(self, recorder: Recorder | None) -> None:
@@ -96,32 +138,33 @@ class EmendedModule(nn.Module):
         if recorder is not None:
             self.recorder = recorder
 
-    def options(self) -> Options:
-        """The options as they are now, checked; in eval mode without the process group, as SyncBatchNorm."""
-        values = {name: getattr(self, name) for name in self.OPTIONS}
-        if self.process_group is not None:
-            values["process_group"] = Peers(self.process_group, self) if self.training else None
-        return Options(**values)
+    def options_now(self) -> Options:
+        """The options of a forward: in eval mode without the process group, as SyncBatchNorm."""
+        options = self.options
+        if options.process_group is None:
+            return options
+        return options.changed(process_group=cast(Any, Peers(options.process_group, self)) if self.training else None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
-        memo[id(self.process_group)] = self.process_group  # a group cannot be copied: the copy belongs to the same
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        memo[id(self.options)] = self.options.changed(samples=None)  # its group cannot be copied: it is the same
+        kept = {name: value for name, value in self.__dict__.items() if name != "serial"}
         copied.__dict__.update(copy.deepcopy(kept, memo), serial=next(_serials))
         if copied.watched is not None:
             copied.watched.bind(copied)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
-        state["process_group"] = SavedGroup(self.process_group)
+        state = {name: value for name, value in self.__dict__.items() if name != "serial"}
+        state["options"] = self.options.changed(process_group=None, samples=None)
+        state["process_group"] = SavedGroup(self.options.process_group)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        group = state.get("process_group")
-        group = group.group if isinstance(group, SavedGroup) else group
-        super().__setstate__({**state, "process_group": group, "serial": next(_serials)})
+        state = {**state, "serial": next(_serials)}
+        state["options"] = state["options"].changed(process_group=state.pop("process_group").group)
+        super().__setstate__(state)
         if self.watched is not None:
             self.watched.bind(self)
 
@@ -145,9 +188,9 @@ class EmendedModule(nn.Module):
         self.__dict__["qconfig"] = value
 
     def extra_repr(self) -> str:
-        default = Options()
-        shown = (name for name in self.OPTIONS if name not in ("process_group", "samples"))
-        changed = [f"{name}={getattr(self, name)!r}" for name in shown if getattr(self, name) != getattr(default, name)]
+        own, default = self.options, Options()
+        shown = (name for name in self.option_names() if name != "process_group")
+        changed = [f"{name}={getattr(own, name)!r}" for name in shown if getattr(own, name) != getattr(default, name)]
         if self.recorder is not None and self.recorder.label:
             changed.append(self.recorder.label)
         return ", ".join([super().extra_repr(), *changed])
@@ -185,7 +228,7 @@ def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:
         if not isinstance(layer, EmendedModule):
             continue
         if samples is None:
-            layer.__dict__.pop("samples", None)
+            layer.samples = None
             continue
         device = samples.device if isinstance(samples, Tensor) else next(layer.parameters()).device
         if device not in counts:

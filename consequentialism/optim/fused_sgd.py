@@ -435,7 +435,7 @@ def _obstacle(layer: Linear, holders: Counter[tuple[str, int]]) -> str | None:
         return "its parameters are DTensors"
     if any(holders[_identity(p)] > 1 for p in parameters):
         return "its parameters are tied to another module's, whose gradient would have to be added first"
-    return _group_reason(layer.options()) or _hook_reason(parameters)
+    return _group_reason(layer.options_now()) or _hook_reason(parameters)
 
 
 def _group_reason(options: Options) -> str | None:
