@@ -279,7 +279,8 @@ class _Owner:
             return
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "consequentialism.convert", UserWarning)
-            convert(own, **{**options, "damping": damping})
+            chosen: OptionsDict = {**options, "damping": damping}
+            convert(own, **chosen)
         if not any(isinstance(module, EmendedModule) for module in own.modules()):
             raise ValueError("model has no layer that can be emended")
 
