@@ -17,10 +17,10 @@ from consequentialism.experiments.settings import PREFIX
 
 from . import table
 from .case import OK, Row
-from .environment import Environment
-from .train import draw, show
+from .markdown import markdown, number, where
+from .train import draw, recipe_report, show
 from .train.claims import BATCH_SIZES, LEARNT, RATES, STEPS, SweepRow, best, best_loss, within_twice
-from .train.methods import METHODS, NEVER, TRIALS
+from .train.methods import METHODS, NEVER, TRIALS, is_own
 from .train.rows import RunRow, SkipRow
 from .train.show import TASKS, Line
 from .train.tune import VALIDATION
@@ -33,20 +33,9 @@ PLAIN = tuple(name for name in RATES if not name.startswith(PREFIX))  # of the s
 SHOWN = "consequentialism"  # the provider whose ratios README shows
 
 
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines))
-
-
-def number(value: float, form: str) -> str:
-    """A figure, or nothing for what was not reached."""
-    return format(value, form) if math.isfinite(value) else "not reached"
-
-
 def is_emended(line: Line) -> bool:
-    """Whether the line is of an emended optimizer."""
-    return line.optimizer.startswith(PREFIX)
+    """Whether the line is of an emended optimizer, in either form."""
+    return is_own(line.optimizer)
 
 
 def fewest(lines: Sequence[Line], key: Callable[[Line], float]) -> Line:
@@ -197,15 +186,6 @@ def claims(rows: Sequence[SweepRow]) -> str:
     return markdown(headings, lines)
 
 
-def where(row: Environment | Row) -> str:
-    """Machine, versions and commit."""
-    cuda = f", CUDA {row.cuda}" if row.cuda else ""
-    return (
-        f"{row.device}, {row.threads} thread{'s' if row.threads > 1 else ''}, torch {row.torch}{cuda}, "
-        f"Python {row.python}, consequentialism {row.version} at commit {row.commit}"
-    )
-
-
 def folders(results: Path) -> list[Path]:
     """The devices' folders."""
     found = sorted(path for path in results.iterdir() if path.is_dir()) if results.is_dir() else []
@@ -226,7 +206,7 @@ def report(results: Path) -> str:
             rows = table.read(folder / "step_cost.csv", Row)
             parts += [
                 "## The cost of a step",
-                f"`make bench`; {where(rows[0])}. Ratios to the baseline in one run, in which providers take turns. "
+                f"`make bench`; {where(rows)}. Ratios to the baseline in one run, in which providers take turns. "
                 "The floor is that of the ratio, from bytes and operations at the speeds that the device reached: "
                 f"{_speeds(rows)}.",
                 step_costs(rows),
@@ -252,7 +232,7 @@ def _training(folder: Path) -> list[str]:
     pictures = f"benchmarks/{folder.parent.name}"
     parts = [
         "## Training",
-        f"`make bench-train`; {where(runs[0])}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
+        f"`make bench-train`; {where(runs)}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
         f"{VALIDATION:.0%} of the training samples held out and with another seed; then {seeds} seeds, the target "
         "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row "
         "that are as good. Seconds are steps times the cost of a step, measured on one thread for all optimizers of a "
@@ -280,7 +260,7 @@ def _training(folder: Path) -> list[str]:
         sweep = table.read(folder / "sweep.csv", SweepRow)
         parts += [
             "### The paper's other claims",
-            f"Scikit-learn's digits, {STEPS} steps of the demo's network, {len(sweep)} runs; {where(sweep[0])}. "
+            f"Scikit-learn's digits, {STEPS} steps of the demo's network, {len(sweep)} runs; {where(sweep)}. "
             f"Where losses are compared, those below {LEARNT:g} count as that.",
             claims(sweep),
             _claims_text(sweep),
@@ -288,7 +268,7 @@ def _training(folder: Path) -> list[str]:
             f"![Loss over the learning rate]({pictures}/settings.png)",
             f"![With and without momentum]({pictures}/momentum.png)",
         ]
-    return parts
+    return [*parts, *recipe_report.text(folder, pictures)]
 
 
 def _claims_text(rows: Sequence[SweepRow]) -> str:
@@ -372,10 +352,10 @@ def readme_figures(results: Path) -> str:
         if (folder / "train").is_dir():
             runs = table.read(folder / "train" / "runs.csv", RunRow)
             tasks = show.lines(folder / "train")
-            parts += [f"{overview(tasks)}\n\n({where(runs[0])})"]
+            parts += [f"{overview(tasks)}\n\n({where(runs)})"]
         if (folder / "step_cost.csv").exists():
             rows = table.read(folder / "step_cost.csv", Row)
-            parts += [f"{step_range(rows)} ({where(rows[0])})"]
+            parts += [f"{step_range(rows)} ({where(rows)})"]
     return "\n\n".join(parts)
 
 

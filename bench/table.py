@@ -37,6 +37,25 @@ def write(lines: Iterable[Line], schema: type[Line], path: Path) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def append(line: Line, schema: type[Line], path: Path) -> None:
+    """Add a line at the end of a file, at once; where there is none, it is made, with a header.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    if not path.exists():
+        write([], schema, path)
+    text = io.StringIO()
+    csv.DictWriter(text, fieldnames=columns(schema), lineterminator="\n").writerow(
+        {k: _text(v) for k, v in asdict(line).items()}  # type: ignore[call-overload]
+    )
+    try:
+        with path.open("a", newline="") as file:
+            file.write(text.getvalue())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def read(path: Path, schema: type[Line]) -> list[Line]:
     """The lines of a file.
 

@@ -1,4 +1,5 @@
-"""Training benchmarks: steps and seconds to a fixed test accuracy or loss, every optimizer tuned on the same grid."""
+"""Training benchmarks: steps and seconds to a fixed test accuracy or loss, every optimizer tuned on the same grid; and
+tasks that are trained to the end of a schedule, where --data has a folder with tiny shakespeare or CIFAR-10."""
 
 from __future__ import annotations
 
@@ -12,11 +13,15 @@ from consequentialism.demo.report import prepare_folder
 from consequentialism.errors import Parser, UserError, need
 
 from ..environment import slug
+from . import recipes, step_cost, whole
 from .methods import METHODS, NEVER, TRIALS
 from .rows import SkipRow
 from .show import print_tables
 from .tasks import PROFILES, QUICK, TASKS
 from .work import STAGES, Plan, skipped
+
+ASKED = ("grid", "step-cost")  # stages that run where they are named only
+ALL_STAGES = (*STAGES, *ASKED)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, or 2 after one line on stderr about what the user can mend.
     """
     try:
-        plan, stages = _plan(arguments)
+        plan, bench, stages = _plan(arguments)
         for module in ("rich", "tqdm"):
             need(module)
         prepare_folder(plan.out)
@@ -37,10 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         try:
             for stage in stages:
-                STAGES[stage](plan)
+                if stage in STAGES and plan.tasks:
+                    STAGES[stage](plan)
+                if stage in whole.STAGES:
+                    whole.STAGES[stage](bench)
+            if "step-cost" in stages:
+                step_cost.measure(plan.out, plan.blocks, plan.device)
         finally:
             torch.set_num_threads(threads)
-        if "cost" in stages:
+        if "cost" in stages and plan.tasks:
             print_tables(plan.out)
     except UserError as error:
         print(f"consequentialism bench-train: error: {error}", file=sys.stderr)
@@ -61,17 +71,21 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
+def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
     parser = Parser(prog="consequentialism bench-train", description=__doc__)
     add = parser.add_argument
     tasks = {name: [task.name for task in profile] for name, profile in PROFILES.items()}
     listing = "; ".join(f"{name}: {', '.join(names)}" for name, names in tasks.items())
-    add("--task", action="append", metavar="NAME", help=f"repeatable; default: all of the device's ({listing})")
+    add("--task", action="append", metavar="NAME",
+        help=f"repeatable; default: all of the device's ({listing}), and {', '.join(recipes.RECIPES)}")  # fmt: skip
     add("--optimizer", action="append", choices=list(METHODS), metavar="NAME",
         help="repeatable; default: all of " + ", ".join(METHODS))  # fmt: skip
-    add("--stage", action="append", choices=list(STAGES), help="repeatable; run and cost read --out (default: all)")
+    add("--stage", action="append", choices=ALL_STAGES,
+        help=f"repeatable; run and cost read --out (default: all but {' and '.join(ASKED)})")  # fmt: skip
     add("--device", choices=list(PROFILES), default="cpu", help="its tasks are larger on cuda (default: cpu)")
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
+    add("--data", type=Path, help="folder with tinyshakespeare.txt, and CIFAR-10's binaries or cifar10-jpeg.tar.xz")
+    add("--steps", type=_whole, help="of the schedules (default: each task's own)")
     add("--seeds", type=_whole, help="runs with the best trial (default: 3; 1 with --quick)")
     add("--quick", action="store_true", help=f"tasks {' and '.join(QUICK)}, 4 trials an optimizer, one seed")
     add("--workers", type=_whole, help="processes for grid search and runs (default: the cores; 1 for cuda)")
@@ -79,13 +93,14 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
     chosen = parser.parse_args(arguments)
     names = tasks[chosen.device]
     for name in chosen.task or ():
-        if name not in TASKS:
-            raise UserError(f"argument --task: {name!r} is none of {', '.join(TASKS)}")
+        if name not in TASKS and name not in recipes.RECIPES:
+            raise UserError(f"argument --task: {name!r} is none of {', '.join((*TASKS, *recipes.RECIPES))}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device")
-    default = [name for name in names if name in QUICK] or names[:1] if chosen.quick else names
+    default = [name for name in names if name in QUICK] or names[:1] if chosen.quick else [*names, *recipes.RECIPES]
+    asked = tuple(dict.fromkeys(chosen.task or default))
     plan = Plan(
-        tasks=tuple(dict.fromkeys(chosen.task or default)),
+        tasks=tuple(name for name in asked if name in TASKS),
         optimizers=tuple(dict.fromkeys(chosen.optimizer or METHODS)),
         device=chosen.device,
         root=chosen.root,
@@ -95,8 +110,22 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, list[str]]:
         workers=chosen.workers or (1 if chosen.device == "cuda" else torch.get_num_threads()),
         out=chosen.out or Path("out/bench/train") / slug(chosen.device),
     )
-    stages = [stage for stage in STAGES if not chosen.stage or stage in chosen.stage]
-    return plan, stages
+    without = recipes.missing((name for name in asked if name in recipes.RECIPES), chosen.data)
+    for name, reason in without.items():
+        print(f"skipped: {name}: {reason}", file=sys.stderr)
+    bench = whole.Bench(
+        folder=chosen.data or Path(),
+        out=plan.out,
+        device=plan.device,
+        tasks=tuple(name for name in asked if name in recipes.RECIPES and name not in without),
+        optimizers=tuple(name for name in recipes.START if name in plan.optimizers),
+        steps=chosen.steps,
+        seeds=plan.seeds,
+        most=plan.grid,
+        blocks=plan.blocks,
+    )
+    stages = [stage for stage in ALL_STAGES if (stage in chosen.stage if chosen.stage else stage not in ASKED)]
+    return plan, bench, stages
 
 
 if __name__ == "__main__":

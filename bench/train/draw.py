@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,13 @@ from consequentialism.errors import UserError, need
 from consequentialism.experiments.settings import PREFIX
 
 from .. import table
+from . import recipe_report
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
-from .methods import METHODS
+from .methods import COORDINATES, METHODS, inside, is_own
+from .recipes import LABELS, PLACINGS
 from .rows import CurveRow
 from .show import TASKS, Line, lines
+from .whole import DAMPINGS, EXPONENTS, GRID_OPTIMIZERS, RecipeRow
 
 COLOURS = {
     "sgd": "#d62728",
@@ -32,12 +36,14 @@ CEILING = 10.0  # losses above it are drawn as it
 
 
 def style(optimizer: str) -> dict[str, Any]:
-    """A line's colour and label; emended optimizers have the colour of the plain one, and a thick solid line."""
-    emended = optimizer.startswith(PREFIX)
+    """A line's colour and label; this package's forms have the colour of the plain optimizer and a thick line, in
+    coordinates a dotted one."""
+    own = is_own(optimizer)
+    solid: Any = (0, (1, 1)) if optimizer.startswith(COORDINATES) else "-"
     return {
-        "color": COLOURS[optimizer.removeprefix(PREFIX)],
-        "linestyle": "-" if emended else (0, (4, 2)),
-        "linewidth": 2.2 if emended else 1.2,
+        "color": COLOURS[inside(optimizer)],
+        "linestyle": solid if own else (0, (4, 2)),
+        "linewidth": 2.2 if own else 1.2,
         "label": METHODS[optimizer].label,
     }
 
@@ -57,6 +63,9 @@ def draw(source: Path, folder: Path) -> list[Path]:
         "settings.png": settings(sweep),
         "momentum.png": momentum(sweep),
     }
+    found_recipes = recipe_report.rows(source)
+    if recipe_report.grid_steps(found_recipes) is not None:
+        pictures[recipe_report.GRID_PICTURE] = grid(found_recipes)
     paths = []
     for name, figure in pictures.items():
         try:
@@ -105,10 +114,9 @@ def seconds(found: dict[str, list[Line]]) -> Any:
     figure, panels = _figure(math.ceil(len(found) / 4), min(4, len(found)), 18, 4.2 * math.ceil(len(found) / 4))
     for panel, (name, some) in zip(panels, found.items(), strict=False):
         for place, line in enumerate(reversed(some)):
-            emended = line.optimizer.startswith(PREFIX)
-            colour = COLOURS[line.optimizer.removeprefix(PREFIX)]
+            colour = COLOURS[inside(line.optimizer)]
             if math.isfinite(line.seconds):
-                panel.barh(place, line.seconds, color=colour, alpha=1.0 if emended else 0.45)
+                panel.barh(place, line.seconds, color=colour, alpha=1.0 if is_own(line.optimizer) else 0.45)
             else:
                 panel.plot([0], [place], "x", color=colour)
         panel.set_yticks(range(len(some)), [METHODS[line.optimizer].label for line in reversed(some)], fontsize=7)
@@ -151,6 +159,35 @@ def settings(rows: Sequence[SweepRow]) -> Any:
         panel.set_ylabel("training loss at the end")
         panel.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def grid(rows: Sequence[RecipeRow]) -> Any:
+    """The head-to-head grid: final validation losses, a panel an optimizer and placing, one scale an optimizer."""
+    steps = recipe_report.grid_steps(rows)
+    own = [row for row in rows if row.steps == steps]
+    figure, panels = _figure(len(GRID_OPTIMIZERS), len(PLACINGS), 11, 3.4 * len(GRID_OPTIMIZERS))
+    for index, (name, placing) in enumerate(itertools.product(GRID_OPTIMIZERS, PLACINGS)):
+        values = {
+            where: [
+                [recipe_report.grid_mean(own, name, placing=where, exponent=s, damping=c) for c in DAMPINGS]
+                for s in EXPONENTS
+            ]
+            for where in PLACINGS
+        }
+        known = [v for table in values.values() for line in table for v in line if math.isfinite(v)]
+        panel = panels[index]
+        if known:
+            panel.imshow(values[placing], vmin=min(known), vmax=max(known), cmap="viridis_r", aspect="auto")
+        for i, line in enumerate(values[placing]):
+            for j, value in enumerate(line):
+                if math.isfinite(value):
+                    panel.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8)
+        panel.set_xticks(range(len(DAMPINGS)), [f"{damping:g}" for damping in DAMPINGS])
+        panel.set_yticks(range(len(EXPONENTS)), [f"{exponent:g}" for exponent in EXPONENTS])
+        panel.set_xlabel("damping")
+        panel.set_ylabel("exponent")
+        panel.set_title(f"{LABELS[name]}, {placing}", fontsize=10)
     return figure
 
 

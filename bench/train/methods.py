@@ -2,7 +2,11 @@
 
 Every optimizer has eight trials. Those with a learning rate alone have eight of them, each twice the one before; those
 with a damping too have four learning rates times two dampings. A trial's ``damping`` is the optimizer's own:
-relative for emended layers, lambda for ISAAC, and what their packages call damping for SINGD and K-FAC.
+relative for emended layers and in emended coordinates, lambda for ISAAC, and what their packages call damping for SINGD
+and K-FAC.
+
+Two forms of this package take part: ``emended-NAME`` converts the layers, ``coordinates-NAME`` steps a plain network in
+emended coordinates (`consequentialism.optim.Emended` and ``Muon``), with the package's defaults but for the damping.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from consequentialism.experiments.methods import FACTORIES, Loss, Step, ordinary
 from consequentialism.experiments.methods import Method as Prepare
 from consequentialism.experiments.settings import PREFIX, Trial
 from consequentialism.experiments.train import class_loss
+from consequentialism.optim import Emended, Muon
 
+COORDINATES = "coordinates-"
 Factory = Callable[[nn.Module, float], list[torch.optim.Optimizer]]
 
 
@@ -56,6 +62,16 @@ def missing(method: Method, kinds: frozenset[str]) -> str | None:
         except ImportError as error:
             return f"cannot import {method.module}: {error}"
     return None
+
+
+def is_own(name: str) -> bool:
+    """Whether the optimizer is one of this package's forms."""
+    return name.startswith((PREFIX, COORDINATES))
+
+
+def inside(name: str) -> str:
+    """The plain optimizer that a form of this package has inside, or the optimizer itself."""
+    return name.removeprefix(PREFIX).removeprefix(COORDINATES)
 
 
 def _torch(name: str) -> Factory:
@@ -94,6 +110,18 @@ def _prepare(model: nn.Module, trial: Trial, loss: Loss) -> Step:
     if trial.damping is not None:
         convert(model, damping=trial.damping)
     return ordinary_step(model, FACTORY[trial.optimizer.removeprefix(PREFIX)](model, trial.lr), loss)
+
+
+def _coordinates(model: nn.Module, trial: Trial, loss: Loss) -> Step:
+    """Steps in emended coordinates; Muon's as in `_muon`, convolutions counted among its matrices."""
+    assert trial.damping is not None
+    name = inside(trial.optimizer)
+    if name == "muon":
+        aux = {"lr": trial.lr}
+        muon = Muon(model, trial.lr, aux=aux, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", damping=trial.damping)
+        return ordinary_step(model, muon, loss)
+    (optimizer,) = FACTORY[name](model, trial.lr)
+    return ordinary_step(model, Emended(optimizer, model, damping=trial.damping), loss)
 
 
 def _isaac(model: nn.Module, trial: Trial, loss: Loss) -> Step:
@@ -215,6 +243,15 @@ EMENDED_RATES = {
     "adam": (0.001, 0.002, 0.004, 0.008),
     "muon": (0.002, 0.004, 0.008, 0.016),
 }
+# The first of them is the package's default.
+COORDINATES_DAMPINGS = (0.03, 0.3)
+COORDINATES_RATES = {
+    "sgd": (0.25, 0.5, 1.0, 2.0),
+    "nag": (0.05, 0.1, 0.2, 0.4),
+    "rmsprop": (0.0005, 0.001, 0.002, 0.004),
+    "adamw": (0.001, 0.002, 0.004, 0.008),
+    "muon": (0.002, 0.004, 0.008, 0.016),
+}
 _ROWS_ONLY = "isaac.Linear takes inputs of two dimensions"
 METHODS: dict[str, Method] = {
     method.name: method
@@ -248,6 +285,15 @@ METHODS: dict[str, Method] = {
                 _product(PREFIX + name, rates, DAMPINGS, CONV_DAMPINGS),
             )
             for name, rates in EMENDED_RATES.items()
+        ),
+        *(
+            Method(
+                COORDINATES + name,
+                LABELS[name] + " in coordinates",
+                _coordinates,
+                _product(COORDINATES + name, rates, COORDINATES_DAMPINGS),
+            )
+            for name, rates in COORDINATES_RATES.items()
         ),
     )
 }

@@ -1,4 +1,5 @@
-"""The stages: the grid search, the runs that count, the cost of a step. Each leaves CSV files that the next one reads.
+"""The stages: the grid search, the runs that count, the cost of a step. Each leaves CSV files that the next one
+reads; rows of other tasks and optimizers in them are kept.
 
 Steps do not depend on what else the machine does, so that grid search and runs share the cores out, one process and one
 thread each. Seconds do: the cost of a step is measured in one process, all optimizers of a task in turns, and seconds
@@ -10,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -88,23 +89,24 @@ def tune(plan: Plan) -> None:
     """The grid search; writes ``grid.csv`` and ``skipped.csv``. An optimizer that raises is named there with its error,
     and the others go on without it."""
     skips = skipped(plan)
-    _write(plan, "skipped.csv", skips)
-    rows: list[GridRow] = []
-    for job, found in _spread(plan, _tune, _jobs(plan, skips), "grid search"):
+    kept = _kept(plan, "skipped.csv", _pairs(plan))
+    _write(plan, "skipped.csv", [*kept, *skips])
+    jobs = _jobs(plan, skips)
+    rows = _kept(plan, "grid.csv", jobs)
+    for job, found in _spread(plan, _tune, jobs, "grid search"):
         if isinstance(found, Exception):
             skips.append(SkipRow(job[0], job[1], f"failed: {type(found).__name__}: {str(found).splitlines()[0][:200]}"))
             print(f"skipped: {job[1]} on {job[0]}: {skips[-1].reason}", file=sys.stderr)
-            _write(plan, "skipped.csv", skips)
+            _write(plan, "skipped.csv", [*kept, *skips])
             continue
         rows += found
-        _write(plan, "grid.csv", sorted(rows, key=_order(plan)))
+        _write(plan, "grid.csv", sorted(rows, key=_order))
 
 
 def run(plan: Plan) -> None:
     """The runs with the best trials of ``grid.csv``; writes ``runs.csv`` and ``curves.csv``."""
     best = winners(plan)
-    rows: list[RunRow] = []
-    curves: list[CurveRow] = []
+    rows, curves = _kept(plan, "runs.csv", best), _kept(plan, "curves.csv", best)
     jobs = [(task, optimizer, trial) for (task, optimizer), trial in best.items()]
     for job, found in _spread(plan, _run, jobs, "runs"):
         if isinstance(found, Exception):
@@ -112,14 +114,14 @@ def run(plan: Plan) -> None:
         some, evaluations = found
         rows += some
         curves += evaluations
-        _write(plan, "runs.csv", sorted(rows, key=_order(plan)))
-        _write(plan, "curves.csv", sorted(curves, key=_order(plan)))
+        _write(plan, "runs.csv", sorted(rows, key=_order))
+        _write(plan, "curves.csv", sorted(curves, key=_order))
 
 
 def cost(plan: Plan) -> None:
     """The cost of a step of every best trial; writes ``times.csv``."""
     best = winners(plan)
-    rows: list[TimeRow] = []
+    rows = _kept(plan, "times.csv", [*best, *((task, "sgd") for task in plan.tasks)])
     for name in _progress(plan.tasks, "cost of a step"):
         task = plan.task(name)
         trials = {optimizer: trial for (of, optimizer), trial in best.items() if of == name}
@@ -143,7 +145,7 @@ def cost(plan: Plan) -> None:
             )
             for optimizer, found in costs.items()
         ]
-        _write(plan, "times.csv", rows)
+        _write(plan, "times.csv", sorted(rows, key=_order))
 
 
 def claims(plan: Plan) -> None:
@@ -190,7 +192,18 @@ def _rank(task: Task, row: GridRow) -> tuple[float, float]:
 
 def _jobs(plan: Plan, skips: Iterable[SkipRow]) -> list[Job]:
     out = {(skip.task, skip.optimizer) for skip in skips}
-    return [(task, name) for task in plan.tasks for name in plan.optimizers if (task, name) not in out]
+    return [pair for pair in _pairs(plan) if pair not in out]
+
+
+def _pairs(plan: Plan) -> list[Job]:
+    return [(task, name) for task in plan.tasks for name in plan.optimizers]
+
+
+def _kept(plan: Plan, name: str, jobs: Collection[Job]) -> list[Any]:
+    """The rows that the file has of other jobs than ``jobs``."""
+    path = plan.out / name
+    rows: list[Any] = table.read(path, FILES[name]) if path.exists() else []
+    return [row for row in rows if (row.task, row.optimizer) not in jobs]
 
 
 def _tune(plan: Plan, task_name: str, optimizer: str) -> list[GridRow]:
@@ -254,9 +267,9 @@ def curve(task: Task, optimizer: str, runs: Sequence[Run]) -> list[CurveRow]:
     return found
 
 
-def _order(plan: Plan) -> Callable[[Any], tuple[object, ...]]:
+def _order(row: Any) -> tuple[int, int]:
     """Of rows: as tasks and optimizers are listed."""
-    return lambda row: (plan.tasks.index(row.task), list(METHODS).index(row.optimizer))
+    return list(TASKS).index(row.task), list(METHODS).index(row.optimizer)
 
 
 def _write(plan: Plan, name: str, rows: Sequence[Any]) -> None:

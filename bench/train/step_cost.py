@@ -1,0 +1,129 @@
+"""What a training step costs with each optimizer: a transformer's block and a head, by rows and width.
+
+What Emended and SOAP do every tenth step they do here every third, and ordinary steps and those are timed apart: a step
+costs nine tenths of the one and a tenth of the other. The optimizers take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consequentialism.experiments.methods import Step, ordinary_step
+from consequentialism.experiments.models import build
+from consequentialism.experiments.train import timed_step
+from consequentialism.optim import Emended, Muon
+
+from .. import table
+from ..environment import Environment, environment
+from .models import Block
+
+SHAPES = ((768, 128), (4096, 256), (8192, 512))
+FILE = "step_cost.csv"
+PERIOD, MEASURED = 10, 3  # steps from one of the dear ones to the next: what is meant, and what is timed
+CONTEXT, CLASSES = 64, 64
+RATE = 1e-5
+LABELS = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "soap": "SOAP",
+    "coordinates-adamw": "AdamW in coordinates",
+    "coordinates-muon": "Muon in coordinates",
+}
+INSIDE = {"soap": "adamw", "coordinates-adamw": "adamw", "coordinates-muon": "muon"}  # whom the ratio is to
+
+
+@dataclass(frozen=True)
+class StepCostRow(Environment):
+    """One optimizer at one size."""
+
+    optimizer: str
+    rows: int
+    width: int
+    ms: float  # a step, one in ten a dear one; median over rounds
+    ordinary_ms: float
+    dear_ms: float
+    ratio: float  # to AdamW's, or of Muon in coordinates to Muon's; median over rounds
+    rounds: int
+
+
+def _optimizers() -> dict[str, Callable[[nn.Module], Any]]:
+    def soap(model: nn.Module) -> torch.optim.Optimizer:
+        from pytorch_optimizer import SOAP
+
+        return SOAP(model.parameters(), lr=RATE, precondition_frequency=MEASURED)
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=RATE)
+
+    aux = {"lr": RATE}
+    return {
+        "adamw": adamw,
+        "muon": lambda model: Muon(model, RATE, aux=aux, damping=float("inf")),  # the plain one, bit for bit
+        "soap": soap,
+        "coordinates-adamw": lambda model: Emended(adamw(model), model, refresh_every=MEASURED),
+        "coordinates-muon": lambda model: Muon(model, RATE, aux=aux, refresh_every=MEASURED),
+    }
+
+
+def _network(width: int) -> nn.Module:
+    heads = max(width // 64, 1)
+    return build(lambda: nn.Sequential(Block(width, heads), nn.Linear(width, CLASSES)), 0)
+
+
+def _loss(scores: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(scores.flatten(0, 1), y.flatten())
+
+
+def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
+    """Of every optimizer at one size."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows // CONTEXT, CONTEXT, width, generator=generator).to(device)
+    y = torch.randint(CLASSES, (rows // CONTEXT, CONTEXT), generator=generator).to(device)
+    steps: dict[str, Step] = {}
+    for name, make in _optimizers().items():
+        model = _network(width).to(device)
+        steps[name] = ordinary_step(model, make(model), _loss)
+    order = list(steps)
+    ordinary: dict[str, list[float]] = {name: [] for name in order}
+    dear: dict[str, list[float]] = {name: [] for name in order}
+    for turn in range(rounds + 1):
+        for name in order:
+            ms = [1e3 * timed_step(steps[name], x, y)[0] for _ in range(MEASURED)]
+            if turn:  # the first warms up
+                dear[name].append(ms[0])
+                ordinary[name].append(mean(ms[1:]))
+        order = order[1:] + order[:1]
+    whole = {
+        name: [((PERIOD - 1) * one + other) / PERIOD for one, other in zip(ordinary[name], dear[name], strict=True)]
+        for name in steps
+    }
+    here = asdict(environment(torch.device(device).type))
+    return [
+        StepCostRow(
+            **here,
+            optimizer=name,
+            rows=rows,
+            width=width,
+            ms=median(own),
+            ordinary_ms=median(ordinary[name]),
+            dear_ms=median(dear[name]),
+            ratio=median(mine / plain for mine, plain in zip(own, whole[INSIDE.get(name, name)], strict=True)),
+            rounds=rounds,
+        )
+        for name, own in whole.items()
+    ]
+
+
+def measure(out: Path, rounds: int, device: str, sizes: tuple[tuple[int, int], ...] = SHAPES) -> None:
+    """Write ``step_cost.csv``, a size after the other."""
+    found: list[StepCostRow] = []
+    for rows, width in sizes:
+        found += costs(rows, width, rounds, device)
+        table.write(found, StepCostRow, out / FILE)

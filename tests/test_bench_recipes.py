@@ -1,0 +1,284 @@
+"""The tasks that are trained to the end of a schedule: data, settings, rows that are resumed, and their report."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import table
+from bench.environment import environment
+from bench.train import recipe_report, recipes, step_cost, whole
+from bench.train.__main__ import main
+from bench.train.images import ARCHIVE, CLASSES, RECORD, cifar
+from bench.train.models import NanoGPT, ViT, cifar_resnet
+from bench.train.recipes import KNOBS, LABELS, RECIPES, START, Setting, optimizers, prepare, rate, trials
+from bench.train.step_cost import StepCostRow
+from bench.train.text import shakespeare
+from bench.train.whole import RecipeRow
+from consequentialism.errors import UserError
+from consequentialism.experiments.data import Samples
+from consequentialism.experiments.train import class_loss
+
+
+def small(**changes: object) -> recipes.Recipe:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    data = Samples(x, (x[:, 0] > 0).long(), x, (x[:, 0] > 0).long())
+    made = recipes.Recipe(
+        "nanogpt",
+        "title",
+        lambda folder: None,
+        lambda folder: (data, 2),
+        lambda classes: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, classes)),
+        8,
+        20,
+        by_loss=True,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_text_windows_begin_anywhere_and_predict_the_next_character(tmp_path: Path) -> None:
+    text = "abcdefghij" * 30
+    (tmp_path / "tinyshakespeare.txt").write_text(text)
+    data, characters = shakespeare(tmp_path, 8, 5)
+    assert characters == 10
+    assert data.train_x.shape == data.train_y.shape == (0.9 * len(text) - 8, 8)
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert torch.equal((x + 1) % 10, y)
+    assert len(data.test_x) == 5
+    with pytest.raises(UserError, match="too short"):
+        shakespeare(tmp_path, 8, 50)
+
+
+def binaries(folder: Path, colour: int = 200) -> None:
+    """Two images of each class, the second darker by its label."""
+    for name in (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"):
+        records = torch.full((10, RECORD), colour, dtype=torch.uint8)
+        records[:, 0] = torch.arange(10)
+        records[:, 1:] -= torch.arange(10, dtype=torch.uint8)[:, None] * 10
+        (folder / name).write_bytes(bytes(records.flatten().tolist()))
+
+
+def archive(folder: Path) -> None:
+    """One image of each class and split, whose brightness falls with the label."""
+    image = pytest.importorskip("PIL.Image")
+    with tarfile.open(folder / ARCHIVE, "w:xz") as made:
+        for split in ("train", "test"):
+            for label, name in enumerate(CLASSES):
+                content = io.BytesIO()
+                image.new("RGB", (32, 32), (200 - 10 * label,) * 3).save(content, "JPEG")
+                member = tarfile.TarInfo(f"{split}/{name}/0000.jpg")
+                member.size = content.tell()
+                content.seek(0)
+                made.addfile(member, content)
+
+
+@pytest.mark.parametrize("write", [binaries, archive])
+def test_images_are_the_first_of_each_class(write: object, tmp_path: Path) -> None:
+    write(tmp_path)  # type: ignore[operator]
+    data = cifar(tmp_path, 10, 10)
+    assert data.train_x.shape == data.test_x.shape == (10, 3, 32, 32)
+    assert sorted(data.train_y.tolist()) == list(range(10))
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        assert y[x.mean((1, 2, 3)).argsort(descending=True)].tolist() == list(range(10))
+    assert data.train_x.mean().abs() < 1e-5
+    with pytest.raises(UserError, match="of the 100 train images"):
+        cifar(tmp_path, 100, 10)
+
+
+def test_broken_data_are_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither"):
+        cifar(tmp_path, 10, 10)
+    (tmp_path / ARCHIVE).write_bytes(b"no archive")
+    with pytest.raises(UserError, match="cannot be read"):
+        cifar(tmp_path, 10, 10)
+    binaries(tmp_path)
+    (tmp_path / "test_batch.bin").write_bytes(b"12")
+    with pytest.raises(UserError, match="2 bytes"):
+        cifar(tmp_path, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("network", "x", "shape"),
+    [
+        (lambda: NanoGPT(7, 5, 8, 2, 2), torch.zeros(2, 5, dtype=torch.int64), (2, 5, 7)),
+        (lambda: ViT(8, 4, 8, 2, 1, 3), torch.zeros(2, 3, 8, 8), (2, 3)),
+        (lambda: cifar_resnet(2, 3), torch.zeros(2, 3, 8, 8), (2, 3)),
+    ],
+)
+def test_networks_give_scores(network: object, x: Tensor, shape: tuple[int, ...]) -> None:
+    assert network()(x).shape == shape  # type: ignore[operator]
+
+
+def test_nanogpt_sees_no_later_character() -> None:
+    model = NanoGPT(7, 5, 8, 2, 1)
+    text = torch.tensor([[1, 2, 3, 4, 5]])
+    other = torch.tensor([[1, 2, 3, 6, 6]])
+    assert torch.allclose(model(text)[:, :3], model(other)[:, :3])
+    assert model.head.weight is model.characters.weight
+
+
+def test_every_optimizer_has_eight_different_trials_with_the_package_defaults_first() -> None:
+    for name in START:
+        given = list(trials(name, lambda some: some[-1], 8))
+        assert len(given) == 8 == len(set(given))
+        assert given[0] == START[name]
+        assert {field for field, _ in KNOBS[name]} >= {"lr", "weight_decay"}
+        assert len(list(trials(name, lambda some: some[0], 3))) == 3
+    assert START.keys() == LABELS.keys() == KNOBS.keys()
+
+
+def test_a_knob_is_turned_from_the_best_so_far() -> None:
+    given = list(trials("muon", lambda some: min(some, key=lambda s: abs(s.lr - 0.016)), 8))
+    assert [s.lr for s in given] == [0.008, 0.004, 0.016, 0.002, 0.016, 0.016, 0.016, 0.016]
+    assert [s.aux_lr for s in given[4:6]] == [0.001, 0.004]
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [rate(step, 2000) for step in range(2000)]
+    assert rates[0] == 0.01
+    assert rates[99] == rates[100] == 1
+    assert rates[-1] == pytest.approx(0.1, abs=1e-4)
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+    assert rate(19, 100) == 1 > rate(18, 100)
+
+
+@pytest.mark.parametrize("name", START)
+def test_every_setting_trains(name: str) -> None:
+    if name == "soap":
+        pytest.importorskip("pytorch_optimizer")
+    recipe = small()
+    data, classes = recipe.data(Path())
+    model = recipe.problem(classes).build(0)
+    step = prepare(model, dataclasses.replace(START[name], lr=0.05), class_loss, recipe, 20, 0)
+    losses = [step(data.train_x, data.train_y).item() for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_an_inverse_before_sgd_is_its_root_around_it() -> None:
+    """Linear optimizers know no placing between two refreshes: ``g S S`` either way."""
+    weights = []
+    for placing, exponent in (("around", 0.5), ("before", 1.0)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        setting = Setting("coordinates-nag", 0.05, None, 0.0, 0.1, exponent, placing, 9, 0.5, 64)  # type: ignore[arg-type]
+        (optimizer,) = optimizers(model, setting)
+        if placing == "around":
+            optimizer.scale = "gradient"
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(12, 5).double()).square().mean().backward()
+            optimizer.step()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_before_leaves_the_parameters_beside_muon_alone() -> None:
+    (optimizer,) = optimizers(
+        nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)),
+        dataclasses.replace(START["coordinates-muon"], placing="before"),
+    )
+    assert [unit.name for unit in optimizer.keeper.units] == ["0", "1"]
+
+
+def test_images_are_mirrored_at_random() -> None:
+    images = torch.arange(64.0).view(16, 1, 2, 2)
+    found = recipes.mirrored(images, torch.Generator().manual_seed(0))
+    kept = (found == images).flatten(1).all(1)
+    assert 0 < kept.sum() < 16
+    assert torch.equal(found[~kept], images[~kept].flip(-1))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> whole.Bench:
+    monkeypatch.setitem(RECIPES, "nanogpt", small())
+    names = ("adamw", "coordinates-adamw")
+    return whole.Bench(tmp_path, tmp_path, "cpu", ("nanogpt",), names, None, 1, 2, 1)
+
+
+def test_stages_leave_rows_that_are_not_made_again(bench: whole.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole.tune(bench)
+    whole.run(bench)
+    whole.cost(bench)
+    rows = table.read(bench.out / whole.FILE, RecipeRow)
+    assert [(row.optimizer, row.seed) for row in rows] == [
+        *[(name, whole.SEARCH_SEED) for name in bench.optimizers for _ in range(2)],
+        *[(name, 0) for name in bench.optimizers],
+    ]
+    assert all(len(row.curve()) == 21 and row.curve()[-1][0] == row.steps == 20 for row in rows)
+    assert {row.ratio for row in table.read(bench.out / whole.TIMES, whole.RecipeTimeRow) if row.optimizer == "adamw"}
+
+    def no(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(whole, "_train", no)
+    whole.tune(bench)
+    whole.run(bench)
+    text = "\n".join(recipe_report.text(bench.out, "pictures"))
+    assert "| AdamW in coordinates | " in text
+
+
+def test_a_run_that_diverges_is_worst(bench: whole.Bench) -> None:
+    row = whole.row_of(bench, "nanogpt", dataclasses.replace(START["nag"], lr=1e30), 0)
+    assert row.score == math.inf
+    assert table.read(bench.out / whole.FILE, RecipeRow) == [row]
+
+
+def row(name: str, scores: list[float], seed: int = 0, steps: int = 20, **changes: object) -> RecipeRow:
+    setting = dataclasses.asdict(dataclasses.replace(START[name], **changes))  # type: ignore[arg-type]
+    text = " ".join(f"{score:g}" for score in scores)
+    here = dataclasses.asdict(environment())
+    return RecipeRow(
+        **here, task="nanogpt", **setting, seed=seed, steps=steps, score=scores[-1], train_loss=1.0, scores=text
+    )
+
+
+def test_a_share_is_that_of_the_first_evaluation_as_good_as_the_others_end() -> None:
+    falling = [2 - k / 20 for k in range(21)]
+    slow, fast = row("adamw", falling), row("muon", [2 - k / 10 for k in range(21)])
+    recipe = RECIPES["nanogpt"]
+    assert recipe_report.share(recipe, [fast], [slow]) == 0.5
+    assert recipe_report.share(recipe, [slow], [slow]) == 1
+    assert recipe_report.share(recipe, [slow], [fast]) == math.inf
+    assert math.isnan(recipe_report.share(recipe, [slow], [row("muon", falling, seed=1)]))
+
+
+def test_the_grid_holds_every_point_once_and_reports_means() -> None:
+    settings = list(whole.grid_settings())
+    head = 2 * len(whole.EXPONENTS) * len(whole.DAMPINGS) * len(recipes.PLACINGS)
+    rest = 2 * (len(whole.REFRESHES) + len(whole.MEMORIES) + len(whole.BLOCKS))
+    assert len(settings) == head + rest
+    assert len(set(settings[:head])) == head
+    points = [row("coordinates-adamw", [2.0, score], seed, placing="before") for seed, score in ((0, 1.0), (1, 1.5))]
+    assert recipe_report.grid_steps(points) == 20
+    assert recipe_report.grid_mean(points, "coordinates-adamw", placing="before") == 1.25
+    assert math.isnan(recipe_report.grid_mean(points, "coordinates-adamw"))
+    text = "\n".join(recipe_report.grid_text(points, "pictures"))
+    assert "| before, 0.5 |  | 1.250 |  |" in text
+
+
+def test_the_cost_of_a_step_counts_one_dear_step_in_ten(tmp_path: Path) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    step_cost.measure(tmp_path, 1, "cpu", ((64, 16),))
+    rows = table.read(tmp_path / step_cost.FILE, StepCostRow)
+    assert [found.optimizer for found in rows] == list(step_cost.LABELS)
+    for found in rows:
+        assert found.ms == pytest.approx(0.9 * found.ordinary_ms + 0.1 * found.dear_ms, rel=1e-3)
+    assert {found.ratio for found in rows if found.optimizer in ("adamw", "muon")} == {1.0}
+    assert "N = 64, width 16" in "\n".join(recipe_report.text(tmp_path, ""))
+
+
+def test_tasks_without_data_are_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra, words in (([], "no --data folder"), (["--data", str(tmp_path)], "no tinyshakespeare.txt")):
+        assert main(["--task", "nanogpt", "--stage", "tune", *extra, "--out", str(tmp_path)]) == 0
+        assert f"skipped: nanogpt: {words}" in capsys.readouterr().err
+    assert not (tmp_path / whole.FILE).exists()
