@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from typing import Any
@@ -66,6 +67,33 @@ def test_transposed_convolution(options: dict[str, Any]) -> None:
         if bias:
             rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
         assert_close(f"moment of group {group}", moment[group], rows.T @ rows / rows.shape[0], EXACT)
+
+
+BLOCKS: dict[str, tuple[nn.Module, tuple[int, ...], int, bool]] = {
+    "whole channels": (nn.Conv2d(4, 6, 3, padding=1, dtype=F64), (3, 4, 5, 6), 20, True),
+    "of groups": (nn.Conv2d(8, 6, (3, 2), groups=2, dtype=F64), (3, 8, 5, 6), 12, True),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, dtype=F64), (3, 4, 4, 3), 20, True),
+    "channels that do not divide": (nn.Conv1d(5, 4, 3, dtype=F64), (3, 5, 9), 8, False),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_a_convolution_are_those_of_its_gram(name: str) -> None:
+    """Of whole channels where they divide, and then no Gram of all inputs is made."""
+    layer, shape, block, aligned = BLOCKS[name]
+    x, found = randn(*shape), []
+    for most in (block, 10**6):
+        twin = _copy(layer)
+        optimizer = cw.optim.Emended(torch.optim.SGD(twin.parameters(), 0.1), twin, block=most)
+        squares(twin(x)).backward()
+        (unit,) = optimizer.units
+        assert unit.slot.gram is not None
+        found.append((unit.blocks, unit.slot.gram.clone()))
+    (blocks, own), (_, whole) = found
+    assert blocks.count > 1
+    assert blocks.aligned == aligned
+    assert not aligned or all(begin % math.prod(layer.kernel_size) == 0 for begin, _ in blocks.spans)
+    assert_close("Gram", own, blocks.of(whole[:, 0]), EXACT)
 
 
 @pytest.mark.parametrize("shape", [(4, 11), (4, 8)])

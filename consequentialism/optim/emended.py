@@ -66,7 +66,8 @@ class Emended(torch.optim.Optimizer):
             convolution's samples, not its rows); ``"auto"``: ``"nlms"`` for `torch.optim.SGD`, else ``"gradient"``.
         memory: What older rows are multiplied by at a refresh, at least 0 and below 1.
         refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1.
-        block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks.
+        block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks, a
+            convolution's between channels where they divide. A step's two products cost ``4 O I block`` operations.
         process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
             group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
             summed over it, and nothing else ever is.
@@ -89,7 +90,7 @@ class Emended(torch.optim.Optimizer):
         scale: Literal["auto", "gradient", "nlms"] = "auto",
         memory: float = 0.95,
         refresh_every: int = 10,
-        block: int = 1024,
+        block: int = 256,
         process_group: Any = "auto",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:

@@ -29,7 +29,9 @@ class Part(NamedTuple):
 
     def gradients(self) -> list[Tensor]:
         """``[g | g_bias] S`` in the gradients' type, coupled decay counted."""
-        own = [local(parameter.grad) + decay for parameter, decay in zip(self.parameters, self.coupled(), strict=True)]
+        own = [local(parameter.grad) for parameter in self.parameters]
+        if "coupled" in self.decays:
+            own = [gradient + decay for gradient, decay in zip(own, self.coupled(), strict=True)]
         multiplied = self.multiplied(own)
         return [product.to(gradient.dtype) for product, gradient in zip(multiplied, own, strict=True)]
 
@@ -108,7 +110,8 @@ def step_all(optimizer: torch.optim.Optimizer, parts: Sequence[Part], states: Se
 
     Most optimizers only add to a parameter: it is then zero and becomes the change, and rounding takes nothing of it.
     """
-    gradients = [gradient for part in parts for gradient in part.gradients()]
+    # Contiguous, as fused optimizers take them for granted.
+    gradients = [gradient.contiguous() for part in parts for gradient in part.gradients()]
     if rule.reads == "weights":  # the optimizer will add the coupled decay once more
         again = [decay for part in parts for decay in part.coupled()]
         gradients = [gradient - decay for gradient, decay in zip(gradients, again, strict=True)]

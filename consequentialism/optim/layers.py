@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Kind:
 
     name = "a linear layer"
     groups = 1
+    inputs_together = 1  # of the rows, which blocks keep together where they can
     outputs_first = True  # whether the weight's first dimension is that of the outputs
 
     def __init__(self, module: nn.Module) -> None:
@@ -102,6 +104,7 @@ class Convolution(Kind):
         self.groups = own.groups
         self.geometry = (own.stride, own.padding, own.dilation, own.groups)
         self.kernel = tuple(own.kernel_size)
+        self.inputs_together = math.prod(self.kernel)
         padded = own.padding_mode != "zeros"
         self.padding_mode = own.padding_mode if padded else None
         self.sides = own._reversed_padding_repeated_twice if padded else []
@@ -128,8 +131,16 @@ class Convolution(Kind):
 
     def _gram(self, batch: Tensor, geometry: Geometry, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
         rows = batch.shape[0] * math.prod(geometry.positions(batch))
-        gram = geometry.gram(dispatch.select("auto", batch), batch, blocks.bias, Options.patch_bytes, dtype)
-        return blocks.of(gram), rows
+        backend, count = dispatch.select("auto", batch), blocks.count if blocks.aligned else 1
+        # Blocks of whole channels are the groups of a convolution of more groups.
+        cut = replace(geometry, groups=geometry.groups * count)
+        gram = cut.gram(backend, batch, blocks.bias, Options.patch_bytes, dtype)
+        if count == 1:
+            return blocks.of(gram), rows
+        gram = gram.unflatten(0, (geometry.groups, count))
+        if blocks.bias:  # its column belongs to the last block alone
+            gram[:, :-1, -1], gram[:, :-1, :, -1] = 0, 0
+        return gram, rows
 
 
 class TransposedConvolution(Convolution):

@@ -64,7 +64,7 @@ class Muon(Emended):
         scale: Any = "auto",
         memory: float = 0.95,
         refresh_every: int = 10,
-        block: int = 1024,
+        block: int = 256,
         process_group: Any = "auto",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:

@@ -22,10 +22,16 @@ class Blocks:
         inputs: ``I`` without the bias's.
         bias: Whether there is a column for it.
         block: The most inputs of a block.
+        step: Inputs that belong together, as a channel's entries of a convolution's kernel. Where ``I / step`` has a
+            divisor that allows it, blocks are of whole ones and of equal size.
     """
 
-    def __init__(self, inputs: int, bias: bool, block: int) -> None:
-        self.count = max(math.ceil(inputs / block), 1)
+    def __init__(self, inputs: int, bias: bool, block: int, step: int = 1) -> None:
+        least = max(math.ceil(inputs / block), 1)
+        even = (n for n in range(least, 2 * least + 1) if step > 1 and inputs % (step * n) == 0)
+        aligned = next(even, None)
+        self.count = least if aligned is None else aligned
+        self.aligned = aligned is not None
         each, more = divmod(inputs, self.count)
         sizes = [each + (i < more) for i in range(self.count)]
         self.bias = bias
@@ -131,7 +137,7 @@ def newton_schulz(scaled: Tensor, damping: float, order: int, columns: int) -> T
 def right_multiply(
     rows: Tensor, column: Tensor | None, root: Tensor, spans: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor | None]:
-    """``[rows | column] S``, cut again into rows and the bias's column.
+    """``[rows | column] S``, cut again into rows and the bias's column: views of one fresh tensor.
 
     Args:
         rows: ``[groups, O, I]``.
@@ -142,19 +148,15 @@ def right_multiply(
     if root.ndim == 1:
         return rows * root, None
     if len(spans) == 1:
-        return _multiplied(rows, column, root[:, 0])
-    result = torch.empty_like(rows)
-    for i, (begin, end) in enumerate(spans):
-        last = i == len(spans) - 1
-        size = end - begin + (last and column is not None)
-        part, column_part = _multiplied(rows[..., begin:end], column if last else None, root[:, i, :size, :size])
-        result[..., begin:end] = part
-    return result, column_part
-
-
-def _multiplied(rows: Tensor, column: Tensor | None, root: Tensor) -> tuple[Tensor, Tensor | None]:
+        whole = rows if column is None else torch.cat([rows, column[..., None]], -1)
+        product = torch.bmm(whole, root[:, 0])
+    else:
+        product = rows.new_empty(*rows.shape[:2], rows.shape[2] + (column is not None))
+        for i, (begin, end) in enumerate(spans):
+            part, size = rows[..., begin:end], end - begin
+            if column is not None and i == len(spans) - 1:
+                part, size = torch.cat([part, column[..., None]], -1), size + 1
+            product[..., begin : begin + size] = torch.bmm(part, root[:, i, :size, :size])
     if column is None:
-        return rows @ root, None
-    square, edge, corner = root[:, :-1, :-1], root[:, :-1, -1], root[:, -1, -1]
-    result = torch.baddbmm(column[..., None] * edge[:, None, :], rows, square)
-    return result, torch.baddbmm((column * corner[:, None])[..., None], rows, edge[..., None])[..., 0]
+        return product, None
+    return product[..., :-1], product[..., -1]

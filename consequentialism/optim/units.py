@@ -37,7 +37,8 @@ class Unit:
         weight: Any = self.weight
         self.groups = self.kind.groups
         self.diagonal = isinstance(self.kind, Lookup)
-        self.blocks = Blocks(self.kind.inputs(weight), with_bias, 2**62 if self.diagonal else block)
+        size = 2**62 if self.diagonal else block
+        self.blocks = Blocks(self.kind.inputs(weight), with_bias, size, self.kind.inputs_together)
         square = (self.groups, self.blocks.count, self.blocks.order, self.blocks.order)
         shape = (self.blocks.inputs,) if self.diagonal else square
         device = weight.to_local().device if _torch.is_dtensor(weight) else weight.device
@@ -93,10 +94,13 @@ class Unit:
         if self.with_bias and column is None:
             column = rows.new_zeros(rows.shape[:2])
         product, column = right_multiply(rows, column, root, self.blocks.spans)
+        column = None if bias is None or column is None else column.reshape(-1)
+        if self.kind.outputs_first:
+            return product.reshape(weight.shape), column
         result = torch.empty_like(weight, dtype=root.dtype)
         own = self.kind.view(result)
         own.copy_(product.view(own.shape))
-        return result, None if bias is None or column is None else column.reshape(-1)
+        return result, column
 
     def _rows_multiplied(
         self, root: Tensor, shard: Shard, weight: Tensor, bias: Tensor | None
