@@ -46,8 +46,11 @@ CPU_SOURCES = [
     "csrc/cpu/dot_products.cpp",
 ]
 CUDA_SOURCES = [
-    "csrc/cuda/bindings.cpp",
-    "csrc/cuda/fused_bindings.cpp",
+    "csrc/cuda/damped_inverse_binding.cpp",
+    "csrc/cuda/emended_input_binding.cpp",
+    "csrc/cuda/fused_weight_grad_binding.cpp",
+    "csrc/cuda/input_gram_binding.cpp",
+    "csrc/cuda/weight_grad_binding.cpp",
     "csrc/cuda/damped_inverse_plan.cpp",
     "csrc/cuda/input_gram_plan.cpp",
     "csrc/cuda/emended_input_plan.cpp",

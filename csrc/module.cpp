@@ -7,7 +7,7 @@
 #include "build_info.h"
 #include "cpu/damped_inverse.h"
 #ifdef CONSEQUENTIALISM_CUDA_VERSION
-#include "cuda/bindings.h"
+#include "cuda/damped_inverse_binding.h"
 #endif
 
 namespace {

@@ -1,26 +1,23 @@
 #include "damped_inverse.cuh"
-#include "launchers.h"
+#include "damped_inverse_launcher.h"
 
 namespace consequentialism::cuda {
 
 namespace {
 
-constexpr size_t kStateBytes = 128;
 template <class T>
-constexpr int kMaxThreads = sizeof(T) == 8 ? 256 : 512;  // a tile of float64 takes a thread 64 registers
-
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads<T>)
+__global__ void __launch_bounds__(inverse_block_threads(sizeof(T)))
     damped_inverse_block_kernel(const __grid_constant__ InverseBatch<T> batch, int n, unsigned* breakdowns) {
   const InverseItem<T>& item = batch.items[blockIdx.x];
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* shared = dynamic_shared<unsigned char>();
   invert_matrix<InverseTeam::kBlock>(
-      item, n, n, reinterpret_cast<T*>(shared + kStateBytes), reinterpret_cast<InverseState<T>*>(shared), breakdowns);
+      item, n, n, reinterpret_cast<T*>(shared + kInverseStateBytes), reinterpret_cast<InverseState<T>*>(shared),
+      breakdowns);
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) damped_inverse_cluster_kernel(
+__global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_cluster_kernel(
     const __grid_constant__ InverseBatch<T> batch, int n, unsigned char* workspace, size_t workspace_bytes,
     unsigned* breakdowns) {
   const unsigned matrix = blockIdx.x / cluster_size();
@@ -28,7 +25,7 @@ __global__ void __launch_bounds__(256) damped_inverse_cluster_kernel(
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* own = workspace + matrix * workspace_bytes;
   invert_matrix<InverseTeam::kCluster>(
-      item, n, n, reinterpret_cast<T*>(own + kStateBytes), reinterpret_cast<InverseState<T>*>(own), breakdowns);
+      item, n, n, reinterpret_cast<T*>(own + kInverseStateBytes), reinterpret_cast<InverseState<T>*>(own), breakdowns);
 }
 
 #ifndef CONSEQUENTIALISM_HOST_SHIM

@@ -20,6 +20,10 @@ struct InverseState {
   int broken;
 };
 
+static_assert(kTile == kInverseTile && sizeof(InverseState<double>) <= kInverseStateBytes);
+static_assert(TileTraits<float>::kElements * sizeof(float) == inverse_tile_bytes(sizeof(float)));
+static_assert(TileTraits<double>::kElements * sizeof(double) == inverse_tile_bytes(sizeof(double)));
+
 __host__ __device__ constexpr int tiles_along(int n) {
   return (n + kTile - 1) / kTile;
 }

@@ -29,6 +29,20 @@ constexpr int kMaxInverseItems = 32;
 constexpr int kMaxInverseOrder = 1024;  // above, cuSOLVER is faster
 constexpr int kMaxRetryOrder = 32768;   // indices are 32 bits
 
+constexpr int kInverseTile = 32;
+constexpr size_t kInverseStateBytes = 128;   // before the tiles, of what a team shares beside them
+constexpr int kInverseClusterThreads = 256;  // of a block
+
+// The most threads of a matrix's only block: a tile of float64 takes a thread 64 registers.
+constexpr int inverse_block_threads(size_t element_bytes) {
+  return element_bytes == 8 ? 256 : 512;
+}
+
+// Of one tile, its rows padded.
+constexpr size_t inverse_tile_bytes(size_t element_bytes) {
+  return kInverseTile * (kInverseTile * element_bytes + 16);
+}
+
 template <class T>
 struct InverseBatch {
   InverseItem<T> items[kMaxInverseItems];

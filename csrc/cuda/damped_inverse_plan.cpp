@@ -4,29 +4,25 @@ namespace consequentialism::cuda {
 
 namespace {
 
-constexpr int64_t kTile = 32;
 constexpr int kClusterBlocks = 8;  // what every chip with clusters takes
-constexpr int kClusterWarps = 8;
-constexpr size_t kStateBytes = 128;
 
 // Of the packed upper triangle and one tile more.
 size_t tile_bytes(int64_t along, size_t element_bytes) {
-  const size_t stride = kTile + 16 / element_bytes;
-  return static_cast<size_t>(along * (along + 1) / 2 + 1) * kTile * stride * element_bytes;
+  return static_cast<size_t>(along * (along + 1) / 2 + 1) * inverse_tile_bytes(element_bytes);
 }
 
 }  // namespace
 
 InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& limits) {
   if (n < 1 || n > kMaxInverseOrder) return {InverseTeam::kNone, 0, 0, 0, 0};
-  const int64_t along = (n + kTile - 1) / kTile;
-  const size_t bytes = kStateBytes + tile_bytes(along, element_bytes);
+  const int64_t along = (n + kInverseTile - 1) / kInverseTile;
+  const size_t bytes = kInverseStateBytes + tile_bytes(along, element_bytes);
   if (bytes > limits.shared_bytes) {
     if (!limits.clusters) return {InverseTeam::kNone, 0, 0, 0, 0};
-    return {InverseTeam::kCluster, kClusterWarps * 32, kClusterBlocks, 0, bytes};
+    return {InverseTeam::kCluster, kInverseClusterThreads, kClusterBlocks, 0, bytes};
   }
   // As many warps as the widest step has tiles, and registers for each.
-  const int most_warps = element_bytes == 8 ? 8 : 16;
+  const int most_warps = inverse_block_threads(element_bytes) / 32;
   int warps = 1;
   while (warps < most_warps && warps < along * (along + 1) / 2) warps *= 2;
   return {InverseTeam::kBlock, warps * 32, 1, bytes, 0};
@@ -36,8 +32,9 @@ InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Lim
   const InversePlan plan = plan_damped_inverse(n, element_bytes, limits);
   if (plan.team != InverseTeam::kNone || n < 1 || n > kMaxRetryOrder) return plan;
   const int blocks = limits.clusters ? kClusterBlocks : 1;
-  const int64_t along = (n + kTile - 1) / kTile;
-  return {InverseTeam::kCluster, kClusterWarps * 32, blocks, 0, kStateBytes + tile_bytes(along, element_bytes)};
+  const int64_t along = (n + kInverseTile - 1) / kInverseTile;
+  return {
+      InverseTeam::kCluster, kInverseClusterThreads, blocks, 0, kInverseStateBytes + tile_bytes(along, element_bytes)};
 }
 
 }  // namespace consequentialism::cuda

@@ -11,8 +11,8 @@
 #include <atomic>
 #include <mutex>
 
+#include "damped_inverse_launcher.h"
 #include "device_limits.h"
-#include "launchers.h"
 
 namespace consequentialism::cuda {
 

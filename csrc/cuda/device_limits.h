@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace consequentialism::cuda {
+
+constexpr int64_t kMaxGrid = 0x7FFFFFFF;  // blocks along x
 
 struct Limits {
   size_t shared_bytes;  // a block may ask for

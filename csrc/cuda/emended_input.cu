@@ -1,11 +1,9 @@
 #include "emended_input.cuh"
-#include "matrix_launchers.h"
+#include "emended_input_launcher.h"
 
 namespace consequentialism::cuda {
 
 namespace {
-
-constexpr int64_t kMaxGrid = 0x7FFFFFFF;
 
 // Blocks that share their part of x follow one another.
 template <class Traits, class T, class G, class Y, bool kPrimal>

@@ -3,9 +3,9 @@
 
 #include "damped_inverse.cuh"
 #include "emended_input.cuh"
-#include "fused_launcher.h"
+#include "emended_input_launcher.h"
+#include "fused_weight_grad_launcher.h"
 #include "input_gram.cuh"
-#include "matrix_launchers.h"
 
 namespace consequentialism::cuda {
 

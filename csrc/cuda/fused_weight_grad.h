@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "damped_inverse.h"
 #include "device_limits.h"
 #include "matrix_tiles.h"
 
@@ -58,13 +59,13 @@ constexpr FusedLayout fused_layout(int tile, size_t element_bytes, bool bfloat16
   const size_t emended_bytes = fused_emended_bytes(element_bytes, bfloat16);
   const int depth = stage_depth(sum_bytes), weight_depth = stage_depth(std::max(element_bytes, emended_bytes));
   const size_t rows = static_cast<size_t>(tile);
-  const size_t along = rows / 32, factor_tiles = along * (along + 1) / 2 + 1;
+  const size_t along = rows / kInverseTile, factor_tiles = along * (along + 1) / 2 + 1;
   FusedLayout layout{};
   layout.gram_stages =
       2 * kProductStages *
       operand_bytes(tile, stage_depth(element_bytes), element_bytes, element_bytes == 2, Major::kInner);
   layout.gram = operand_bytes(tile, tile, sum_bytes, bfloat16, Major::kInner);
-  layout.factor_tiles = factor_tiles * 32 * (32 * sum_bytes + 16);
+  layout.factor_tiles = factor_tiles * inverse_tile_bytes(sum_bytes);
   layout.emended = operand_bytes(kFusedInputs, tile, emended_bytes, bfloat16, Major::kOuter);
   layout.column = rows * sum_bytes;
   layout.apply_stages = kProductStages * operand_bytes(kFusedInputs, depth, element_bytes, bfloat16, Major::kOuter);

@@ -1,13 +1,11 @@
 #include "input_gram.cuh"
-#include "matrix_launchers.h"
+#include "input_gram_launcher.h"
 
 namespace consequentialism::cuda {
 
 namespace {
 
-constexpr int kReduceTile = 32;
 constexpr int kReduceRows = 8;  // of threads
-constexpr int64_t kMaxGrid = 0x7FFFFFFF;
 
 // Block b is split b / tiles of tile b % tiles.
 template <class Traits, class T, class G, bool kPrimal>

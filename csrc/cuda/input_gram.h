@@ -8,6 +8,8 @@
 
 namespace consequentialism::cuda {
 
+constexpr int kReduceTile = 32;  // of the kernel that adds the splits
+
 struct GramShape {
   int64_t rows;
   int64_t inputs;

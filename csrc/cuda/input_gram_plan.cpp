@@ -7,8 +7,7 @@ namespace consequentialism::cuda {
 
 namespace {
 
-constexpr int64_t kMinStages = 4;    // of a split: less does not pay for the second launch
-constexpr int64_t kReduceTile = 32;  // the second kernel's
+constexpr int64_t kMinStages = 4;  // of a split: less does not pay for the second launch
 
 // Without inputs there is still the bias: one tile, or an empty sum.
 int64_t tiles_of(const GramShape& shape, int tile) {

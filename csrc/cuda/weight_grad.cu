@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "launchers.h"
 #include "weight_grad.cuh"
+#include "weight_grad_launcher.h"
 
 namespace consequentialism::cuda {
 

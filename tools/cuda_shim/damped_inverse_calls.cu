@@ -1,7 +1,7 @@
 // What tests/test_cuda_damped_inverse.py calls.
 #include <vector>
 
-#include "launchers.h"
+#include "damped_inverse_launcher.h"
 
 using namespace consequentialism::cuda;
 

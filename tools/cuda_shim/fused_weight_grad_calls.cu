@@ -1,7 +1,7 @@
 // What tests/test_cuda_fused_weight_grad.py calls.
 #include <cstring>
 
-#include "fused_launcher.h"
+#include "fused_weight_grad_launcher.h"
 
 using namespace consequentialism::cuda;
 

@@ -1,7 +1,8 @@
 // What tests/test_cuda_input_gram.py and tests/test_cuda_emended_input.py call.
 #include "emended_input.cuh"
+#include "emended_input_launcher.h"
 #include "input_gram.cuh"
-#include "matrix_launchers.h"
+#include "input_gram_launcher.h"
 
 using namespace consequentialism::cuda;
 

@@ -1,5 +1,5 @@
 // What tests/test_cuda_weight_grad.py calls.
-#include "launchers.h"
+#include "weight_grad_launcher.h"
 
 using namespace consequentialism::cuda;
 

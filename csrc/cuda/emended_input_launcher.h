@@ -1,27 +1,18 @@
-// Launchers of the products with x. Pointers are to device memory of the stream's device, results are contiguous;
-// nothing waits for the device.
+// Launcher of the kernel that applies an inverse. Pointers are to device memory of the stream's device; nothing waits
+// for the device.
 #pragma once
 
 #include "emended_input.h"
-#include "input_gram.h"
 #include "types.h"
 
 namespace consequentialism::cuda {
-
-// x is [rows, inputs], contiguous along a row, with row_stride elements from row to row; rows >= 1.
-
-// gram <- x x^T [N, N], plus 1 everywhere with a bias (dual), or x1^T x1 [I + bias, I + bias] with x1 = [x, 1]
-// (primal). G is Accumulator<T>, or double. tf32: float32 x may be rounded to TF32. plan = plan_gram(...); workspace
-// has plan.workspace_bytes, aligned to 16.
-template <class T, class G>
-cudaError_t launch_input_gram(
-    const T* x, int64_t rows, int64_t inputs, int64_t row_stride, bool bias, bool primal, bool tf32, G* gram,
-    const GramPlan& plan, void* workspace, cudaStream_t stream);
 
 // The type of an emended input.
 template <class T>
 using Emended = std::conditional_t<std::is_same_v<T, float16>, float, T>;
 
+// x is [rows, inputs], contiguous along a row, with row_stride elements from row to row; rows >= 1.
+//
 // y [N, I] and column [N] <- P [x, 1] (dual, P [N, N]) or [x, 1] P (primal, P [I + bias, I + bias]), the column being
 // the last one of the product with a bias and untouched, possibly null, without. P is symmetric and contiguous; with a
 // double P all is computed in float64. tf32: float32 x and P may be rounded to TF32. plan = plan_emend(...).

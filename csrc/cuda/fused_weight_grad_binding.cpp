@@ -17,7 +17,7 @@
 #include "../inverse_arguments.h"
 #include "../separate_weight_grad.h"
 #include "device.h"
-#include "fused_launcher.h"
+#include "fused_weight_grad_launcher.h"
 
 namespace consequentialism::cuda {
 

@@ -1,0 +1,136 @@
+// The ops `gram_inverse`, `emended_input` and `emended_inputs` on CUDA: Gram, inverse and its application to x. Nothing
+// here waits for the device.
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../checks.h"
+#include "../guards.h"
+#include "../inverse_arguments.h"
+#include "damped_inverse_binding.h"
+#include "device.h"
+#include "emended_input_launcher.h"
+#include "input_gram_binding.h"
+
+namespace consequentialism::cuda {
+
+namespace {
+
+// In float64 where float32 is not enough, known from the arguments alone: looking at the Gram would wait for it.
+at::Tensor gram_to_invert(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
+  const bool narrow = arguments.float32_is_enough() && x.scalar_type() != at::kDouble;
+  return gram_of(x, bias, form, narrow ? at::kFloat : at::kDouble);
+}
+
+at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
+  return inverses_of(gram_to_invert(x, bias, form, arguments), arguments)[0];
+}
+
+// The emended input and its column; x has contiguous rows.
+std::tuple<at::Tensor, at::Tensor> apply_inverse(const at::Tensor& inverse, const at::Tensor& x, bool bias, Form form) {
+  const bool primal = form == Form::kPrimal;
+  const auto dtype = x.scalar_type();
+  const bool wide = inverse.scalar_type() == at::kDouble;
+  const at::Tensor emended = at::empty(x.sizes(), x.options().dtype(dtype == at::kHalf ? at::kFloat : dtype));
+  const at::Tensor column = at::empty({bias ? x.size(0) : 0}, x.options().dtype(wide_type(dtype)));
+  if (x.size(0) == 0 || x.size(1) + bias == 0) return {emended, column};
+  const EmendShape shape{x.size(0),
+                         x.size(1),
+                         bias,
+                         primal,
+                         x.dtype().itemsize(),
+                         inverse.dtype().itemsize(),
+                         dtype == at::kBFloat16 && !wide};
+  const EmendPlan plan = plan_emend(shape, limits_of_current_device());
+  dispatch_element(dtype, [&](auto native, auto element) {
+    using T = decltype(native);
+    const auto* data = reinterpret_cast<const T*>(x.const_data_ptr<decltype(element)>());
+    const auto run = [&](const auto* entries) {
+      C10_CUDA_CHECK(
+          launch_emended_input<T>(
+              entries, data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(),
+              static_cast<Emended<T>*>(emended.mutable_data_ptr()), column.mutable_data_ptr<Accumulator<T>>(), plan,
+              c10::cuda::getCurrentCUDAStream()));
+    };
+    if (wide) {
+      run(inverse.const_data_ptr<double>());
+    } else if constexpr (!std::is_same_v<T, double>) {
+      run(inverse.const_data_ptr<float>());
+    }
+  });
+  return {emended, column};
+}
+
+}  // namespace
+
+at::Tensor gram_inverse(
+    const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
+    std::string_view scale) {
+  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
+  const Form parsed = parse_form(form);
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(x.device());
+  return invert_input(with_contiguous_rows(x), bias, parsed, arguments).to(wide_type(x.scalar_type()));
+}
+
+std::tuple<at::Tensor, at::Tensor> emended_input(
+    const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
+    std::string_view scale) {
+  const InverseArguments arguments = inverse_arguments_of(input, bias, damping, damping_mode, scale);
+  const Form parsed = parse_form(form);
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(input.device());
+  const at::Tensor x = with_contiguous_rows(input);
+  return apply_inverse(invert_input(x, bias, parsed, arguments), x, bias, parsed);
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
+    at::TensorList inputs, const c10::List<bool>& biases, const c10::List<std::string>& forms,
+    const c10::List<bool>& applied, double damping, std::string_view damping_mode, std::string_view scale) {
+  check_lists(inputs.size(), biases.size(), forms.size(), applied.size());
+  std::vector<InverseArguments> arguments;
+  std::vector<Form> parsed;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    arguments.push_back(inverse_arguments_of(inputs[i], biases.get(i), damping, damping_mode, scale));
+    parsed.push_back(parse_form(forms.get(i)));
+    TORCH_CHECK_VALUE(
+        inputs[i].device() == inputs[0].device(), "xs must be on one device, got ", inputs[0].device(), " and ",
+        inputs[i].device());
+  }
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(inputs[0].device());
+  std::vector<at::Tensor> xs, grams, kept, columns;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    xs.push_back(with_contiguous_rows(inputs[i]));
+    grams.push_back(gram_to_invert(xs[i], biases.get(i), parsed[i], arguments[i]));
+  }
+  const std::vector<at::Tensor> inverses = inverses_of(grams, arguments);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (applied.get(i)) {
+      auto [emended, column] = apply_inverse(inverses[i], xs[i], biases.get(i), parsed[i]);
+      kept.push_back(emended);
+      columns.push_back(column);
+    } else {
+      kept.push_back(inverses[i].to(wide_type(xs[i].scalar_type())));
+      columns.push_back(at::empty({0}, kept[i].options()));
+    }
+  }
+  return {kept, columns};
+}
+
+}  // namespace consequentialism::cuda
+
+TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
+  m.impl("gram_inverse", consequentialism::cuda::gram_inverse);
+  m.impl("emended_input", consequentialism::cuda::emended_input);
+  m.impl("emended_inputs", consequentialism::cuda::emended_inputs);
+}

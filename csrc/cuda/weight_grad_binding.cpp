@@ -1,0 +1,59 @@
+// The op `weight_grad` on CUDA: the product by cuBLAS, the bias and NaNs by kernels. Nothing here waits for the device.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../checks.h"
+#include "../guards.h"
+#include "device.h"
+#include "weight_grad_launcher.h"
+
+namespace consequentialism::cuda {
+
+namespace {
+
+template <class T, class Scalar>
+void bias_grad_and_poison(const at::Tensor& dy, const at::Tensor& column, const at::Tensor& dw, const at::Tensor& db) {
+  const int64_t outputs = dy.size(1);
+  const bool has_column = column.size(0) > 0;
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor broken = at::empty({broken_flags(outputs)}, dy.options().dtype(at::kInt));
+  auto* db_data = has_column ? reinterpret_cast<T*>(db.mutable_data_ptr<Scalar>()) : nullptr;
+  const auto* column_data = has_column ? column.const_data_ptr<Accumulator<T>>() : nullptr;
+  C10_CUDA_CHECK(
+      launch_bias_grad<T>(
+          reinterpret_cast<const T*>(dy.const_data_ptr<Scalar>()), dy.size(0), outputs, dy.stride(0), column_data,
+          db_data, broken.mutable_data_ptr<int>(), stream));
+  C10_CUDA_CHECK(
+      launch_poison<T>(
+          reinterpret_cast<T*>(dw.mutable_data_ptr<Scalar>()), dw.numel(), db_data, outputs,
+          broken.const_data_ptr<int>(), limits_of_current_device().processors, stream));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
+  check_weight_grad(dy, rows, column);
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(dy.device());
+  const at::Tensor dw = at::mm(dy.to(rows.scalar_type()).t(), rows).to(dy.scalar_type());
+  const at::Tensor db = at::empty({column.size(0) == 0 ? 0 : dy.size(1)}, dy.options());
+  if (dy.size(1) == 0) return {dw, db};
+  const at::Tensor errors = dy.stride(1) == 1 || dy.size(1) == 1 ? dy : dy.contiguous();
+  const at::Tensor ones = column.to(wide_type(dy.scalar_type())).contiguous();
+  dispatch_element(dy.scalar_type(), [&](auto native, auto element) {
+    bias_grad_and_poison<decltype(native), decltype(element)>(errors, ones, dw, db);
+  });
+  return {dw, db};
+}
+
+}  // namespace consequentialism::cuda
+
+TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
+  m.impl("weight_grad", consequentialism::cuda::weight_grad);
+}
