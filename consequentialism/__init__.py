@@ -29,8 +29,13 @@ from .version import __version__
 if TYPE_CHECKING:
     from .insight.diagnose import diagnose
     from .insight.find_damping import find_damping
+    from .insight.monitor import Monitor
 
-_INSIGHT = {"diagnose": "diagnose", "find_damping": "find_damping"}  # imported when first asked for
+_INSIGHT = {
+    "Monitor": "monitor",
+    "diagnose": "diagnose",
+    "find_damping": "find_damping",
+}  # imported when first asked for
 
 __all__ = [
     "Conv1d",
@@ -41,6 +46,7 @@ __all__ = [
     "ConvTranspose3d",
     "Embedding",
     "Linear",
+    "Monitor",
     "Options",
     "__version__",
     "backends",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,22 +73,31 @@ class Seen:
         values = {name: getattr(module, name) for name in module.OPTIONS if name != "process_group"}
         return Options(**values)
 
+    @functools.cached_property
+    def shape(self) -> Any:
+        """An emended twin of a convolution or embedding without weights: for its geometry."""
+        made = self.twin(True, Options())
+        for name, p in made._parameters.items():
+            made._parameters[name] = None if p is None else nn.Parameter(torch.empty_like(p, device="meta"))
+        return made
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether rows have a column of ones."""
+        return self.module._parameters.get(self.form.bias) is not None
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """Rows ``[groups, N, I]``, with the bias's column of ones, and errors ``[groups, N, O]``, in float64."""
-        twin = self.twin(True, Options())
-        pairs = [self._of_call(twin, x, dy) for x, dy in zip(self.inputs, self.errors, strict=True)]
-        x, dy = torch.cat([rows for rows, _ in pairs], 1), torch.cat([errors for _, errors in pairs], 1)
-        if twin.bias is not None:
-            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-        return x, dy
+        x = torch.cat([self.rows_of(x) for x in self.inputs], 1)
+        return x, torch.cat([self.errors_of(dy) for dy in self.errors], 1)
 
-    def _of_call(self, twin: Any, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, dy = x.to(torch.float64), dy.to(torch.float64)
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Of one call's input, as `rows`."""
+        x = x.to(torch.float64)
         if self.form.like is nn.Linear:
-            return x.reshape(1, -1, x.shape[-1]), dy.reshape(1, -1, dy.shape[-1])
-        spatial = self.form.dimensions() - 2
-        if x.ndim == spatial + 1:
-            x, dy = x[None], dy[None]
+            return self._with_ones(x.reshape(1, -1, x.shape[-1]))
+        twin = self.shape
+        x = x if x.ndim == self.form.dimensions() else x[None]
         kernel, padding = tuple(twin.weight.shape[2:]), twin.padding
         if self.form.like in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
             more = twin.output_padding
@@ -98,11 +108,21 @@ class Seen:
             normal = normalized(x, kernel, twin.stride, padding, twin.dilation, twin.groups)
             assert normal is not None  # forward has run
             x, geometry = normal
-        return geometry.patches(x), reference.conv_errors(dy, twin.groups)
+        return self._with_ones(geometry.patches(x))
+
+    def errors_of(self, dy: Tensor) -> Tensor:
+        """Of the gradient at one call's output, as `rows`."""
+        dy = dy.to(torch.float64)
+        if self.form.like is nn.Linear:
+            return dy.reshape(1, -1, dy.shape[-1])
+        return reference.conv_errors(dy if dy.ndim == self.form.dimensions() else dy[None], self.shape.groups)
+
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        return rows if not self.has_bias else torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
 
     def indices(self) -> tuple[Tensor, Tensor, int, int | None]:
         """Of an embedding: indices ``[N]``, errors ``[N, E]`` in float64, ``V`` and the index of its zero row."""
-        twin = self.twin(True, Options())
+        twin = self.shape
         indices = torch.cat([x.reshape(-1) for x in self.inputs]).long()
         errors = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in self.errors]).to(torch.float64)
         return indices, errors, twin.weight.shape[0], twin.padding_idx
@@ -112,25 +132,34 @@ def _plain(cls: type[nn.Module]) -> type[nn.Module]:
     return plain_class(cls) if issubclass(cls, EmendedModule) else cls
 
 
-def look(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> tuple[float, list[Seen], dict[str, str]]:
-    """Run a batch: its loss, the layers that took part, and why the others did not, by name.
+def eligible(model: nn.Module) -> tuple[list[Seen], dict[str, str]]:
+    """The layers that can be looked at, and why the others cannot, by name.
 
     Raises:
-        ValueError: No layer can be looked at, or none took part.
+        ValueError: There is none.
     """
     chosen: list[Seen] = []
     left_out: dict[str, str] = {}
     for name, module, state, parameters in survey(model):
-        frozen = not any(p.requires_grad for p in parameters)
         if state not in READY or parametrize.is_parametrized(module):
             left_out[name] = "its parameters are parametrised" if state in READY else state
-        elif frozen:
+        elif not any(p.requires_grad for p in parameters):
             left_out[name] = "its parameters want no gradient"
         else:
             chosen.append(Seen(name, module))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "it has no layer with a weight"
         raise ValueError(f"model has no layer that can be emended ({why})")
+    return chosen, left_out
+
+
+def look(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> tuple[float, list[Seen], dict[str, str]]:
+    """Run a batch: its loss, the layers that took part, and why the others did not, by name.
+
+    Raises:
+        ValueError: No layer can be looked at, or none took part.
+    """
+    chosen, left_out = eligible(model)
     watching = True
 
     def hook_of(seen: Seen) -> Callable[..., Tensor]:
