@@ -14,13 +14,24 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
 CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
 
-.PHONY: demo test lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu clean
+# A third one with the packages that the examples train with. The index's torchvision is built for CUDA, and would bring
+# another torch: it and timm, which wants it, are installed without what they depend on.
+ECO_VENV := .venv-ecosystem
+ECO_BIN := $(ECO_VENV)/bin
+ECO_PIP := $(ECO_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-ecosystem.txt
+
+.PHONY: demo test test-ecosystem lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+# Every example, and the trainers' options. The log of a run stands in docs/ecosystem.txt.
+test-ecosystem: $(ECO_VENV)/.built
+	$(ECO_BIN)/pip list --format freeze | grep -E "^(torch|transformers|accelerate|lightning|timm|peft|consequentialism)="
+	$(ECO_BIN)/python -m pytest -v --no-header --disable-warnings -n 0 -m "" tests/test_examples.py tests/test_ecosystem.py $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m consequentialism bench --out out/bench/step_cost.csv --plot out/bench $(if $(filter 1,$(QUICK)),--quick) $(ARGS)
@@ -79,7 +90,7 @@ wheel: $(VENV)/.built
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_*.txt
+	rm -rf $(VENV) $(CUDA_VENV) $(ECO_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_*.txt
 
 # torch alone first: whatever asks for it later finds it there.
 $(VENV)/.torch: constraints.txt
@@ -102,6 +113,20 @@ $(VENV)/.test: $(VENV)/.built
 
 $(VENV)/.lint: $(VENV)/.built
 	$(PIP) "consequentialism[lint]"
+	touch $@
+
+$(ECO_VENV)/.torch: constraints-ecosystem.txt
+	test -x $(ECO_BIN)/python || $(PYTHON) -m venv $(ECO_VENV)
+	$(ECO_PIP) torch
+	$(ECO_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout pytest-xdist hypothesis
+	$(ECO_PIP) accelerate lightning peft transformers pillow
+	$(ECO_PIP) --no-deps timm torchvision
+	cp tools/torchvision_cpu.py $$($(ECO_BIN)/python -c "import site; print(site.getsitepackages()[0])")
+	echo "import torchvision_cpu" > $$($(ECO_BIN)/python -c "import site; print(site.getsitepackages()[0])")/torchvision_cpu.pth
+	touch $@
+
+$(ECO_VENV)/.built: $(ECO_VENV)/.torch $(SOURCES)
+	PATH="$(CURDIR)/$(ECO_BIN):$$PATH" $(ECO_PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 $(CUDA_VENV)/.torch: constraints-cuda.txt
