@@ -44,6 +44,9 @@ CPU_SOURCES = [
     "csrc/cpu/conv_gram_displaced.cpp",
     "csrc/cpu/small_gram.cpp",
     "csrc/cpu/dot_products.cpp",
+    "csrc/cpu/decayed_gram.cpp",
+    "csrc/cpu/inverse_root.cpp",
+    "csrc/cpu/root_product.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/damped_inverse_binding.cpp",

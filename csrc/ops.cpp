@@ -2,7 +2,7 @@
 //
 // Shapes: x [N, I], gram and inverse [n, n] with n = N (form "dual") or I plus the bias's one (form
 // "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). A convolution's x is
-// [B, C, *spatial], its Gram [groups, n, n] of unfolded patches. All ops are pure.
+// [B, C, *spatial], its Gram [groups, n, n] of unfolded patches. All ops but add_root_product_ are pure.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -36,6 +36,11 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def(
       "fused_weight_grad.by(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale, str variant) "
       "-> (Tensor, Tensor)");
+  // Of steps in emended coordinates: gram [n, b, b], matrix [..., n, n], rows and weight [B, O, n], root [B, n, n].
+  m.def("decayed_gram(Tensor gram, Tensor x, bool bias, float memory, float beta) -> Tensor");
+  m.def("inverse_root(Tensor matrix, int root, float[] coefficients) -> Tensor");
+  m.def("root_product(Tensor rows, Tensor root) -> Tensor");
+  m.def("add_root_product_(Tensor(a!) weight, Tensor rows, Tensor root, float alpha) -> ()");
 }
 
 // The derivative belongs to emended_linear and to the autograd Functions in Python; differentiating one of the others
@@ -49,4 +54,8 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("conv_gram", torch::autograd::autogradNotImplementedFallback());
   m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("fused_weight_grad", torch::autograd::autogradNotImplementedFallback());
+  m.impl("decayed_gram", torch::autograd::autogradNotImplementedFallback());
+  m.impl("inverse_root", torch::autograd::autogradNotImplementedFallback());
+  m.impl("root_product", torch::autograd::autogradNotImplementedFallback());
+  m.impl("add_root_product_", torch::autograd::autogradNotImplementedFallback());
 }

@@ -31,6 +31,7 @@ NAMES = (
     "fused_weight_grad",
 )
 CONV_NAMES = ("conv_gram",)
+COORDINATE_NAMES = ("decayed_gram", "inverse_root", "root_product", "add_root_product_")
 
 BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
 
@@ -87,6 +88,7 @@ def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 device_types = _device_types(NAMES)
+coordinate_device_types = _device_types(COORDINATE_NAMES)
 conv_device_types = _device_types(CONV_NAMES)  # elsewhere a convolution's patches are streamed by stock operations
 
 
@@ -174,6 +176,22 @@ def fused_weight_grad(
     return torch.ops.consequentialism.fused_weight_grad.default(x, dy, bias, damping, damping_mode, scale)
 
 
+def decayed_gram(gram: Tensor, x: Tensor, bias: bool, memory: float, beta: float) -> Tensor:
+    return torch.ops.consequentialism.decayed_gram(gram, x, bias, memory, beta)
+
+
+def inverse_root(matrix: Tensor, root: int, coefficients: Sequence[float]) -> Tensor:
+    return torch.ops.consequentialism.inverse_root(matrix, root, coefficients)
+
+
+def root_product(rows: Tensor, root: Tensor) -> Tensor:
+    return torch.ops.consequentialism.root_product(rows, root)
+
+
+def add_root_product_(weight: Tensor, rows: Tensor, root: Tensor, alpha: float) -> None:
+    torch.ops.consequentialism.add_root_product_(weight, rows, root, alpha)
+
+
 def _square(x: Tensor, bias: bool, form: str) -> Tensor:
     n = x.shape[0] if form == "dual" else x.shape[1] + int(bias)
     return x.new_empty((n, n), dtype=compute_dtype(x.dtype))
@@ -244,3 +262,19 @@ if module is not None:
     def _(x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
         outputs = dy.shape[1]
         return dy.new_empty((outputs, x.shape[1])), dy.new_empty((outputs if bias else 0,))
+
+    @torch.library.register_fake("consequentialism::decayed_gram")
+    def _(gram: Tensor, x: Tensor, bias: bool, memory: float, beta: float) -> Tensor:
+        return gram.new_empty(gram.shape)
+
+    @torch.library.register_fake("consequentialism::inverse_root")
+    def _(matrix: Tensor, root: int, coefficients: Sequence[float]) -> Tensor:
+        return matrix.new_empty(matrix.shape)
+
+    @torch.library.register_fake("consequentialism::root_product")
+    def _(rows: Tensor, root: Tensor) -> Tensor:
+        return root.new_empty(rows.shape)
+
+    @torch.library.register_fake("consequentialism::add_root_product_")
+    def _(weight: Tensor, rows: Tensor, root: Tensor, alpha: float) -> None:
+        return None

@@ -142,5 +142,12 @@ def select(name: str, x: Tensor) -> Any:
     raise RuntimeError(f"backend={name!r} serves {device_of(name)} tensors, x is on {x.device}; use backend='auto'")
 
 
+def for_coordinates(x: Tensor) -> Any:
+    """The module whose ops of steps in coordinates serve a tensor, as "auto" takes it."""
+    module = select("auto", x)
+    has_them = module is ops and x.device.type in ops.coordinate_device_types
+    return module if has_them else reference
+
+
 def _usable() -> str:
     return ", ".join(repr(name) for name, state in backends().items() if state == AVAILABLE)

@@ -26,6 +26,10 @@ from ..precision import emended_dtype as emended_dtype
 from ..precision import float32_is_enough as float32_is_enough
 from ..precision import gram_dtype
 from ..precision import max_float32_condition as max_float32_condition
+from .coordinates import add_root_product_ as add_root_product_
+from .coordinates import decayed_gram as decayed_gram
+from .coordinates import inverse_root as inverse_root
+from .coordinates import root_product as root_product
 
 MAX_FUSED_ROWS = 128  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge

@@ -21,7 +21,7 @@ from ..options import check_choice
 from . import memory
 from .inside import POSITION, parts_of, standing_in, step_all, step_weight_by_weight
 from .record import Hook, Recorder
-from .root import inverse_root
+from .root import moment_root
 from .rules import decay_of, rule_of
 from .steps import local, rule_for
 from .units import Unit, find_units
@@ -288,7 +288,7 @@ class Emended(torch.optim.Optimizer):
         return loss
 
     def _refresh(self, states: Sequence[memory.State]) -> None:
-        memory.refresh(self.units, states, self.memory, self._root, self._process_groups())
+        memory.refresh(self.units, states, self.memory, self._roots, self._process_groups())
         self._recorder.end()
 
     def _rates_count(self) -> bool:
@@ -311,11 +311,16 @@ class Emended(torch.optim.Optimizer):
                 stacklevel=5,
             )
 
-    def _root(self, unit: Unit, moment: Tensor) -> Tensor:
-        """``S`` of ``A``, both with the stored shape."""
-        divided = self.scale == "gradient"
-        wide = moment.view(unit.slot.shape)
-        return inverse_root(wide, unit.blocks.columns, self.damping, self.exponent, divided).view(moment.shape)
+    def _roots(self, units: Sequence[Unit], moments: Sequence[Tensor]) -> list[Tensor]:
+        """``S`` of each ``A``, all of one shape, with the stored shape."""
+        one, divided = units[0], self.scale == "gradient"
+        groups = [moment.view(one.slot.shape) for moment in moments]
+        if one.diagonal:
+            made = [moment_root(g, one.blocks.columns, self.damping, self.exponent, divided) for g in groups]
+        else:
+            roots = moment_root(torch.cat(groups), one.blocks.columns, self.damping, self.exponent, divided)
+            made = list(roots.split(one.groups))
+        return [root.view(moment.shape) for root, moment in zip(made, moments, strict=True)]
 
     def _process_groups(self) -> list[Any]:
         """The groups over which Grams are summed, one after the other."""

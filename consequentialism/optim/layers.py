@@ -14,6 +14,7 @@ from ..autograd.geometry import Geometry, normalized, normalized_transposed
 from ..backend import dispatch, reference
 from ..nn.module import EmendedModule
 from ..options import Options
+from ..precision import compute_dtype
 from .root import Blocks
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -72,15 +73,9 @@ class Kind:
         rows = x.reshape(-1, x.shape[-1])
         if dtype == torch.float64:
             rows = rows.double()
-        backend = dispatch.select("auto", rows)
-        if blocks.count == 1:
-            return backend.input_gram(rows, blocks.bias, "primal").to(dtype)[None, None], rows.shape[0]
-        cut = rows.new_zeros(1, blocks.count, blocks.order, blocks.order, dtype=dtype)
-        for i, (begin, end) in enumerate(blocks.spans):
-            bias = blocks.bias and i == blocks.count - 1
-            part = backend.input_gram(rows[:, begin:end].contiguous(), bias, "primal")
-            cut[0, i, : part.shape[0], : part.shape[0]] = part
-        return cut, rows.shape[0]
+        nothing = rows.new_empty(blocks.count, blocks.order, blocks.order, dtype=compute_dtype(rows.dtype))
+        gram = dispatch.for_coordinates(rows).decayed_gram(nothing, rows, blocks.bias, 0.0, 1.0)
+        return gram.to(dtype)[None], rows.shape[0]
 
 
 class TransposedLinear(Kind):

@@ -10,6 +10,7 @@ In ``optimizer.state[weight]``, for layers that share an input the same tensors:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .record import Slot
 from .units import Unit
 
 KEYS = ("input_gram", "root", "gram_rows", "emended_steps")
 State = dict[str, Any]
-Root = Callable[[Unit, Tensor], Tensor]
+Roots = Callable[[Sequence[Unit], Sequence[Tensor]], list[Tensor]]
+ROOM = 2**22  # entries of moments whose roots are made together, where there are more than one
 
 
 def fresh_state(unit: Unit) -> State:
@@ -37,34 +40,49 @@ def fresh_state(unit: Unit) -> State:
     return {"input_gram": moment, "root": root, "gram_rows": rows, "emended_steps": torch.zeros((), dtype=torch.int64)}
 
 
-def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, root: Root, groups: Sequence[Any]) -> None:
+def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots: Roots, groups: Sequence[Any]) -> None:
     """Take what was recorded into every ``A``, and make every ``S`` anew.
 
     Args:
         units: All of them, with open slots.
         states: Their states, which get new tensors.
         memory: What the older rows are multiplied by.
-        root: ``S`` of a unit and its ``A``.
+        roots: Each ``S`` of units alike and their ``A``.
         groups: The process groups that the weights' replicas and shards belong to, one after the other.
     """
-    shared = _sharing(units, states, groups)
+    for batch in _batches(units, _sharing(units, states, groups)):
+        owners = [units[members[0]] for members in batch]
+        before = [states[members[0]] for members in batch]
+        fresh = [_folded(unit.slot, state, memory) for unit, state in zip(owners, before, strict=True)]
+        made = roots(owners, [own["input_gram"] for own in fresh])
+        for members, state, own, root in zip(batch, before, fresh, made, strict=True):
+            usable = root.sum().isfinite()
+            own["root"] = torch.where(usable, root, state["root"])
+            own["input_gram"] = torch.where(usable, own["input_gram"], state["input_gram"])
+            own["gram_rows"] = torch.where(usable, own["gram_rows"], state["gram_rows"])
+            for member in members:
+                states[member].update(own)
+
+
+def _batches(units: Sequence[Unit], shared: Sequence[list[int]]) -> list[list[list[int]]]:
+    """What shares a moment, by moments of one kind whose roots are made together."""
+    alike: dict[Any, list[list[int]]] = {}
     for members in shared:
-        unit, state = units[members[0]], states[members[0]]
-        gram, count = unit.slot.gram, unit.slot.count
-        assert gram is not None
-        assert count is not None
-        own = _folded(gram.view(state["input_gram"].shape), count.view(()), state, memory)
-        made = root(unit, own["input_gram"])
-        usable = made.sum().isfinite()
-        own["root"] = torch.where(usable, made, state["root"])
-        own["input_gram"] = torch.where(usable, own["input_gram"], state["input_gram"])
-        own["gram_rows"] = torch.where(usable, own["gram_rows"], state["gram_rows"])
-        for member in members:
-            states[member].update(own)
+        unit = units[members[0]]
+        kind = (unit.slot.shape, unit.blocks.columns, unit.slot.dtype, unit.slot.device)
+        alike.setdefault(kind, []).append(members)
+    batches = []
+    for (shape, *_), same in alike.items():
+        each = max(ROOM // max(math.prod(shape), 1), 1)
+        batches += [same[i : i + each] for i in range(0, len(same), each)]
+    return batches
 
 
-def _folded(gram: Tensor, count: Tensor, state: State, memory: float) -> State:
+def _folded(slot: Slot, state: State, memory: float) -> State:
     """``A`` and its rows with a window's Gram; both as they were where the window has no row."""
+    assert slot.gram is not None
+    assert slot.count is not None
+    gram, count = slot.gram.view(state["input_gram"].shape), slot.count.view(())
     before = state["gram_rows"]
     # The mean over all rows, each forgotten as often as there were refreshes with rows since.
     kept, new = memory * before, (1 - memory) * count

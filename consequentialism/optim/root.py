@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ITERATIONS_AFTER = 6  # of Newton and Schulz, once the smallest eigenvalue has grown to about 1
+from ..backend import dispatch
+from ..backend.coordinates import block_order, block_spans
+from ..solve import root as solve
 
 
 class Blocks:
@@ -32,14 +34,11 @@ class Blocks:
         aligned = next(even, None)
         self.count = least if aligned is None else aligned
         self.aligned = aligned is not None
-        each, more = divmod(inputs, self.count)
-        sizes = [each + (i < more) for i in range(self.count)]
         self.bias = bias
         self.inputs = inputs
         self.columns = inputs + bias
-        ends = [sum(sizes[: i + 1]) for i in range(self.count)]
-        self.spans = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        self.order = max(sizes[0], sizes[-1] + bias)
+        self.spans = block_spans(inputs, self.count)
+        self.order = block_order(inputs, self.count, bias)
 
     def of(self, gram: Tensor) -> Tensor:
         """The blocks ``[groups, n, b, b]`` of a whole Gram ``[groups, I, I]``, the bias's column counted."""
@@ -56,7 +55,7 @@ class Blocks:
         return [*reversed(before), (begin, end + self.bias)]
 
 
-def inverse_root(
+def moment_root(
     moment: Tensor, columns: int, damping: float, exponent: float, divided: bool, factor: float = 1.0
 ) -> Tensor:
     """``S = ((A + c I) / t)^-s`` with ``c = damping * t`` and ``t = trace(A) / I``, or without the division by ``t``.
@@ -91,16 +90,15 @@ def inverse_root(
 
 
 def power(scaled: Tensor, damping: float, exponent: float, columns: int) -> Tensor:
-    """``(B + damping I)^-s [..., b, b]`` of symmetric ``B`` whose trace is at most ``columns``.
-
-    By eigenvalues in float64 where the host computes them (measured: 2.4 to 7 times as fast there as Newton and
-    Schulz's iterations in float32, from order 64 to 1024), else by iterations that wait for nothing.
-    """
-    iterated = scaled.device.type != "cpu" and float(1 / exponent).is_integer()
-    if iterated:
-        work = scaled.to(torch.float32 if scaled.dtype != torch.float64 else torch.float64)
-        return newton_schulz(work, damping, int(1 / exponent), columns).to(scaled.dtype)
-    return eigen_power(scaled, damping, exponent)
+    """``(B + damping I)^-s [..., b, b]`` of symmetric ``B``, its trace at most ``columns``; `solve.root` says how."""
+    order, kind = scaled.shape[-1], scaled.device.type
+    condition = 1 + columns / damping
+    how = solve.method(exponent, order, condition, kind, scaled.dtype)
+    if how == "eigenvalues":
+        return eigen_power(scaled, damping, exponent)
+    if how == "cholesky":
+        return cholesky_inverse(scaled, damping)
+    return iterated_power(scaled, damping, round(1 / exponent), columns)
 
 
 def eigen_power(scaled: Tensor, damping: float, exponent: float) -> Tensor:
@@ -112,26 +110,28 @@ def eigen_power(scaled: Tensor, damping: float, exponent: float) -> Tensor:
     return ((vectors * powers[..., None, :]) @ vectors.mT).to(scaled.dtype)
 
 
-def newton_schulz(scaled: Tensor, damping: float, order: int, columns: int) -> Tensor:
-    """``(B + damping I)^(-1/order)`` by the coupled Newton iteration: products alone, a fixed number of them.
+def cholesky_inverse(scaled: Tensor, damping: float) -> Tensor:
+    """`power` with ``s = 1``, in float64 where the device has it; NaN where a factor breaks down."""
+    wide = scaled if scaled.device.type == "mps" else scaled.double()
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    lower, info = torch.linalg.cholesky_ex(wide + damping * eye)
+    inverse = torch.cholesky_solve(eye.expand_as(lower), lower)  # waits for nothing, on a GPU either
+    return torch.where((info == 0)[..., None, None], inverse, torch.nan).to(scaled.dtype)
 
-    ``M <- T^p M`` and ``X <- X T`` with ``T = ((p + 1) I - M) / p``, from ``M = (B + damping I) / z``, ``X = z^(-1/p)``
-    and ``z = |B + damping I|``. The ridge bounds the smallest eigenvalue, and so the number of steps, beforehand.
+
+def iterated_power(scaled: Tensor, damping: float, root: int, columns: int) -> Tensor:
+    """`power` with ``s = 1/root`` by the backend's `inverse_root`: it waits for nothing.
+
+    The ridge bounds the smallest eigenvalue, the trace the largest, and so both fix the steps beforehand.
     """
-    eye = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
-    matrix = scaled + damping * eye
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    largest = columns + damping * math.sqrt(scaled.shape[-1])
-    growth = order * math.log1p(1 / order)
-    steps = math.ceil(math.log(max(largest / damping, 1.0)) / growth) + ITERATIONS_AFTER
-    matrix = matrix / norm
-    result = eye * norm.pow(-1 / order)
-    for _ in range(steps):
-        turn = ((order + 1) * eye - matrix) / order
-        result = result @ turn
-        matrix = torch.linalg.matrix_power(turn, order) @ matrix
-        matrix = (matrix + matrix.mT) / 2
-    return result
+    order = scaled.shape[-1]
+    work = scaled.to(solve.work_dtype(1 + columns / damping, scaled.dtype, scaled.device.type), copy=True)
+    work.diagonal(dim1=-2, dim2=-1).add_(damping)
+    norm = torch.linalg.matrix_norm(work, keepdim=True)  # Frobenius's, at least the largest eigenvalue
+    low = damping / (columns + damping * math.sqrt(order))
+    plan = solve.plan(root, low, work.dtype)
+    result = dispatch.for_coordinates(work).inverse_root(work.div_(norm), plan.root, plan.coefficients)
+    return result.mul_(norm.pow(-1 / root)).to(scaled.dtype)
 
 
 def right_multiply(

@@ -1,0 +1,127 @@
+"""How ``(B + c I)^-s`` is made, by which method and in which type, decided here; and the polynomials of its iteration.
+
+The coupled iteration for an inverse root of order ``p``, ``s = 1/p``, is ``X <- X T`` and ``M <- T^p M`` from ``X = I``
+and an ``M`` with eigenvalues in ``[low, 1]``; where all become 1, X is ``M^(-1/p)``. ``T`` is a quadratic polynomial in
+M, in each step the one whose ``|1 - m^(1/p) T(m)|`` is smallest over all ``m`` that M may then have: products alone, a
+number of them that the ridge fixes beforehand, and no look at the matrix.
+
+Source: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse" (2006), for the coupled form;
+Amsel et al., "The Polar Express" (2025), for taking the minimax polynomial in each step (there for ``p = 2``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import torch
+
+Method = Literal["iteration", "eigenvalues", "cholesky"]
+
+ROOTS = (2, 4, 8)  # orders that the iteration takes: T^p is then a few squarings
+# Up to this bound on the condition number the iteration is in float32. Measured, damping 0.03, a decaying spectrum,
+# p = 2, relative error of S at orders 64, 128, 256 and 512: 5e-7, 9e-7, 2e-6, 3e-6, where float64 eigenvalues of the
+# same moment, which was rounded to float32, are off by 2e-7, 3e-7, 6e-7, 1e-6, and float32 ones by 1e-5 to 4e-4.
+MAX_FLOAT32_CONDITION = 1e5
+# On the host, in float32 against float64 eigenvalues. Measured, seconds of the iteration by those of the eigenvalues,
+# paired, p = 2 and 4. One matrix on one thread: order 64 .59 .68, 128 .66 .77, 256 .97 .84, 384 1.05 1.02, 512 1.00
+# 1.03, 1024 1.20 1.03. Four matrices on two threads, which then take one each: order 64 .10 .48, 128 .16 .24, 256 .12
+# .09, 512 .25 .19 (busy threads, for which LAPACK's own wait).
+MAX_CPU_ITERATED_ORDER = 512
+TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-15}
+NEAR_ONE = 1e-3  # where Taylor's polynomial about the middle is the minimax one but for rounding
+
+
+class Plan(NamedTuple):
+    """``T = a I + b M + c M^2`` of each step, ``(a, b, c)`` one after the other, for an inverse root of this order."""
+
+    root: int
+    coefficients: list[float]
+
+
+def method(exponent: float, order: int, condition: float, device_type: str, dtype: torch.dtype) -> Method:
+    """How ``(B + c I)^-exponent [order, order]`` is made of a float32 or float64 B.
+
+    Args:
+        condition: A bound on its condition number.
+        device_type: Eigenvalues make the host of a GPU wait.
+    """
+    if exponent == 1:
+        return "cholesky"
+    if round(1 / exponent) not in ROOTS or 1 / round(1 / exponent) != exponent:
+        return "eigenvalues"
+    if device_type != "cpu":
+        return "iteration"
+    narrow = work_dtype(condition, dtype, device_type) == torch.float32
+    return "iteration" if narrow and order <= MAX_CPU_ITERATED_ORDER else "eigenvalues"
+
+
+def work_dtype(condition: float, dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type that the iteration runs in."""
+    narrow = condition <= MAX_FLOAT32_CONDITION or device_type == "mps"
+    return torch.float32 if narrow and dtype != torch.float64 else torch.float64
+
+
+@functools.lru_cache(maxsize=256)
+def plan(root: int, low: float, dtype: torch.dtype) -> Plan:
+    """The steps for eigenvalues in ``[low, 1]``, as many as the type's digits need.
+
+    Args:
+        root: ``p``.
+        low: Above 0.
+    """
+    coefficients: list[float] = []
+    while True:
+        a, b, c, error = _minimax(root, low) if low < 1 - NEAR_ONE else _taylor(root, low)
+        done = error <= TOLERANCE[dtype]
+        largest = 1.0 if done else 1 + error  # of T m^(1/p); the last step's values lie about 1
+        coefficients += [a / largest, b / largest, c / largest]
+        if done:
+            return Plan(root, coefficients)
+        low = ((1 - error) / (1 + error)) ** root
+
+
+def _minimax(root: int, low: float) -> tuple[float, float, float, float]:
+    """``a, b, c`` with the least ``max |1 - m^(1/p) (a + b m + c m^2)|`` over ``[low, 1]``, and that maximum.
+
+    Remez's exchange. The four points where it is taken are the ends and the two zeros of the derivative,
+    ``a / p + (1 + 1/p) b m + (2 + 1/p) c m^2``.
+    """
+    s = 1 / root
+    points = [low, low ** (2 / 3), low ** (1 / 3), 1.0]
+    for _ in range(100):
+        rows = [[m**s, m ** (1 + s), m ** (2 + s), sign, 1.0] for m, sign in zip(points, (1, -1, 1, -1), strict=True)]
+        a, b, c, error = _solve(rows)
+        half, square = (1 + s) * b / (2 * (2 + s) * c), a * s / ((2 + s) * c)
+        far = -half + math.copysign(math.sqrt(max(half * half - square, 0.0)), -half)
+        inner = sorted((square / far, far))
+        moved = max(abs(new / old - 1) for new, old in zip(inner, points[1:3], strict=True))
+        points[1:3] = [min(max(m, low), 1.0) for m in inner]
+        if moved < 1e-12:
+            break
+    return a, b, c, abs(error)
+
+
+def _taylor(root: int, low: float) -> tuple[float, float, float, float]:
+    """The same about the middle of ``[low, 1]``, a short interval."""
+    s, middle = 1 / root, (1 + low) / 2
+    scale = middle**-s
+    c = scale * s * (s + 1) / 2
+    b = -scale * s - 2 * c
+    a = scale - b - c
+    width = (1 - low) / (2 * middle)
+    return a, b / middle, c / middle**2, s * (s + 1) * (s + 2) / 6 * width**3
+
+
+def _solve(rows: list[list[float]]) -> list[float]:
+    """The solution of a linear system, its right side in the last column, by Gauss's elimination."""
+    n = len(rows)
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for r in range(n):
+            if r != i:
+                share = rows[r][i] / rows[i][i]
+                rows[r] = [value - share * top for value, top in zip(rows[r], rows[i], strict=True)]
+    return [row[n] / row[i] for i, row in enumerate(rows)]
