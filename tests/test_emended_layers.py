@@ -236,7 +236,7 @@ def test_what_is_left_alone_is_stepped_plainly() -> None:
     )
     dense = [p for name, p in model.named_parameters() if not name.startswith(("lazy", "sparse"))]
     optimizer = cw.optim.Emended(torch.optim.SGD(dense, 0.1, weight_decay=0.1), model, refresh_every=1)
-    assert [unit.name for unit in optimizer.units] == ["same"]
+    assert [unit.name for unit in optimizer.units] == ["same", "attention"]  # its input projection
     assert set(optimizer.left_alone) == {"own", "parametrised", "attention", "sparse", "lazy"}
     x = randn(20, 6)
     loss = squares(model["parametrised"](model["norm"](model["own"](model["same"](x)))))

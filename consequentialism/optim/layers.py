@@ -38,15 +38,21 @@ class Kind:
     inputs_together = 1  # of the rows, which blocks keep together where they can
     outputs_first = True  # whether the weight's first dimension is that of the outputs
 
+    weight_name = "weight"
+    bias_name = "bias"
+
     def __init__(self, module: nn.Module) -> None:
-        self.weight_name = "weight"
-        self.bias_name = "bias"
+        """Of a layer; the kind keeps nothing of it."""
 
     def weight(self, module: nn.Module) -> Any:
         return module._parameters.get(self.weight_name)
 
     def bias(self, module: nn.Module) -> Any:
         return module._parameters.get(self.bias_name)
+
+    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What forward multiplies the weight with, of its arguments: one tensor, or one for each group."""
+        return (args[0] if args else next(iter(kwargs.values())),)
 
     def view(self, weight: Tensor) -> Tensor:
         """The weight as ``[groups, O/groups, ...]``, of which the last dimensions are the inputs; always a view."""

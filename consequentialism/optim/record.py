@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -118,9 +118,13 @@ class Recorder:
             if gram is not None:
                 return gram, *known[3:]
         gram, count = gram_of(kind, blocks, x, per_sample, slot.dtype)
-        self._calls += 1
-        self._known[key] = (weakref.ref(x), x._version, weakref.ref(gram), count, self._calls)
+        self._known[key] = (weakref.ref(x), x._version, weakref.ref(gram), count, self.number())
         return gram, count, self._calls
+
+    def number(self) -> int:
+        """That of a Gram that is new."""
+        self._calls += 1
+        return self._calls
 
 
 def gram_of(kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, dtype: torch.dtype) -> tuple[Tensor, Any]:
@@ -128,6 +132,22 @@ def gram_of(kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, dtype: torc
     with full_precision(x.device.type):
         gram, rows = kind.gram(x, blocks, dtype)
     return gram, kind.scale_count(x, rows, per_sample)
+
+
+def joined(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """The Grams of several inputs, a group each, and the first one's count, to which the others are scaled."""
+    gram, count = parts[0]
+    if len(parts) == 1:
+        return gram, count
+    scaled = [own if other is count else own * (count / max(other, 1)) for own, other in parts]
+    return torch.cat(scaled), count
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Of what a module returns: the tensor itself, or the first of a tuple; of a packed sequence its data."""
+    while isinstance(output, tuple) and not isinstance(output, Tensor):
+        output = output[0]
+    return output
 
 
 class Hook:
@@ -148,18 +168,19 @@ class Hook:
             return
         if not self.kind.weight(module).requires_grad:
             return
-        x = args[0] if args else next(iter(kwargs.values()))
+        inputs = self.kind.inputs_of(args, kwargs)
         if torch.compiler.is_compiling():
-            self._trace(x)
+            self._trace(inputs)
         elif not _torch.transforms_active():
-            self._note(x, output)
+            self._note(inputs, first_tensor(output))
 
-    def _trace(self, x: Tensor) -> None:
+    def _trace(self, inputs: Sequence[Tensor]) -> None:
         """In a compiled forward the Gram enters at once, for a graph has no hooks on its tensors."""
         with torch.no_grad():
-            self.slot.add(*gram_of(self.kind, self.blocks, x.detach(), self.per_sample, self.slot.dtype))
+            parts = [gram_of(self.kind, self.blocks, x.detach(), self.per_sample, self.slot.dtype) for x in inputs]
+            self.slot.add(*joined(parts))
 
-    def _note(self, x: Tensor, output: Tensor) -> None:
+    def _note(self, inputs: Sequence[Tensor], output: Tensor) -> None:
         """Backward enters the Gram: once, whatever checkpointing runs again, and only with its gradient."""
         if not output.requires_grad:
             return
@@ -169,7 +190,11 @@ class Hook:
                 "use process_group='auto'"
             )
         with torch.no_grad():
-            gram, count, call = self.recorder.gram(self.kind, self.blocks, whole_input(x), self.per_sample, self.slot)
+            parts = [
+                self.recorder.gram(self.kind, self.blocks, whole_input(x), self.per_sample, self.slot) for x in inputs
+            ]
+            gram, count = joined([part[:2] for part in parts])
+            call = parts[0][2] if len(parts) == 1 else self.recorder.number()
         output.register_hook(_Entry(self.slot, gram, count, call))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:

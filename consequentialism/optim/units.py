@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _torch
+from .composite import composite_kinds
 from .layers import Kind, Lookup, kind_of, moment_dtype
 from .record import Slot
 from .root import Blocks, right_multiply
@@ -172,16 +173,19 @@ def find_units(
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
         name = name.replace("_orig_mod.", "").removeprefix("_orig_mod")
-        if isinstance(module, nn.MultiheadAttention):
-            left_alone[name] = "MultiheadAttention passes its weights around its modules"
-        kind = None if id(module) in inside else kind_of(module)
-        if kind is None or (isinstance(kind, Kind) and filter_fn is not None and not filter_fn(module, name)):
+        kinds, rest = composite_kinds(module)
+        kind = None if id(module) in inside or kinds or rest else kind_of(module)
+        found = [*kinds] if kind is None else [kind]
+        if any(isinstance(own, Kind) for own in found) and filter_fn is not None and not filter_fn(module, name):
             continue
-        reason = kind if isinstance(kind, str) else _obstacle(kind.weight(module), owned)
-        if reason is not None or isinstance(kind, str):
-            left_alone[name] = str(reason)
-        else:
-            uses.setdefault(id(kind.weight(module)), []).append((name, module, kind))
+        if rest is not None:
+            left_alone[name] = rest
+        for own in found:
+            reason = own if isinstance(own, str) else _obstacle(own.weight(module), owned)
+            if reason is not None or isinstance(own, str):
+                left_alone[name] = str(reason)
+            else:
+                uses.setdefault(id(own.weight(module)), []).append((name, module, own))
     units = []
     for users in uses.values():
         linear = [user for user in users if not isinstance(user[2], Lookup)] or users
