@@ -1,8 +1,8 @@
 """Modules with several weights of their own, of which those are stepped in coordinates whose input is the module's own.
 
 `torch.nn.MultiheadAttention` multiplies its query, key and value by ``in_proj_weight``, which is three linear layers
-one over the other; recurrent layers multiply their input by the lowest ``weight_ih``. What the other weights are multiplied
-with arises inside and is seen by nobody outside: they are stepped plainly, and named.
+one over the other; recurrent layers multiply their input by the lowest ``weight_ih``. What the other weights are
+multiplied with arises inside and is seen by nobody outside: they are stepped plainly, and named.
 """
 
 from __future__ import annotations

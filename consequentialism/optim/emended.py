@@ -42,8 +42,8 @@ class Emended(torch.optim.Optimizer):
     these a step costs two products with ``S`` a layer. Gradients stay the plain ones until ``step()``, so clipping,
     accumulation, loss scaling, DDP and FSDP2 work as they always do: a step over k micro-batches with ``memory=0`` is
     that of their union, exactly. Linear layers, convolutions, transposed ones, `transformers`' ``Conv1D`` and
-    embeddings are served, a layer's bias as an input that is always 1; of attentions and recurrent layers the projections
-    of their own input (`left_alone` names the rest); the optimizer steps the rest as ever.
+    embeddings are served, a layer's bias as an input that is always 1; of attentions and recurrent layers the
+    projections of their own input (`left_alone` names the rest); the optimizer steps the rest as ever.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = cw.optim.Emended(optimizer, model)
