@@ -113,6 +113,8 @@ def test_demo_reports_all_that_it_measured(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert "emended-sgd" in done.stdout
     assert "adam" in json.dumps(results)
+    assert {run["trial"]["lr"] for run in results["runs"] if run["trial"]["optimizer"] == "adam"} == {0.001, 0.011}
+    assert "Untuned, test accuracy after one epoch: emended SGD" in done.stdout
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

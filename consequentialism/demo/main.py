@@ -74,15 +74,26 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Samples, schedule: Schedule) -> None:
     given, rule = _given_target(chosen, [trial.optimizer for trial in trials])
+    untuned = _untuned(chosen, trials, data, schedule)
     groups = _train(chosen, trials, data, schedule)
     target = plain_target(groups, len(data.test_x)) if given is None else given
     assert target is not None  # _given_target gives one where no optimizer is plain
     rows = [summarise(runs, target) for runs in groups]
     config = _config(chosen, data, schedule) | {"target": target, "target_rule": rule}
-    report.write_json(chosen.out / "results.json", config, rows, groups)
-    report.draw(chosen.out / "demo.png", config, groups)
+    report.write_json(chosen.out / "results.json", config, rows, [*groups, *untuned])
+    report.draw(chosen.out / "demo.png", config, untuned, groups)
+    report.print_untuned(config, untuned)
     report.print_table(config, rows, verdict(rows))
     print(f"Picture: {chosen.out / 'demo.png'}; curves and settings: {chosen.out / 'results.json'}")
+
+
+def _untuned(chosen: argparse.Namespace, trials: Sequence[Trial], data: Samples, schedule: Schedule) -> list[list[Run]]:
+    """The same optimizers at their usual settings, for a few epochs, evaluated once an epoch at least."""
+    usual = [settings.UNTUNED[trial.optimizer] for trial in trials]
+    epochs = min(settings.UNTUNED_EPOCHS, schedule.epochs)
+    a_pass = step_count(len(data.train_x), schedule, 1)
+    every = math.gcd(a_pass, schedule.eval_every) if a_pass % schedule.eval_every else schedule.eval_every
+    return _train(chosen, usual, data, dataclasses.replace(schedule, epochs=epochs, eval_every=every))
 
 
 def _grid(chosen: argparse.Namespace, optimizers: Sequence[str], data: Samples, schedule: Schedule) -> None:

@@ -88,8 +88,25 @@ def write_json(path: Path, config: Mapping[str, Any], rows: Sequence[Row], group
     _write(path, json.dumps(_finite(content), indent=1).encode())
 
 
-def draw(path: Path, config: Mapping[str, Any], groups: Sequence[Sequence[Run]]) -> None:
-    """Training loss against steps and seconds, test accuracy against steps; several seeds as their median."""
+def print_untuned(config: Mapping[str, Any], groups: Sequence[Sequence[Run]]) -> None:
+    """One line: everybody's test accuracy after one epoch at the usual settings."""
+    found = sorted(((after_an_epoch(config, runs), runs[0].trial) for runs in groups), key=lambda pair: -pair[0])
+    shown = ", ".join(f"{label(trial.optimizer)} {accuracy:.1%} (lr {trial.lr:g})" for accuracy, trial in found)
+    console = need("rich.console").Console(width=None if os.isatty(1) else 120)
+    console.print(f"Untuned, test accuracy after one epoch: {shown}.", highlight=False)
+
+
+def after_an_epoch(config: Mapping[str, Any], runs: Sequence[Run]) -> float:
+    """Median test accuracy at the first evaluation after all training samples were seen once."""
+    an_epoch = config["train_samples"] // config["batch_size"]
+    place = next((i for i, step in enumerate(runs[0].steps) if step >= an_epoch), -1)
+    return median(run.test_accuracy[place] for run in runs)
+
+
+def draw(
+    path: Path, config: Mapping[str, Any], untuned: Sequence[Sequence[Run]], groups: Sequence[Sequence[Run]]
+) -> None:
+    """Test accuracy: at the usual settings, and tuned against steps and seconds; several seeds as their median."""
     need("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -97,37 +114,49 @@ def draw(path: Path, config: Mapping[str, Any], groups: Sequence[Sequence[Run]])
     figure = Figure(figsize=(15, 5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    for runs in groups:
-        name = runs[0].trial.optimizer
-        style = {
-            "color": COLOURS[name.removeprefix(PREFIX)],
-            "linestyle": "-" if is_emended(name) else (0, (4, 2)),
-            "linewidth": 2.0 if is_emended(name) else 1.3,
-            "label": label(name),
-        }
-        steps = runs[0].steps
-        seconds = _medians([run.seconds for run in runs])
-        loss = _medians([run.train_loss for run in runs])
-        panels[0].plot(steps, loss, **style)
-        panels[1].plot(seconds, loss, **style)
-        panels[2].plot(steps, [100 * a for a in _medians([run.test_accuracy for run in runs])], **style)
     target = 100 * config["target"]
-    panels[2].axhline(target, color="black", linewidth=1, linestyle=":", label=f"target {target:.1f} %")
-    for panel, quantity in ((panels[0], "steps"), (panels[1], "seconds of training"), (panels[2], "steps")):
+    an_epoch = config["train_samples"] // config["batch_size"]
+    for runs in untuned:
+        panels[0].plot(runs[0].steps, _percent(runs), **_style(runs[0].trial.optimizer))
+    panels[0].axvline(an_epoch, color="black", linewidth=1, linestyle=":")
+    panels[0].annotate("one epoch", (an_epoch, 2), textcoords="offset points", xytext=(4, 0), fontsize=9)
+    panels[0].set_ylim(0, 100)
+    panels[0].set_title("nobody tuned: usual rates, this package's defaults", fontsize=11)
+    for runs in groups:
+        style = _style(runs[0].trial.optimizer)
+        panels[1].plot(runs[0].steps, _percent(runs), **style)
+        panels[2].plot(_medians([run.seconds for run in runs]), _percent(runs), **style)
+    for panel in panels[1:]:
+        panel.axhline(target, color="black", linewidth=1, linestyle=":", label=f"target {target:.1f} %")
+        panel.set_ylim(max(0.0, target - 12), min(100.0, target + 3))
+    panels[1].set_title("each tuned on the same grid, by steps", fontsize=11)
+    panels[2].set_title("each tuned on the same grid, by time", fontsize=11)
+    for panel, quantity in zip(panels, ("steps", "steps", "seconds of training"), strict=True):
         panel.set_xlabel(quantity)
+        panel.set_ylabel("test accuracy, %")
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
-    for panel in panels[:2]:
-        panel.set_yscale("log")
-        panel.set_ylabel("training loss")
-    panels[2].set_ylabel("test accuracy, %")
-    panels[2].set_ylim(max(0.0, target - 12), min(100.0, target + 3))
-    handles, names = panels[2].get_legend_handles_labels()
+    handles, names = panels[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(_title(config))
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _style(name: str) -> dict[str, Any]:
+    emended = is_emended(name)
+    return {
+        "color": COLOURS[name.removeprefix(PREFIX)],
+        "linestyle": "-" if emended else (0, (4, 2)),
+        "linewidth": 2.0 if emended else 1.3,
+        "label": label(name),
+    }
+
+
+def _percent(runs: Sequence[Run]) -> list[float]:
+    return [100 * accuracy for accuracy in _medians([run.test_accuracy for run in runs])]
 
 
 def _table(title: str, *settings: str) -> Any:

@@ -111,6 +111,19 @@ RECORDED: dict[tuple[str, str], tuple[Trial, ...]] = {
         Trial("emended-sgd", 0.5, 0.1),
     ),
 }
+# What people begin with, where nobody tunes: the usual rates of the plain optimizers, and this package's defaults, with
+# SGD's NLMS step size of 1 and a tenth of it under a momentum of 0.9.
+UNTUNED = {
+    "sgd": Trial("sgd", 0.1),
+    "nag": Trial("nag", 0.1),
+    "rmsprop": Trial("rmsprop", 0.001),
+    "adam": Trial("adam", 0.001),
+    "emended-sgd": Trial("emended-sgd", 1.0, 1.0),
+    "emended-nag": Trial("emended-nag", 0.1, 1.0),
+    "emended-rmsprop": Trial("emended-rmsprop", 0.001, 1.0),
+    "emended-adam": Trial("emended-adam", 0.001, 1.0),
+}
+UNTUNED_EPOCHS = 4
 TARGET = {
     ("digits", "mlp"): 0.9817,
     ("mnist5k", "mlp"): 0.9399,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,10 +68,7 @@ class Seen:
     def options(self, default: Options) -> Options:
         """The layer's own where it is emended, without a process group: of this rank's batch alone."""
         module = self.module
-        if not isinstance(module, EmendedModule):
-            return default
-        values = {name: getattr(module, name) for name in module.OPTIONS if name != "process_group"}
-        return Options(**values)
+        return replace(module.options, process_group=None) if isinstance(module, EmendedModule) else default
 
     @functools.cached_property
     def shape(self) -> Any:
