@@ -54,7 +54,9 @@ class Emended(torch.optim.Optimizer):
     not enter.
 
     Make it before `torch.compile` sees a forward, for its hooks must be there. A compiled forward counts its batch at
-    once, an eager one when its backward runs.
+    once, an eager one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold training
+    steps between refreshes, as nothing is then read by the host and roots stay where they are: capture while
+    `is_recording` is False, which takes no step, and call `replayed` after each replay.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` that takes dense gradients and calls no closure within its step. It
@@ -242,6 +244,29 @@ class Emended(torch.optim.Optimizer):
     def _is_due(self) -> bool:
         return int(self._steps) % self.refresh_every == 0
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether forwards are recorded now, for the next step refreshes ``A`` and ``S``."""
+        return self._recorder.recording
+
+    def replayed(self, steps: int = 1) -> None:
+        """Count steps that a CUDA graph took, which the host has not seen; no refresh may be due within them.
+
+        Raises:
+            ValueError: A refresh is due before that.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"steps must be an integer of at least 1, got {steps!r} ({type(steps).__name__})")
+        left = -int(self._steps) % self.refresh_every
+        if self.units and not 1 <= steps <= left:
+            raise ValueError(f"steps must be at least 1 and at most {left}, where a refresh is due, got {steps}")
+        self._count(steps)
+
+    def _count(self, steps: int) -> None:
+        self._steps += steps
+        if self.units and self._is_due():
+            self._recorder.begin()
+
     def _states(self) -> list[memory.State]:
         """Each weight's state, with ours in it."""
         states = []
@@ -252,6 +277,7 @@ class Emended(torch.optim.Optimizer):
             states.append(state)
         return states
 
+    @torch.compiler.disable(reason="consequentialism.optim.Emended.step: what it does depends on the host's counts")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step.
@@ -271,6 +297,12 @@ class Emended(torch.optim.Optimizer):
         states = self._states()
         recorder = self._recorder
         due, ran = recorder.recording, recorder.ran()
+        capturing = _torch.is_capturing()
+        if due and capturing:
+            raise RuntimeError(
+                "consequentialism.optim.Emended refreshes its roots in this step, which a CUDA graph cannot hold: take "
+                "it eagerly where is_recording says so, and capture one between refreshes"
+            )
         if due and (ran or self._rates_count()):
             self._name_unseen()
         if due and ran:
@@ -283,9 +315,8 @@ class Emended(torch.optim.Optimizer):
             step_all(self.optimizer, parts, states, self._rule)
         if due and not ran:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
             return loss
-        self._steps += 1
-        if self._is_due():
-            recorder.begin()
+        if not capturing:
+            self._count(1)
         return loss
 
     def _refresh(self, states: Sequence[memory.State]) -> None:

@@ -45,7 +45,7 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
 
     Args:
         units: All of them, with open slots.
-        states: Their states, which get new tensors.
+        states: Their states; tensors that units begin or cease to share are new, the others are written to.
         memory: What the older rows are multiplied by.
         roots: Each ``S`` of units alike and their ``A``.
         groups: The process groups that the weights' replicas and shards belong to, one after the other.
@@ -57,9 +57,12 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
         made = roots(owners, [own["input_gram"] for own in fresh])
         for members, state, own, root in zip(batch, before, fresh, made, strict=True):
             usable = root.sum().isfinite()
-            own["root"] = torch.where(usable, root, state["root"])
-            own["input_gram"] = torch.where(usable, own["input_gram"], state["input_gram"])
-            own["gram_rows"] = torch.where(usable, own["gram_rows"], state["gram_rows"])
+            own["root"] = root
+            alone = all(i in members for i, other in enumerate(states) if other["root"] is state["root"])
+            for key, value in own.items():
+                # In place where nobody else has it, so that a captured step between refreshes sees it.
+                stood = state[key] if alone else state[key].clone()
+                own[key] = stood.copy_(torch.where(usable, value, stood))
             for member in members:
                 states[member].update(own)
 

@@ -59,7 +59,8 @@ def adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Grou
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names})
     state["step"] += 1
-    step = state["step"].item() if state["step"].device.type == "cpu" else state["step"]
+    on_host = state["step"].device.type == "cpu" and not group["capturable"]
+    step = state["step"].item() if on_host else state["step"]
     beta1, beta2 = group["betas"]
     mean = local(state["exp_avg"]).lerp_(gradient, 1 - beta1)
     square = local(state["exp_avg_sq"]).mul_(beta2).add_(gradient.square_(), alpha=1 - beta2)
