@@ -68,7 +68,7 @@ def test_both_ways_and_every_block_size(name: str, dtype: torch.dtype, layout: s
                 assert own.dtype == out
                 assert_close(f"reference, {patch_bytes} bytes", own, expected, BOUNDS[out])
                 for method in methods(arguments[1]) if ops.conv_device_types else ():
-                    own = ops.conv_gram(x, *arguments, bias, patch_bytes, out, method)
+                    own = torch.ops.consequentialism.conv_gram(x, *arguments, bias, patch_bytes, out, method)
                     assert own.dtype == out
                     assert_close(f"{method}, {patch_bytes} bytes", own, expected, BOUNDS[out])
                     assert_identical("symmetric", own.mT, own)
@@ -80,7 +80,9 @@ def test_deterministic(name: str) -> None:
     size, *arguments = GRAMS[name]
     x = randn(*size, dtype=F32)
     for method in methods(arguments[1]):
-        first, second = (ops.conv_gram(x, *arguments, True, 2**20, F32, method) for _ in range(2))
+        first, second = (
+            torch.ops.consequentialism.conv_gram(x, *arguments, True, 2**20, F32, method) for _ in range(2)
+        )
         assert_identical(method, first, second)
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from cases import F32, needs_kernels, randn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +51,8 @@ def test_gram_of_a_convolution() -> None:
     for groups, stride, bias in ((1, 2, True), (2, 1, False), (4, 1, True)):
         rows = 3 * ((9 + 2 - 3) // stride + 1) * ((8 + 2 - 3) // stride + 1)
         arguments = (x, [3, 3], [stride] * 2, [1, 1], [1, 1], groups, bias, 2**20, F32, "direct")
-        assert counted(ops.conv_gram, *arguments) == groups * rows * (4 // groups * 9 + bias) ** 2
+        expected = groups * rows * (4 // groups * 9 + bias) ** 2
+        assert counted(torch.ops.consequentialism.conv_gram, *arguments) == expected
 
 
 @needs_kernels

@@ -33,6 +33,8 @@ from torch import Tensor
 from consequentialism import reference
 from consequentialism.backend import compiled as ops
 from consequentialism.backend import dispatch
+from consequentialism.backend.schemas import COORDINATE_OPS, OPS
+from consequentialism.options import BACKENDS as BACKEND_NAMES
 
 LAYOUTS: dict[str, Callable[[int, int, torch.dtype], Tensor]] = {
     "contiguous": lambda n, m, dtype: randn(n, m, dtype=dtype),
@@ -171,6 +173,11 @@ def test_damped_inverse_of_groups_is_that_of_each(backend: str, order: int) -> N
     gram = rows @ rows.mT
     gram[4] -= 0.9 * gram[4].diagonal().mean() * torch.eye(order, dtype=F64)  # retried with more damping
     module = kernels(backend, gram)
+    how: Any = (0.5, "relative", "nlms", order, 7)
+    finite = gram[[0, 1, 2, 4]]
+    batched = module.damped_inverse(finite.reshape(2, 2, order, order), *how)
+    assert_identical("batch", batched.flatten(0, 1), module.damped_inverse(finite, *how))
+    assert module.damped_inverse(gram[:0], *how).shape == (0, order, order)
     for damping_mode, scale in (("relative", "nlms"), ("absolute", "raw"), ("relative", "gradient")):
         own = module.damped_inverse(gram, 0.5, damping_mode, scale, order, 7)
         each = torch.stack([module.damped_inverse(one, 0.5, damping_mode, scale, order, 7) for one in gram])
@@ -179,10 +186,27 @@ def test_damped_inverse_of_groups_is_that_of_each(backend: str, order: int) -> N
             assert_close(f"inverse of {k}", own[k], each[k], EXACT)
 
 
-def test_module_of_the_reference_and_of_the_ops_have_the_same_functions() -> None:
-    for name in ops.NAMES:
-        assert callable(getattr(ops, name))
-        assert callable(getattr(reference, name))
+def test_every_backend_has_every_op() -> None:
+    assert (*dispatch.REGISTRY, "auto") == (*BACKEND_NAMES[1:], "auto")
+    for entry in dispatch.REGISTRY.values():
+        if entry.reason_unavailable() is None:
+            assert all(callable(getattr(entry.backend(), name)) for name in OPS)
+            assert entry.backend().LIMITS.fused_rows > 0
+
+
+@needs_kernels
+def test_the_compiled_ops_have_the_schemas_of_the_table() -> None:
+    own = {"emended_linear"}  # has a derivative, and so no fake
+    prefix = "consequentialism::"
+    compiled = {
+        s.name.removeprefix(prefix): str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)
+    }
+    ops_of_table = {**OPS, **COORDINATE_OPS}
+    for name, (schema, _) in ops_of_table.items():
+        expected = schema.replace(" dtype)", " dtype, str method)") if name == "conv_gram" else schema
+        assert str(op(name)._schema) == str(torch._C.parse_schema(f"consequentialism::{name}{expected}"))
+    traced = {"emended_weight_grad", "emended_conv_weight_grad"}  # defined in Python, see autograd/traced.py
+    assert compiled.keys() == ops_of_table.keys() | own | traced
 
 
 def indefinite(smallest: float, order: int = 70) -> Tensor:

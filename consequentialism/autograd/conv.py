@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _torch
-from ..backend import compiled as ops
 from ..backend import dispatch, reference
+from ..backend.protocol import Backend
 from ..backend.reference import conv_errors
 from ..options import DampingMode, Form, Options, Scale
 from ..precision import gram_dtype
 from ..solve import conjugate, cost, distributed
 from . import traced
-from .geometry import Geometry, geometry_of, is_compiled
+from .geometry import Geometry, geometry_of
 from .linear import full_precision, once_differentiable, refuse_jacobian
 
 # Where the largest entries of a Gram's diagonal lie within these, neither it nor products with its inverse leave the
@@ -95,12 +95,12 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
     solved = Solver(options.damping, options.damping_mode, scale, rank, batch, iterations)
     if iterations is not None:
         return Prepared(form, solved, gram, unit)
-    inverse = _inverse(backend, x, gram, solved, unit)
+    inverse = _inverse(backend, gram, solved, unit)
     return Prepared(form, solved, inverse if samples == 1 else inverse * samples, unit)
 
 
 def _gram(
-    backend: Any,
+    backend: Backend,
     x: Tensor,
     geometry: Geometry,
     bias: bool,
@@ -125,15 +125,12 @@ def _gram(
     return gram
 
 
-def _inverse(backend: Any, x: Tensor, gram: Tensor, solver: Solver, unit: Tensor | None) -> Tensor:
+def _inverse(backend: Backend, gram: Tensor, solver: Solver, unit: Tensor | None) -> Tensor:
     """``scale * (G + c I)^-1 [groups, n, n]``, an absolute ``c`` in units of the Gram."""
     if unit is not None and solver.damping_mode == "absolute":
         c = solver.damping / unit / unit
         return reference.inverse_with(gram, c[:, 0, 0], solver.scale, solver.samples)
-    arguments = solver[:5]
-    if gram.shape[0] == 1:
-        return backend.damped_inverse(gram[0], *arguments)[None]
-    return (ops if is_compiled(backend, x) else reference).damped_inverse(gram, *arguments)
+    return backend.damped_inverse(gram, *solver[:5])
 
 
 def _is_looked_at(tensor: Tensor) -> bool:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import compiled as ops
 from ..backend import reference
+from ..backend.protocol import Backend
 from ..backend.reference import ConvBlock
 from ..options import is_whole
-from ..solve import cost
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -124,15 +123,10 @@ class Geometry:
         """The same where the padding is a part of the input."""
         return Geometry(self.kernel, self.stride, (0,) * len(self.kernel), self.dilation, self.groups)
 
-    def gram(self, backend: Any, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
+    def gram(self, backend: Backend, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
         """``x^T x [groups, I, I]`` of the rows, with the bias's column; never more than ``patch_bytes`` of them."""
         kernel, stride, padding, dilation = self._numbers()
-        arguments = (x, kernel, stride, padding, dilation, self.groups, bias, patch_bytes, dtype)
-        if not is_compiled(backend, x):
-            own = backend if hasattr(backend, "conv_gram") and backend is not ops else reference
-            return own.conv_gram(*arguments)
-        method = cost.conv_method(x.shape[1] // self.groups, self.kernel, self.stride, self.positions(x))
-        return ops.conv_gram(*arguments, method)
+        return backend.conv_gram(x, kernel, stride, padding, dilation, self.groups, bias, patch_bytes, dtype)
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ class TransposedGeometry(Geometry):
     def of_blocks(self) -> Geometry:
         return self
 
-    def gram(self, backend: Any, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
+    def gram(self, backend: Backend, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
         """As that of a convolution, class by class: entries of the kernel of two classes are never in one row."""
         inputs, positions = self.inputs(x), self.positions(x)
         gram = x.new_zeros(self.groups, inputs + bias, inputs + bias, dtype=dtype)
@@ -227,7 +221,7 @@ class TransposedGeometry(Geometry):
         return gram
 
     def _gram_of_class(
-        self, classes: Sequence[_Class], backend: Any, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype
+        self, classes: Sequence[_Class], backend: Backend, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype
     ) -> Tensor:
         """Of the positions of one class, with the entries of the kernel that they read in reversed order."""
         kernel, dilation = tuple(c.entries for c in classes), tuple(c.dilation for c in classes)
@@ -291,11 +285,6 @@ def geometry_of(
     """What `Geometry.arguments` came from."""
     numbers = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups
     return TransposedGeometry(*numbers, tuple(output_padding)) if transposed else Geometry(*numbers)
-
-
-def is_compiled(backend: Any, x: Tensor) -> bool:
-    """Whether the compiled ops of convolutions serve ``x``; elsewhere stock operations stream the patches."""
-    return backend is ops and x.device.type in ops.conv_device_types
 
 
 def normalized(

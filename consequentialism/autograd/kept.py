@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backend import reference
+from ..backend.protocol import Ops
 from ..options import DampingMode, Form, Scale
 from ..solve import conjugate
 
@@ -35,7 +36,7 @@ class EmendedInput(NamedTuple):
         """As arguments of a Function."""
         return "emended", (), self.emended, self.column
 
-    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Any, need_weight: bool, need_bias: bool) -> Gradients:
+    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
         """``dw [O, I]`` and ``db [O]`` of ``dy [N, O]``, each None where it is not needed."""
         emended = self.emended if need_weight else None
         column = self.column if need_bias else None
@@ -81,7 +82,7 @@ class Inverse(NamedTuple):
         border = self.inverse[-1]
         return x.to(self.inverse.dtype) @ border[:-1] + border[-1]
 
-    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Any, need_weight: bool, need_bias: bool) -> Gradients:
+    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
         """As that of `EmendedInput`; ``x [N, I]``."""
         assert x is not None
         if not need_weight:
@@ -137,7 +138,7 @@ class Conjugate(NamedTuple):
         """As arguments of a Function."""
         return "conjugate", (self.system,), self.gram, None
 
-    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Any, need_weight: bool, need_bias: bool) -> Gradients:
+    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
         """As that of `EmendedInput`; ``x [N, I]``."""
         assert x is not None
         dw, db = conjugate.weight_grad(self.system, self.gram, x, dy, backend)
@@ -170,7 +171,7 @@ class FusedCall(NamedTuple):
         """As arguments of a Function."""
         return "fused", tuple(self), None, None
 
-    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Any, need_weight: bool, need_bias: bool) -> Gradients:
+    def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
         """As that of `EmendedInput`; ``x [N, I]``."""
         assert x is not None
         dw, db = backend.fused_weight_grad(x, dy, *self)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .. import _torch
 from ..backend import reference
+from ..backend.protocol import Backend
 from ..options import Options
 from ..solve import conjugate, cost, distributed
 from ..solve.cost import Plan
@@ -51,7 +52,7 @@ def prepare(
     bias: bool,
     outputs: int,
     options: Options,
-    backend: Any,
+    backend: Backend,
     need_weight: bool,
     need_bias: bool,
     plan: Plan | None = None,

@@ -115,7 +115,7 @@ def _weight_grad(
         backend = dispatch.select(options.backend, x)
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         with torch.no_grad(), full_precision(x.device.type):
-            plan = cost.plan(x, bias, outputs, options, backend.MAX_FUSED_ROWS if need_weight else 0)
+            plan = cost.plan(x, bias, outputs, options, backend.LIMITS.fused_rows if need_weight else 0)
             kept = prepare(x, bias, outputs, options, backend, need_weight, need_bias, plan)
             own_dw, own_db = kept.weight_grad(x, dy, backend, need_weight, need_bias)
         dw, db = dw if own_dw is None else own_dw, db if own_db is None else own_db

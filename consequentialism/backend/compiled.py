@@ -1,11 +1,10 @@
-"""The compiled ops: loading, fakes for tracing, and typed wrappers with the reference's signatures.
+"""The compiled ops: the extension where it can be loaded, and why not where it cannot.
 
-The schemas stand in ``csrc/ops.cpp``; shapes and meanings are those of `consequentialism.reference`.
+They are kernels of `schemas.OPS` for each type of device; shapes and meanings are those of `reference`.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,12 +15,16 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..options import ConvMethod, DampingMode, Form, Scale
-from ..precision import compute_dtype, emended_dtype
+from ..options import DampingMode, Form, Scale
+from ..solve import cost
+from . import reference
 from .flops import count_ops_of
-from .reference import MAX_FUSED_ROWS as MAX_FUSED_ROWS
+from .protocol import CoordinateOps, Limits, Ops
+from .schemas import COORDINATE_OPS, OPS, add_fakes, coordinate_wrappers, wrappers
 
-NAMES = (
+LIMITS = Limits(fused_rows=128, derivative=True)
+# A type of device without a kernel for one of these has no compiled backend; the others, reference's stock operations.
+NEEDED = (
     "input_gram",
     "damped_inverse",
     "gram_inverse",
@@ -30,8 +33,6 @@ NAMES = (
     "weight_grad",
     "fused_weight_grad",
 )
-CONV_NAMES = ("conv_gram",)
-COORDINATE_NAMES = ("decayed_gram", "inverse_root", "root_product", "add_root_product_")
 
 BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
 
@@ -75,7 +76,7 @@ if missing_reason is not None:
     )
 
 
-def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
+def _device_types(*names: str) -> tuple[str, ...]:
     """The types of device for which the extension has all of these kernels."""
     if module is None:
         return ()
@@ -87,9 +88,26 @@ def _device_types(names: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-device_types = _device_types(NAMES)
-coordinate_device_types = _device_types(COORDINATE_NAMES)
-conv_device_types = _device_types(CONV_NAMES)  # elsewhere a convolution's patches are streamed by stock operations
+device_types = _device_types(*NEEDED)
+conv_device_types = _device_types("conv_gram")
+if module is not None:
+    add_fakes("consequentialism", {**OPS, **COORDINATE_OPS})
+    count_ops_of("consequentialism")
+
+# Of steps in coordinates, likewise: see `dispatch.for_coordinates`.
+coordinate_device_types = _device_types(*COORDINATE_OPS)
+_ops: Ops = reference if module is None else wrappers("consequentialism")
+input_gram = _ops.input_gram
+gram_inverse = _ops.gram_inverse
+emended_input = _ops.emended_input
+emended_inputs = _ops.emended_inputs
+weight_grad = _ops.weight_grad
+fused_weight_grad = _ops.fused_weight_grad
+_coordinate_ops: CoordinateOps = reference if module is None else coordinate_wrappers("consequentialism")
+decayed_gram = _coordinate_ops.decayed_gram
+inverse_root = _coordinate_ops.inverse_root
+root_product = _coordinate_ops.root_product
+add_root_product_ = _coordinate_ops.add_root_product_
 
 
 def breakdowns() -> int:
@@ -98,36 +116,19 @@ def breakdowns() -> int:
     return (0 if module is None else int(module.breakdowns())) + (0 if triton is None else triton.breakdowns())
 
 
-def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
-    return torch.ops.consequentialism.input_gram(x, bias, form)
-
-
 def damped_inverse(
     gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
 ) -> Tensor:
-    return torch.ops.consequentialism.damped_inverse(gram, damping, damping_mode, scale, rank, rows)
-
-
-def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    return torch.ops.consequentialism.gram_inverse(x, bias, form, damping, damping_mode, scale)
-
-
-def emended_input(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.consequentialism.emended_input(x, bias, form, damping, damping_mode, scale)
-
-
-def emended_inputs(
-    xs: Sequence[Tensor],
-    biases: Sequence[bool],
-    forms: Sequence[Form],
-    applied: Sequence[bool],
-    damping: float,
-    damping_mode: DampingMode,
-    scale: Scale,
-) -> tuple[list[Tensor], list[Tensor]]:
-    return torch.ops.consequentialism.emended_inputs(xs, biases, forms, applied, damping, damping_mode, scale)
+    """`reference.damped_inverse` of ``[..., n, n]``; the kernels take one batch dimension, on CUDA none."""
+    settings = damping, damping_mode, scale, rank, rows
+    if gram.ndim == 2 or gram.numel() == 0:
+        return _ops.damped_inverse(gram, *settings)
+    grams = gram.flatten(0, -3)
+    if gram.is_cuda:
+        inverse = torch.stack([_ops.damped_inverse(one, *settings) for one in grams])
+    else:
+        inverse = _ops.damped_inverse(grams, *settings)
+    return inverse.reshape(gram.shape)
 
 
 def conv_gram(
@@ -140,15 +141,14 @@ def conv_gram(
     bias: bool,
     patch_bytes: int,
     dtype: torch.dtype,
-    method: ConvMethod,
 ) -> Tensor:
-    """`reference.conv_gram`; ``method`` says how, see `cost.conv_method`."""
-    arguments = (x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype, method)
-    return torch.ops.consequentialism.conv_gram(*arguments)
-
-
-def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.consequentialism.weight_grad(dy, rows, column)
+    """`reference.conv_gram`, by the method that `cost.conv_method` picks."""
+    arguments = (x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype)
+    if x.device.type not in conv_device_types:
+        return reference.conv_gram(*arguments)
+    positions = reference.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
+    method = cost.conv_method(x.shape[1] // groups, kernel, stride, positions)
+    return torch.ops.consequentialism.conv_gram.default(*arguments, method)
 
 
 def emended_linear(
@@ -168,113 +168,3 @@ def emended_linear(
         applied_to: ``"input"`` or ``"gradient"``, as `cost.Plan` says, or ``"fused"``, as `cost.is_fused` does.
     """
     return torch.ops.consequentialism.emended_linear(x, weight, bias, form, applied_to, damping, damping_mode, scale)
-
-
-def fused_weight_grad(
-    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.consequentialism.fused_weight_grad.default(x, dy, bias, damping, damping_mode, scale)
-
-
-def decayed_gram(gram: Tensor, x: Tensor, bias: bool, memory: float, beta: float) -> Tensor:
-    return torch.ops.consequentialism.decayed_gram(gram, x, bias, memory, beta)
-
-
-def inverse_root(matrix: Tensor, root: int, coefficients: Sequence[float]) -> Tensor:
-    return torch.ops.consequentialism.inverse_root(matrix, root, coefficients)
-
-
-def root_product(rows: Tensor, root: Tensor) -> Tensor:
-    return torch.ops.consequentialism.root_product(rows, root)
-
-
-def add_root_product_(weight: Tensor, rows: Tensor, root: Tensor, alpha: float) -> None:
-    torch.ops.consequentialism.add_root_product_(weight, rows, root, alpha)
-
-
-def _square(x: Tensor, bias: bool, form: str) -> Tensor:
-    n = x.shape[0] if form == "dual" else x.shape[1] + int(bias)
-    return x.new_empty((n, n), dtype=compute_dtype(x.dtype))
-
-
-def _emended(x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
-    return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=compute_dtype(x.dtype))
-
-
-if module is not None:
-    count_ops_of("consequentialism")
-
-    @torch.library.register_fake("consequentialism::input_gram")
-    def _(x: Tensor, bias: bool, form: str) -> Tensor:
-        return _square(x, bias, form)
-
-    @torch.library.register_fake("consequentialism::damped_inverse")
-    def _(gram: Tensor, damping: float, damping_mode: str, scale: str, rank: int, rows: int) -> Tensor:
-        return gram.new_empty(gram.shape)
-
-    @torch.library.register_fake("consequentialism::gram_inverse")
-    def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> Tensor:
-        return _square(x, bias, form)
-
-    @torch.library.register_fake("consequentialism::emended_input")
-    def _(x: Tensor, bias: bool, form: str, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
-        return _emended(x, bias)
-
-    @torch.library.register_fake("consequentialism::emended_inputs")
-    def _(
-        xs: list[Tensor],
-        biases: list[bool],
-        forms: list[str],
-        applied: list[bool],
-        damping: float,
-        damping_mode: str,
-        scale: str,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        pairs = []
-        for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
-            square = _square(x, bias, form)
-            pairs.append(_emended(x, bias) if is_applied else (square, square.new_empty(0)))
-        return [kept for kept, _ in pairs], [column for _, column in pairs]
-
-    @torch.library.register_fake("consequentialism::conv_gram")
-    def _(
-        x: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        bias: bool,
-        patch_bytes: int,
-        dtype: torch.dtype,
-        method: str,
-    ) -> Tensor:
-        n = x.shape[1] // groups * math.prod(kernel) + int(bias)
-        return x.new_empty((groups, n, n), dtype=dtype)
-
-    @torch.library.register_fake("consequentialism::weight_grad")
-    def _(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = dy.shape[1]
-        return dy.new_empty((outputs, rows.shape[1])), dy.new_empty((0 if column.shape[0] == 0 else outputs,))
-
-    @torch.library.register_fake("consequentialism::fused_weight_grad")
-    def _(x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: str, scale: str) -> tuple[Tensor, Tensor]:
-        outputs = dy.shape[1]
-        return dy.new_empty((outputs, x.shape[1])), dy.new_empty((outputs if bias else 0,))
-
-    @torch.library.register_fake("consequentialism::decayed_gram")
-    def _(gram: Tensor, x: Tensor, bias: bool, memory: float, beta: float) -> Tensor:
-        return gram.new_empty(gram.shape)
-
-    @torch.library.register_fake("consequentialism::inverse_root")
-    def _(matrix: Tensor, root: int, coefficients: Sequence[float]) -> Tensor:
-        return matrix.new_empty(matrix.shape)
-
-    @torch.library.register_fake("consequentialism::root_product")
-    def _(rows: Tensor, root: Tensor) -> Tensor:
-        return root.new_empty(rows.shape)
-
-    @torch.library.register_fake("consequentialism::add_root_product_")
-    def _(weight: Tensor, rows: Tensor, root: Tensor, alpha: float) -> None:
-        return None

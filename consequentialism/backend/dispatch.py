@@ -11,37 +11,109 @@ import importlib
 import importlib.util
 import os
 from importlib import metadata
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _torch
-from . import compiled as ops
-from . import reference
+from . import compiled, reference
+from .protocol import Backend, CoordinateOps
 
 AVAILABLE = "available"
 MIN_TRITON = (3, 6)
-_triton: ModuleType | None = None  # the Triton backend, once it was asked for and could be loaded
+MIN_TRITON_CAPABILITY = (8, 0)  # the first with tensor cores for all types
+_triton: Any = None  # the Triton backend, once it was asked for and could be loaded
 
 
-def _compiled(device_type: str) -> str:
-    if ops.module is None:
-        return f"no compiled extension: {ops.missing_reason}"
-    if device_type in ops.device_types:
-        return AVAILABLE
-    if device_type == "cuda":
-        built = ops.module.build_info()["cuda"]
-        return "the extension was built for the CPU only" if built is None else "no CUDA kernels in this version"
-    return f"the extension has no {device_type} kernels"
+class Entry(Protocol):
+    """A backend in `REGISTRY`, which may not be there."""
+
+    def reason_unavailable(self) -> str | None:
+        """Why it cannot be used on this machine, or None."""
+        ...
+
+    def backend(self) -> Backend:
+        """The backend itself, where there is no reason."""
+        ...
+
+    def device_types(self) -> tuple[str, ...]:
+        """The types of device whose tensors it serves; none, all of them."""
+        ...
+
+    def takes(self, device_type: str) -> bool:
+        """Whether ``"auto"`` takes it for tensors of that type of device, unless an earlier entry does."""
+        ...
 
 
-def _cuda() -> str:
-    compiled = _compiled("cuda")
-    if compiled == AVAILABLE and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return compiled
+class Compiled:
+    """The extension's kernels for one type of device."""
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+
+    def reason_unavailable(self) -> str | None:
+        if compiled.module is None:
+            return f"no compiled extension: {compiled.missing_reason}"
+        if not self.takes(self.device_type):
+            if self.device_type != "cuda":
+                return f"the extension has no {self.device_type} kernels"
+            built = compiled.module.build_info()["cuda"]
+            return "the extension was built for the CPU only" if built is None else "no CUDA kernels in this version"
+        if self.device_type == "cuda" and not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        return None
+
+    def backend(self) -> Backend:
+        return compiled
+
+    def device_types(self) -> tuple[str, ...]:
+        return (self.device_type,)
+
+    def takes(self, device_type: str) -> bool:
+        return device_type == self.device_type and device_type in compiled.device_types
+
+
+class Triton:
+    """Triton's kernels, on CUDA; with ``TRITON_INTERPRET=1`` in its interpreter, which is for tests, by name."""
+
+    def reason_unavailable(self) -> str | None:
+        reason = _load_triton()
+        return None if reason == AVAILABLE else reason
+
+    def backend(self) -> Backend:
+        backend: Backend = _triton
+        return backend
+
+    def device_types(self) -> tuple[str, ...]:
+        return ("cpu", "cuda") if _triton is not None and _triton.INTERPRETED else ("cuda",)
+
+    def takes(self, device_type: str) -> bool:
+        return device_type == "cuda" and self.reason_unavailable() is None and not _triton.INTERPRETED
+
+
+class Reference:
+    """Plain PyTorch, everywhere."""
+
+    def reason_unavailable(self) -> str | None:
+        return None
+
+    def backend(self) -> Backend:
+        return reference
+
+    def device_types(self) -> tuple[str, ...]:
+        return ()
+
+    def takes(self, device_type: str) -> bool:
+        return True
+
+
+REGISTRY: dict[str, Entry] = {  # in the order of "auto"
+    "cpu": Compiled("cpu"),
+    "cuda": Compiled("cuda"),
+    "triton": Triton(),
+    "reference": Reference(),
+}
 
 
 def _load_triton() -> str:
@@ -64,7 +136,7 @@ def _load_triton() -> str:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if not interpreted and not torch.cuda.is_available():
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
-    if not interpreted and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+    if not interpreted and torch.version.cuda and torch.cuda.get_device_capability() < MIN_TRITON_CAPABILITY:
         return f"{torch.cuda.get_device_name()} has no tensor cores for these types, compute capability 8.0 is needed"
     try:
         if not interpreted and (reason := _launch_error()):
@@ -94,10 +166,9 @@ _torch.constant_while_tracing(_load_triton)
 
 
 def device_of(name: str) -> str:
-    """The type of device that a backend serves; with ``TRITON_INTERPRET=1`` Triton serves CPU tensors."""
-    if name == "triton" and _triton is not None and _triton.INTERPRETED:
-        return "cpu"
-    return "cuda" if name in ("cuda", "triton") else "cpu"
+    """A type of device that a backend serves, ``"auto"`` included."""
+    served = REGISTRY[name].device_types() if name in REGISTRY else ()
+    return (*served, "cpu")[0]
 
 
 def backends() -> dict[str, str]:
@@ -106,16 +177,11 @@ def backends() -> dict[str, str]:
     Returns:
         A dict with the keys ``"cpu"``, ``"cuda"``, ``"triton"`` and ``"reference"``.
     """
-    return {
-        "cpu": _compiled("cpu"),
-        "cuda": _cuda(),
-        "triton": _load_triton(),
-        "reference": AVAILABLE,
-    }
+    return {name: entry.reason_unavailable() or AVAILABLE for name, entry in REGISTRY.items()}
 
 
-def select(name: str, x: Tensor) -> Any:
-    """The module that serves this call: `ops`, `triton` or `reference`, with the same functions.
+def select(name: str, x: Tensor) -> Backend:
+    """The backend that serves this call.
 
     Raises:
         RuntimeError: The backend that was asked for by name is not available, or not for x's device.
@@ -125,28 +191,22 @@ def select(name: str, x: Tensor) -> Any:
         # torch.func's transforms see through plain PyTorch, not through a compiled op.
         if _torch.transforms_active():
             return reference
-        if device in ops.device_types:
-            return ops
-        if device == "cuda" and _load_triton() == AVAILABLE and not _triton.INTERPRETED:  # type: ignore[union-attr]
-            return _triton
-        return reference
-    if name == "reference":
-        return reference
-    if name == device and device in ops.device_types:
-        return ops
-    if name == "triton" and _load_triton() == AVAILABLE and device in ("cuda", device_of(name)):
-        return _triton
-    state = backends()[name]
-    if state != AVAILABLE:
-        raise RuntimeError(f"backend={name!r} is not available: {state}. Allowed here: 'auto' or {_usable()}")
-    raise RuntimeError(f"backend={name!r} serves {device_of(name)} tensors, x is on {x.device}; use backend='auto'")
+        return next(entry for entry in REGISTRY.values() if entry.takes(device)).backend()
+    entry = REGISTRY[name]
+    if entry.takes(device):
+        return entry.backend()
+    reason = entry.reason_unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} is not available: {reason}. Allowed here: 'auto' or {_usable()}")
+    if device not in entry.device_types():
+        raise RuntimeError(f"backend={name!r} serves {device_of(name)} tensors, x is on {x.device}; use backend='auto'")
+    return entry.backend()
 
 
-def for_coordinates(x: Tensor) -> Any:
-    """The module whose ops of steps in coordinates serve a tensor, as "auto" takes it."""
-    module = select("auto", x)
-    has_them = module is ops and x.device.type in ops.coordinate_device_types
-    return module if has_them else reference
+def for_coordinates(x: Tensor) -> CoordinateOps:
+    """What ``"auto"`` takes for steps in coordinates: the compiled ops where there are kernels, else the reference."""
+    served = x.device.type in compiled.coordinate_device_types and not _torch.transforms_active()
+    return compiled if served else reference
 
 
 def _usable() -> str:

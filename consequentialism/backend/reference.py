@@ -30,8 +30,9 @@ from .coordinates import add_root_product_ as add_root_product_
 from .coordinates import decayed_gram as decayed_gram
 from .coordinates import inverse_root as inverse_root
 from .coordinates import root_product as root_product
+from .protocol import Limits
 
-MAX_FUSED_ROWS = 128  # as the compiled kernels
+LIMITS = Limits(fused_rows=128)  # as the compiled kernels
 RETRIES = 3  # a factor that breaks down is tried again with 10, 100 and 1000 times the ridge
 
 

@@ -16,6 +16,7 @@ from ..autograd import traced
 from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
 from ..backend import compiled as ops
 from ..backend import dispatch, reference
+from ..backend.protocol import Backend
 from ..options import Options, OptionsDict, options_from
 from ..samples import counted, ratio, scaled
 from ..solve import cost
@@ -67,7 +68,7 @@ class Deferral(Protocol):
         options: Options,
         need_weight: bool,
         need_bias: bool,
-        backend: Any,
+        backend: Backend,
         plan: cost.Plan,
     ) -> Tensor:
         """``x W^T + b`` of checked arguments, after `takes` has been asked."""
@@ -101,9 +102,9 @@ def emended_linear_with(
         plan = cost.plan(x, bias is not None, weight.shape[0], options)
         return deferral.deferred(x, weight, bias, options, need_weight, need_bias, backend, plan)
     if options.process_group is None:
-        fused_rows = backend.MAX_FUSED_ROWS if need_weight and not transformed else 0
+        fused_rows = backend.LIMITS.fused_rows if need_weight and not transformed else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
-    if backend is ops and not transformed and plan is not None and plan.solver == "cholesky":
+    if backend.LIMITS.derivative and not transformed and plan is not None and plan.solver == "cholesky":
         settings = options.damping, options.damping_mode, options.scale
         return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *settings)
     with torch.no_grad(), full_precision(x.device.type):
@@ -162,7 +163,7 @@ def emended_weight_grad(
             backend = dispatch.select(settings.backend, x)
             plan = None
             if settings.process_group is None:
-                plan = cost.plan(x, bias, outputs, settings, backend.MAX_FUSED_ROWS)
+                plan = cost.plan(x, bias, outputs, settings, backend.LIMITS.fused_rows)
             prepared = prepare(x, bias, outputs, settings, backend, True, bias, plan)
             dw, db = prepared.weight_grad(x, dy, backend, True, bias)
         assert dw is not None

@@ -26,6 +26,7 @@ from ..autograd import linear as autograd
 from ..autograd.kept import Inverse, Kept, keep_emended, keep_inverse
 from ..autograd.linear import full_precision, once_differentiable, plain_linear
 from ..backend import reference
+from ..backend.protocol import Backend
 from ..functional.linear import emended_linear_with
 from ..options import Options
 from ..solve import cost
@@ -49,7 +50,7 @@ class Deferred:
         bias: bool,
         outputs: int,
         options: Options,
-        backend: Any,
+        backend: Backend,
         need_weight: bool,
         need_bias: bool,
         plan: Plan,
@@ -145,7 +146,7 @@ class FactorBatch:
         options: Options,
         need_weight: bool,
         need_bias: bool,
-        backend: Any,
+        backend: Backend,
         plan: Plan,
     ) -> Tensor:
         """``x W^T + b`` of checked arguments; `takes` has been asked."""
@@ -169,7 +170,7 @@ class FactorBatch:
         bias: bool,
         outputs: int,
         options: Options,
-        backend: Any,
+        backend: Backend,
         need_weight: bool,
         need_bias: bool,
         plan: Plan,
@@ -195,7 +196,7 @@ class FactorBatch:
 
 def prepare_together(layers: Sequence[Deferred]) -> None:
     """`autograd.prepare` for all layers, of those with equal options and backend in one call of an op."""
-    groups: dict[tuple[Options, Any], list[Deferred]] = {}
+    groups: dict[tuple[Options, Backend], list[Deferred]] = {}
     alone: list[Deferred] = []
     for layer in layers:
         if layer.backend is not reference and cost.has_factor(layer.plan):
@@ -228,7 +229,7 @@ def _prepare_alone(layer: Deferred) -> None:
     )
 
 
-def _prepare_group(options: Options, backend: Any, layers: Sequence[Deferred]) -> None:
+def _prepare_group(options: Options, backend: Backend, layers: Sequence[Deferred]) -> None:
     plans = [layer.plan for layer in layers]
     xs = [layer.input() for layer in layers]
     kept, columns = backend.emended_inputs(

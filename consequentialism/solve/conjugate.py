@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backend.protocol import Ops
 from ..backend.reference import limited_damping, out_of_unit, separate, unit_of
 from ..options import DampingMode, Options, Scale
 from ..precision import gram_dtype
@@ -189,7 +190,7 @@ class System(NamedTuple):
         unit = unit_of(x, self.bias, self.options.damping_mode)
         return x / unit, unit
 
-    def gram(self, x: Tensor, backend: Any) -> Tensor:
+    def gram(self, x: Tensor, backend: Ops) -> Tensor:
         """``x^T x / unit^2 [I, I]``, with the bias's column."""
         x, unit = self.scaled(x)
         gram = backend.input_gram(x, self.bias, "primal")
@@ -200,7 +201,7 @@ class System(NamedTuple):
 
 
 def weight_grad(
-    system: System, gram: Tensor | None, x: Tensor, dy: Tensor, backend: Any
+    system: System, gram: Tensor | None, x: Tensor, dy: Tensor, backend: Ops
 ) -> tuple[Tensor, Tensor | None]:
     """``dw [O, I] = (dy^T x) (x^T x + c I)^-1`` by conjugate gradients, and ``db [O]`` where there is a bias.
 

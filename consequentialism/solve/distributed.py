@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _torch
+from ..backend.protocol import Backend
 from ..backend.reference import apply_inverse
 from ..options import Options
 from ..precision import compute_dtype, emended_dtype, gram_dtype
@@ -197,7 +198,7 @@ def _all_gather(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
-def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend: Any) -> tuple[Tensor, Tensor]:
+def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend: Backend) -> tuple[Tensor, Tensor]:
     """This rank's rows of the global emended input ``[N, I]``, and of its column for the bias ``[N]``.
 
     Every rank of the group must call it, with any number of rows, none included. The numbers of rows are

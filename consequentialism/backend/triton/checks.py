@@ -48,9 +48,9 @@ def check_options(damping: float, damping_mode: str, scale: str) -> None:
 
 
 def check_gram(gram: Tensor, rank: int) -> None:
-    """Raise unless ``gram`` is ``[n, n]`` and its rank positive."""
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram must have the shape [n, n], got {list(gram.shape)}")
+    """Raise unless ``gram`` is ``[..., n, n]`` and its rank positive."""
+    if gram.ndim < 2 or gram.shape[-2] != gram.shape[-1]:
+        raise ValueError(f"gram must have the shape [..., n, n], got {list(gram.shape)}")
     if gram.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"gram must be float32 or float64, got {gram.dtype}")
     if rank < 1:

@@ -260,8 +260,10 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
 def damped_inverse(
     gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
 ) -> Tensor:
+    """Of each Gram of ``[..., n, n]``."""
     check_gram(gram, rank)
-    return inverse_of(gram[None], _ridge(damping, damping_mode, scale, rank, rows))[0]
+    ridge = _ridge(damping, damping_mode, scale, rank, rows)
+    return inverse_of(gram.flatten(0, -3) if gram.ndim > 2 else gram[None], ridge).reshape(gram.shape)
 
 
 def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
