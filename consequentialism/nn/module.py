@@ -187,6 +187,10 @@ class EmendedModule(nn.Module):
         )
         self.__dict__["qconfig"] = value
 
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
+
     def extra_repr(self) -> str:
         own, default = self.options, Options()
         shown = (name for name in self.option_names() if name != "process_group")

@@ -166,7 +166,13 @@ class Hook:
         recorder = self.recorder
         if not recorder.recording or not module.training or not torch.is_grad_enabled():
             return
-        if not self.kind.weight(module).requires_grad:
+        weight = self.kind.weight(module)
+        if weight is None:
+            raise ValueError(
+                f"{self.kind.weight_name} of a {type(module).__name__} that consequentialism.optim.Emended steps is no "
+                "parameter any more; prune or parametrise first, and make the optimizer then"
+            )
+        if not weight.requires_grad:
             return
         inputs = self.kind.inputs_of(args, kwargs)
         if torch.compiler.is_compiling():
