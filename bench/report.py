@@ -19,7 +19,18 @@ from . import table
 from .case import OK, Row
 from .markdown import markdown, number, where
 from .train import draw, recipe_report, show
-from .train.claims import BATCH_SIZES, LEARNT, RATES, STEPS, SweepRow, best, best_loss, within_twice
+from .train.claims import (
+    BATCH_SIZES,
+    LEARNT,
+    RATES,
+    SHOWN_BATCH,
+    SMOOTH_SEEDS,
+    STEPS,
+    SweepRow,
+    best,
+    best_loss,
+    within_twice,
+)
 from .train.methods import METHODS, NEVER, TRIALS, is_own
 from .train.rows import RunRow, SkipRow
 from .train.show import TASKS, Line
@@ -264,6 +275,8 @@ def _training(folder: Path) -> list[str]:
             f"Where losses are compared, those below {LEARNT:g} count as that.",
             claims(sweep),
             _claims_text(sweep),
+            f"The loss after every step at batch size {SHOWN_BATCH}, each optimizer with the demo's tuned settings; "
+            f"the median and the range of {SMOOTH_SEEDS} seeds:",
             f"![Loss after every step]({pictures}/smooth.png)",
             f"![Loss over the learning rate]({pictures}/settings.png)",
             f"![With and without momentum]({pictures}/momentum.png)",

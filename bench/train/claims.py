@@ -17,6 +17,7 @@ from statistics import pstdev
 import torch
 from torch import nn
 
+from consequentialism.experiments import settings
 from consequentialism.experiments.data import Samples, load
 from consequentialism.experiments.settings import PREFIX, Schedule, Trial
 from consequentialism.experiments.train import Problem, batches, classification, step_count
@@ -30,6 +31,7 @@ SHOWN_BATCH = 128  # of the curves that are kept
 RATES = {"sgd": 8.0, "nag": 2.0, "adam": 0.128, "emended-sgd": 16.0, "emended-nag": 4.0, "emended-adam": 0.128}
 OCTAVES = 12
 SEED = 300
+SMOOTH_SEEDS = 5
 LEARNT = 1e-3  # below this a training loss is as good as any other
 
 
@@ -50,11 +52,12 @@ class SweepRow(Environment):
 
 @dataclass(frozen=True)
 class SmoothRow:
-    """The loss over all training samples after one step, of an optimizer's best run at the batch size shown."""
+    """The loss over all training samples after one step, of an optimizer with the demo's tuned settings."""
 
     optimizer: str
     lr: float
     damping: float | None
+    seed: int
     step: int
     loss: float
 
@@ -73,16 +76,16 @@ def points() -> list[Point]:
     return found
 
 
-def losses(trial: Trial, batch_size: int) -> list[float]:
+def losses(trial: Trial, batch_size: int, seed: int = SEED) -> list[float]:
     """The loss over all training samples, before the first step and after every one; ends early where it diverges."""
     data = load("digits", Path())
     problem = classification("mlp", data.sample_shape)
-    model = problem.build(SEED)
+    model = problem.build(seed)
     step = METHODS[trial.optimizer].prepare(model, trial, problem.loss)
     a_pass = step_count(len(data.train_x), Schedule(1, batch_size, 1), 1)
     schedule = Schedule(math.ceil(STEPS / a_pass), batch_size, 1)
     found = [_loss(model, problem, data)]
-    for rows in itertools.islice(batches(len(data.train_x), schedule, SEED), STEPS):
+    for rows in itertools.islice(batches(len(data.train_x), schedule, seed), STEPS):
         step(data.train_x[rows], data.train_y[rows])
         found.append(_loss(model, problem, data))
         if not math.isfinite(found[-1]):
@@ -139,14 +142,14 @@ def unevenness(losses: Sequence[float]) -> float:
     return pstdev(after - before for before, after in itertools.pairwise(logs))
 
 
-def smooth_rows(rows: list[SweepRow]) -> list[SmoothRow]:
-    """Every optimizer's best run again, step by step."""
+def smooth_rows() -> list[SmoothRow]:
+    """Every optimizer step by step, tuned as in the demo: for fewest steps to its target, at the batch size shown."""
     found = []
     for optimizer in RATES:
-        chosen = best(rows, optimizer, SHOWN_BATCH)
-        trial = Trial(optimizer, chosen.lr, chosen.damping)
-        found += [
-            SmoothRow(optimizer, trial.lr, trial.damping, step, loss)
-            for step, loss in enumerate(losses(trial, SHOWN_BATCH))
-        ]
+        trial = settings.recorded("digits", "mlp", optimizer)
+        for seed in range(SEED, SEED + SMOOTH_SEEDS):
+            found += [
+                SmoothRow(optimizer, trial.lr, trial.damping, seed, step, loss)
+                for step, loss in enumerate(losses(trial, SHOWN_BATCH, seed))
+            ]
     return found

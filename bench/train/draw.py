@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from consequentialism.errors import UserError, need
+from consequentialism.experiments.methods import FACTORIES
 from consequentialism.experiments.settings import PREFIX
 
 from .. import table
@@ -32,6 +34,7 @@ COLOURS = {
     "singd": "#7f7f7f",
     "kfac": "#bcbd22",
 }
+GREY = {"color": "#bbbbbb", "linewidth": 0.8, "zorder": 1}
 CEILING = 10.0  # losses above it are drawn as it
 
 
@@ -57,7 +60,7 @@ def draw(source: Path, folder: Path) -> list[Path]:
     found = lines(source)
     sweep = table.read(source / "sweep.csv", SweepRow)
     pictures = {
-        "curves.png": curves(table.read(source / "curves.csv", CurveRow)),
+        "curves.png": curves(table.read(source / "curves.csv", CurveRow), found),
         "seconds.png": seconds(found),
         "smooth.png": smooth(table.read(source / "smooth.csv", SmoothRow)),
         "settings.png": settings(sweep),
@@ -82,16 +85,22 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def curves(rows: Sequence[CurveRow]) -> Any:
-    """Fewer iterations: the test score over steps, a panel a task, medians over seeds."""
+def curves(rows: Sequence[CurveRow], found: dict[str, list[Line]]) -> Any:
+    """Fewer iterations: the test score over steps, a panel a task, medians over seeds.
+
+    In colour the best plain optimizer, Muon, SOAP and the best of this package; the others are grey.
+    """
     tasks = list(dict.fromkeys(row.task for row in rows))
-    figure, panels = _figure(math.ceil(len(tasks) / 4), min(4, len(tasks)), 18, 4.2 * math.ceil(len(tasks) / 4))
+    figure, panels = _figure(math.ceil(len(tasks) / 4), min(4, len(tasks)), 18, 4.4 * math.ceil(len(tasks) / 4))
     for panel, name in zip(panels, tasks, strict=False):
         task = TASKS[name]
-        for optimizer in dict.fromkeys(row.optimizer for row in rows if row.task == name):
+        shown = highlighted(found.get(name, []))
+        names = dict.fromkeys(row.optimizer for row in rows if row.task == name)
+        for optimizer in sorted(names, key=lambda optimizer: optimizer in shown):
             mine = [row for row in rows if row.task == name and row.optimizer == optimizer]
             scores = [row.score if task.by_loss else 100 * row.score for row in mine]
-            panel.plot([row.step for row in mine], scores, **style(optimizer))
+            look = style(optimizer) if optimizer in shown else GREY
+            panel.plot([row.step for row in mine], scores, **look)
         goal = task.target if task.by_loss else 100 * task.target
         panel.axhline(goal, color="black", linewidth=1, linestyle=":")
         panel.set_ylim((0.7 * goal, 2.5 * goal) if task.by_loss else (goal - 15, min(goal + 6, 100)))
@@ -99,26 +108,36 @@ def curves(rows: Sequence[CurveRow]) -> Any:
         panel.set_xlabel("steps")
         panel.set_ylabel("test loss" if task.by_loss else "test accuracy, %")
         panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, framealpha=0.8, loc="upper right" if task.by_loss else "lower right")
     for panel in panels[len(tasks) :]:
         panel.set_axis_off()
-    names: dict[str, Any] = {}
-    for panel in panels:
-        handles, labels = panel.get_legend_handles_labels()
-        names |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(names.values()), list(names), loc="outside lower center", ncols=8, frameon=False)
     return figure
 
 
+def highlighted(some: Sequence[Line]) -> set[str]:
+    """Of one task: the plain optimizer with the fewest steps, Muon, SOAP, and this package's two with the fewest."""
+
+    def fewest(lines: Sequence[Line], count: int) -> set[str]:
+        sign = 1 if TASKS[some[0].task].by_loss else -1
+        return {line.optimizer for line in sorted(lines, key=lambda line: (line.steps, sign * line.score))[:count]}
+
+    plain = [line for line in some if line.optimizer in (*FACTORIES, "adamw")]
+    own = [line for line in some if is_own(line.optimizer)]
+    return fewest(plain, 1) | fewest(own, 2) | {line.optimizer for line in some if line.optimizer in ("muon", "soap")}
+
+
 def seconds(found: dict[str, list[Line]]) -> Any:
-    """Seconds to the target, a panel a task; a cross stands for a target that was missed."""
+    """Seconds to the target, a panel a task; a target that was missed has no bar, and says so."""
     figure, panels = _figure(math.ceil(len(found) / 4), min(4, len(found)), 18, 4.2 * math.ceil(len(found) / 4))
     for panel, (name, some) in zip(panels, found.items(), strict=False):
         for place, line in enumerate(reversed(some)):
-            colour = COLOURS[inside(line.optimizer)]
             if math.isfinite(line.seconds):
-                panel.barh(place, line.seconds, color=colour, alpha=1.0 if is_own(line.optimizer) else 0.45)
+                alpha = 1.0 if is_own(line.optimizer) else 0.45
+                panel.barh(place, line.seconds, color=COLOURS[inside(line.optimizer)], alpha=alpha)
             else:
-                panel.plot([0], [place], "x", color=colour)
+                panel.annotate("not reached", (0, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
+        panel.set_xlim(left=0)
+        panel.set_ylim(-0.7, len(some) - 0.3)
         panel.set_yticks(range(len(some)), [METHODS[line.optimizer].label for line in reversed(some)], fontsize=7)
         panel.set_title(TASKS[name].title, fontsize=10)
         panel.set_xlabel("seconds to the target")
@@ -128,18 +147,35 @@ def seconds(found: dict[str, list[Line]]) -> Any:
 
 
 def smooth(rows: Sequence[SmoothRow]) -> Any:
-    """Smoother convergence: the loss over all training samples after every step, plain beside emended."""
+    """Smoother convergence: the loss over all training samples after every step; median and range of the seeds."""
     figure, panels = _figure(1, 3, 15, 4.2)
     for panel, base in zip(panels, ("sgd", "nag", "adam"), strict=True):
         for optimizer in (base, PREFIX + base):
             mine = [row for row in rows if row.optimizer == optimizer]
-            panel.plot([row.step for row in mine], [max(row.loss, LEARNT) for row in mine], **style(optimizer))
+            by_step = [
+                [row.loss if math.isfinite(row.loss) else CEILING for row in group]
+                for _, group in itertools.groupby(sorted(mine, key=lambda row: row.step), key=lambda row: row.step)
+            ]
+            look, steps = style(optimizer), range(len(by_step))
+            damping = "" if mine[0].damping is None else f", damping {mine[0].damping:g}"
+            look["label"] += f", lr {mine[0].lr:g}{damping}"
+            panel.plot(steps, [median(losses) for losses in by_step], **look)
+            low, high = [min(losses) for losses in by_step], [max(losses) for losses in by_step]
+            panel.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
         panel.set_yscale("log")
         panel.set_xlabel("steps")
         panel.set_ylabel("training loss")
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
+        panel.set_ylim(bottom=LEARNT)
+        panel.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
+
+
+def _mark_learnt(panel: Any) -> None:
+    """Say where losses are cut."""
+    panel.axhline(LEARNT, color="black", linewidth=1, linestyle=":")
+    panel.set_title(" ".join(filter(None, (panel.get_title(), f"(below {LEARNT:g} drawn as that)"))), fontsize=10)
+    panel.set_ylim(bottom=0.6 * LEARNT)
 
 
 def settings(rows: Sequence[SweepRow]) -> Any:
@@ -155,10 +191,11 @@ def settings(rows: Sequence[SweepRow]) -> Any:
             panel.plot(octaves, [min(max(row.loss, LEARNT), CEILING) for row in shown], **style(optimizer))
         panel.set_yscale("log")
         panel.set_title(f"batch size {size}", fontsize=10)
+        _mark_learnt(panel)
         panel.set_xlabel("octaves of the learning rate from the best")
         panel.set_ylabel("training loss at the end")
         panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.08))
     return figure
 
 
@@ -202,6 +239,7 @@ def momentum(rows: Sequence[SweepRow]) -> Any:
         left = [index + 0.2 * place for index in range(len(sizes))]
         panels[0].bar(left, heights, 0.18, color=colour, alpha=alpha, label=METHODS[optimizer].label)
     panels[0].set_yscale("log")
+    _mark_learnt(panels[0])
     panels[0].set_xticks([index + 0.3 for index in range(len(sizes))], [f"batch size {size}" for size in sizes])
     panels[0].set_ylabel("training loss at the end, best settings")
     panels[0].legend(frameon=False, fontsize=8)

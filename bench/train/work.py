@@ -161,7 +161,7 @@ def claims(plan: Plan) -> None:
         rows[order[Trial(row.optimizer, row.lr, row.damping), row.batch_size]] = row
     found = [rows[index] for index in sorted(rows)]
     _write(plan, "sweep.csv", found)
-    _write(plan, "smooth.csv", sweep.smooth_rows(found))
+    _write(plan, "smooth.csv", sweep.smooth_rows())
 
 
 def _sweep(plan: Plan, trial: Trial, batch_size: int) -> sweep.SweepRow:
