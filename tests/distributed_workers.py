@@ -24,12 +24,12 @@ PATIENCE = timedelta(seconds=2)  # where the timeout is what is tested
 Job = tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]  # work(rank, *arguments)
 
 
-def launch(jobs: dict[str, Job], folder: Path) -> list[dict[str, dict[str, Any]]]:
+def launch(jobs: dict[str, Job], folder: Path, ranks: int = RANKS) -> list[dict[str, dict[str, Any]]]:
     """Run every job in every rank of one group, in order; what each rank's jobs returned.
 
     A job that raises has ``{"error": traceback}`` for a result; the jobs after it do not run.
     """
-    context = mp.spawn(_run, args=(jobs, str(folder)), nprocs=RANKS, join=False)
+    context = mp.spawn(_run, args=(jobs, str(folder), ranks), nprocs=ranks, join=False)
     try:
         while not context.join(timeout=120):
             pass
@@ -37,14 +37,14 @@ def launch(jobs: dict[str, Job], folder: Path) -> list[dict[str, dict[str, Any]]
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _run(rank: int, jobs: dict[str, Job], folder: str) -> None:
+def _run(rank: int, jobs: dict[str, Job], folder: str, ranks: int) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", "`torch.distributed", FutureWarning)  # a collective that torch deprecates
     patience = timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", patience, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", patience, rank=rank, world_size=ranks)
     results: dict[str, dict[str, Any]] = {}
     for name, (work, arguments) in jobs.items():
         try:

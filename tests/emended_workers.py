@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_workers import RANKS, own_rows
+from distributed_workers import own_rows
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +36,10 @@ def full(parameter: Tensor) -> Tensor:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
 
 
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: int, wrap: str) -> dict[str, Any]:
     """A step for each split of the batch over the ranks; a rank of None has the whole batch."""
     model = network()
@@ -44,7 +48,7 @@ def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: i
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (RANKS,))
+        mesh = init_device_mesh("cpu", (ranks(),))
         for layer in (model[0], model[2], model[4], model):
             fully_shard(layer, mesh=mesh)
     elif wrap == "ddp":
@@ -66,7 +70,7 @@ def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: i
             if wrap != "one":
                 mine = own_rows(rank, mine[0], split), own_rows(rank, mine[1], split)
             loss = nn.functional.cross_entropy(wrapped(mine[0]), mine[1], reduction="sum") / total
-            (loss if wrap == "one" else RANKS * loss).backward()  # the mean over ranks is that of the whole batch
+            (loss if wrap == "one" else ranks() * loss).backward()  # the mean over ranks is that of the whole batch
             reduced.append(0)
             optimizer.step()
     finally:
@@ -76,3 +80,134 @@ def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: i
 
 def job(rank: int, name: str, x: Tensor, target: Tensor, counts: list[list[int]], wrap: str) -> dict[str, Any]:
     return train(name, x, target, counts, rank, wrap)
+
+
+class Skipping(nn.Module):
+    """Its second layer runs only where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 5).double(), nn.Linear(6, 5).double()
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        return self.first(x) + self.second(x) if whole else self.first(x)
+
+
+def skipped(x: Tensor, rank: int | None) -> dict[str, Any]:
+    """Rank 0 has the first rows and both layers, rank 1 the others and one layer; None, one process has all."""
+    model = Skipping()
+    wrapped: nn.Module = model if rank is None else DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = optimizer_of("AdamW", model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for part, rows in enumerate((x[:7], x[7:])):
+            if rank in (None, part):
+                loss = wrapped(rows, part == 0).square().sum()
+                (loss if rank is None else ranks() * loss).backward()
+        optimizer.step()
+    return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model.second)}
+
+
+def idle(x: Tensor, rank: int | None) -> dict[str, Any]:
+    """On rank 1 no layer runs at all: gradients are set by hand."""
+    model = Skipping()
+    optimizer = optimizer_of("AdamW", model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if rank != 1:
+            model(x, True).square().sum().backward()
+        for parameter in model.parameters() if rank is not None else ():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+    return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model.second)}
+
+
+def rows_of(optimizer: Any, layer: nn.Linear) -> dict[str, Any]:
+    state = optimizer.state[layer.weight]
+    return {name: state[name].clone() for name in ("gram_rows", "input_gram", "root")}
+
+
+def accumulated(x: Tensor, rank: int | None) -> dict[str, Any]:
+    """Two micro-batches a rank, the first under ``no_sync``; rank 0 evaluates in between, alone."""
+    model = network()
+    wrapped: Any = model if rank is None else DistributedDataParallel(model)
+    optimizer = optimizer_of("AdamW", model)
+    parts = [x] if rank is None else own_rows(rank, x, [9, 7]).split([4, 5 if rank == 0 else 3])
+    for step in range(4):
+        optimizer.zero_grad()
+        for part in parts[:-1]:
+            with wrapped.no_sync():
+                (ranks() * wrapped(part).square().sum()).backward()
+        if rank == 0 and step != 1:
+            model.eval()
+            model(x * 5).square().sum()
+            with torch.no_grad():
+                model.train()(x * 5)
+        (ranks() * wrapped(parts[-1]).square().sum()).backward()
+        optimizer.step()
+    return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model[0])}
+
+
+def joined(x: Tensor, rank: int | None) -> dict[str, Any]:
+    """Rank 1 has two batches more than rank 0."""
+    model = network()
+    wrapped: nn.Module = model if rank is None else DistributedDataParallel(model)
+    optimizer = optimizer_of("SGD", model)
+    refused = None
+
+    def step(rows: Tensor) -> None:
+        optimizer.zero_grad()
+        (ranks() * wrapped(rows).square().sum() / 16).backward()
+        optimizer.step()
+
+    if rank is None:
+        for batch in range(5):
+            step(x if batch < 3 else x[8:])
+    else:
+        from torch.distributed.algorithms.join import Join
+
+        with Join([wrapped, optimizer]):  # type: ignore[list-item]
+            for _ in range(3 if rank == 0 else 5):
+                step(own_rows(rank, x, [8, 8]))
+        alone = DistributedDataParallel(network())
+        unknown = optimizer_of("SGD", alone)
+        try:
+            with alone.join():
+                alone(x).square().sum().backward()
+                unknown.step()
+        except RuntimeError as error:
+            refused = str(error)
+    found = {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model[0])}
+    return {**found, "steps": int(optimizer.state[model[0].weight]["emended_steps"]), "refused": refused}
+
+
+def mixed(x: Tensor, rank: int | None, reshard: bool) -> dict[str, Any]:
+    """FSDP2 that computes in bfloat16; one process with weights and rows rounded by hand is its reference."""
+    model = network().float()
+    if rank is not None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = init_device_mesh("cpu", (ranks(),))
+        for layer in (model[0], model[2], model[4], model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    optimizer = optimizer_of("AdamW", model)
+    own = x if rank is None else own_rows(rank, x, [8, 8])
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = model(own) if rank is not None else _in_bfloat16(model, own)
+        (ranks() * out.float().square().mean() * len(own) / 16).backward()
+        optimizer.step()
+    return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model[0])}
+
+
+def _in_bfloat16(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def case(rank: int, name: str, x: Tensor, *arguments: Any) -> dict[str, Any]:
+    return globals()[name](x, rank, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import compatibility_workers
@@ -9,7 +10,7 @@ import distributed_workers as workers
 import emended_workers
 import pytest
 import torch
-from cases import assert_close, randn
+from cases import assert_close, assert_identical, randn
 
 import consequentialism as cw
 
@@ -18,6 +19,13 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 COUNTS = [[8, 8], [8, 8], [11, 5], [8, 8], [3, 9]]  # of the ranks in each step: uneven ones too
 NAMES = ("SGD", "AdamW", "Muon")
 WRAPS = ("ddp", "fsdp")
+FOUR = [[4, 4, 4, 4], [4, 4, 4, 4], [7, 1, 3, 5]]
+CASES: dict[str, tuple[Any, ...]] = {
+    "skipped": (),
+    "idle": (),
+    "accumulated": (),
+    "joined": (),
+}
 X, TARGET = randn(16, 6), torch.arange(16) % 3
 
 
@@ -28,7 +36,56 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     }
     jobs["tensor parallel"] = (compatibility_workers.tensor_parallel, (X,))
     jobs["spawned"] = (compatibility_workers.spawned, (cw.convert(compatibility_workers.network()), X))
+    jobs.update({name: (emended_workers.case, (name, X, *arguments)) for name, arguments in CASES.items()})
+    for reshard in (True, False):
+        jobs[f"mixed {reshard}"] = (emended_workers.case, ("mixed", X.float(), reshard))
     return workers.launch(jobs, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_that_do_not_do_the_same(found: list[dict[str, Any]], name: str) -> None:
+    """A layer or all of them without rows on one rank; ``no_sync``, with rank 0 evaluating; batches that end early."""
+    expected = getattr(emended_workers, name)(X, None, *CASES[name])
+    for rank, results in enumerate(found):
+        own = results[name]
+        assert "error" not in own, own["error"]
+        for key in ("gram_rows", "input_gram", "root"):
+            assert_close(f"{key} of rank {rank}", own[key], expected[key], 1e-11)
+        for i, (parameter, one) in enumerate(zip(own["parameters"], expected["parameters"], strict=True)):
+            assert_close(f"parameter {i} of rank {rank}", parameter, one, 1e-11)
+        if name == "joined":
+            assert own["steps"] == expected["steps"] == 5
+            assert "use torch.distributed.algorithms.Join([model, optimizer])" in own["refused"]
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp_in_bfloat16(found: list[dict[str, Any]], reshard: bool) -> None:
+    """Moments, roots and weights are float32, of the rows as they were computed with."""
+    expected = emended_workers.mixed(X.float(), None, reshard)
+    for rank, results in enumerate(found):
+        own = results[f"mixed {reshard}"]
+        assert "error" not in own, own["error"]
+        rounded = X.bfloat16().double()
+        rows = torch.cat([rounded, rounded.new_ones(16, 1)], 1)
+        assert_close(f"moment of rank {rank}", own["input_gram"], rows.T @ rows / 16, 1e-6)
+        assert_identical("root", own["root"], found[0][f"mixed {reshard}"]["root"])
+        for i, (parameter, one) in enumerate(zip(own["parameters"], expected["parameters"], strict=True)):
+            assert parameter.dtype == torch.float32
+            assert_close(f"parameter {i} of rank {rank}", parameter, one, 0.02)
+
+
+def test_four_processes_train_as_one(tmp_path: Path) -> None:
+    jobs: dict[str, workers.Job] = {
+        f"{name} {wrap}": (emended_workers.job, (name, X, TARGET, FOUR, wrap))
+        for name, wrap in (("AdamW", "ddp"), ("Muon", "fsdp"))
+    }
+    results = workers.launch(jobs, tmp_path, ranks=4)
+    for key in jobs:
+        expected = emended_workers.train(key.split()[0], X, TARGET, FOUR, 0, "one")
+        for rank, own in enumerate(results):
+            assert "error" not in own[key], own[key]["error"]
+            for i, (parameter, one) in enumerate(zip(own[key]["parameters"], expected["parameters"], strict=True)):
+                assert_close(f"{key}: parameter {i} of rank {rank}", parameter, one, 1e-11)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

@@ -20,6 +20,7 @@ from ..nn.module import EmendedModule
 from ..options import check_choice
 from . import memory
 from .inside import POSITION, parts_of, standing_in, step_all, step_weight_by_weight
+from .join import JoinHook, notify
 from .record import Hook, Recorder
 from .root import moment_root
 from .rules import decay_of, rule_of
@@ -73,7 +74,8 @@ class Emended(torch.optim.Optimizer):
             convolution's between channels where they divide. A step's two products cost ``4 O I block`` operations.
         process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
             group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
-            summed over it, and nothing else ever is.
+            summed over it, and nothing else ever is. Ranks whose batches end before others' take
+            `torch.distributed.algorithms.Join` over DDP and this optimizer.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
 
     Raises:
@@ -294,6 +296,7 @@ class Emended(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        notify(self, self._model)
         states = self._states()
         recorder = self._recorder
         due, ran = recorder.recording, recorder.ran()
@@ -305,7 +308,9 @@ class Emended(torch.optim.Optimizer):
             )
         if due and (ran or self._rates_count()):
             self._name_unseen()
-        if due and ran:
+        # Ranks refresh together, one on which no layer ran too.
+        refreshes = due and (ran or bool(self._process_groups() and self._rates_count()))
+        if refreshes:
             self._refresh(states)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         parts = parts_of(self.units, states, groups, self._rule, self._name)
@@ -313,11 +318,32 @@ class Emended(torch.optim.Optimizer):
             step_weight_by_weight(self.optimizer, parts, self._own_step)
         else:
             step_all(self.optimizer, parts, states, self._rule)
-        if due and not ran:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
+        if due and not refreshes:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
             return loss
         if not capturing:
             self._count(1)
         return loss
+
+    @property
+    def join_device(self) -> torch.device:
+        """For `torch.distributed.algorithms.Join`."""
+        return self.units[0].slot.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """For `torch.distributed.algorithms.Join`: the group over which Grams are summed."""
+        return (self._process_groups() or [dist.group.WORLD])[0]
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """For `torch.distributed.algorithms.Join`: ranks without batches keep up with those that have some."""
+        return JoinHook(self)
+
+    @torch.no_grad()
+    def step_without_rows(self) -> None:
+        """What a rank does whose batches have ended, while others step: it takes part in a refresh, and counts."""
+        if self._recorder.recording:
+            self._refresh(self._states())
+        self._count(1)
 
     def _refresh(self, states: Sequence[memory.State]) -> None:
         memory.refresh(self.units, states, self.memory, self._roots, self._process_groups())

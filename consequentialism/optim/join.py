@@ -1,0 +1,47 @@
+"""Ranks that run out of batches before others do: `torch.distributed.algorithms.Join` over DDP and the optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from .emended import Emended
+
+
+class JoinHook:
+    """What a rank without batches does while others step: it enters no rows, and refreshes when they do."""
+
+    def __init__(self, optimizer: Emended) -> None:
+        self.optimizer = optimizer
+
+    def main_hook(self) -> None:
+        """Once for each step of the others."""
+        self.optimizer.step_without_rows()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Once all have ended; DDP itself sends the parameters of a rank that ran last."""
+
+
+def notify(optimizer: Any, model: nn.Module) -> None:
+    """Say that this rank steps, where ranks may run out of batches.
+
+    Raises:
+        RuntimeError: `DistributedDataParallel.join` knows DDP alone, so that the Grams would wait for ranks that ended.
+    """
+    own = getattr(optimizer, "_join_config", None)
+    if own is not None and own.enable:
+        from torch.distributed.algorithms.join import Join
+
+        Join.notify_join_context(optimizer)
+        return
+    wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+    configs = (getattr(module, "_join_config", None) for module in wrapped)
+    if any(config is not None and config.enable and not config.throw_on_early_termination for config in configs):
+        raise RuntimeError(
+            "consequentialism.optim.Emended sums Grams over the ranks, of which DistributedDataParallel.join() knows "
+            "nothing: use torch.distributed.algorithms.Join([model, optimizer]), or join() with "
+            "throw_on_early_termination=True"
+        )
