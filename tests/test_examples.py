@@ -61,6 +61,23 @@ def test_plain_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "Linear(in_features=20" in printed
 
 
+def test_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = run("tour", monkeypatch, capsys)
+    plain, emended = numbers(r"(?:plain|emended) +([-+][\d.]+) and", printed)
+    assert emended < -0.99 < -0.1 < plain < 0, "asked for: -1"
+    lms, nlms, apa = numbers(r" 100 samples ([\d.e+-]+)", printed)
+    assert apa < nlms < lms
+    interference = numbers(r"layer \d: ([\d.]+) plain", printed)
+    assert all(e < p for p, e in zip(interference, numbers(r"plain, ([\d.]+) emended", printed), strict=True))
+    assert numbers(r"emended ([\d.]+) \(damping", printed) < numbers(r"plain SGD ([\d.]+)", printed)
+    assert (
+        numbers(r"in emended coordinates +([\d.e+-]+)", printed)[0] < 1e-4 < numbers(r"SGD  +([\d.e+-]+)", printed)[0]
+    )
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert {path.name for path in (tmp_path / "out/tour").iterdir()} == {"filters.png", "report.html"}
+
+
 def test_nanogpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("the cat sat on the mat and the dog sat on the log. " * 60)
