@@ -8,7 +8,7 @@ import numbers
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import SymInt, Tensor
 from typing_extensions import TypedDict, Unpack  # torch requires it; typing has Unpack from Python 3.11 on
@@ -26,6 +26,14 @@ DAMPING_MODES: tuple[DampingMode, ...] = ("relative", "absolute")
 SCALES: tuple[Scale, ...] = ("nlms", "raw", "gradient")
 SOLVERS: tuple[Solver, ...] = ("auto", "cholesky", "cg")
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+class Ridge(NamedTuple):
+    """What is added to a Gram before it is inverted, and what its inverse is multiplied by; see `Options`."""
+
+    damping: float = 1.0
+    damping_mode: DampingMode = "relative"
+    scale: Scale = "nlms"
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,11 @@ class Options:
             check_samples(self.samples)
         if self.solver == "cg" and self.process_group is not None:
             raise ValueError("solver must be 'auto' or 'cholesky' with a process_group, got 'cg'")
+
+    @property
+    def ridge(self) -> Ridge:
+        """The three that belong to the inverse, in the order of the ops' arguments."""
+        return Ridge(self.damping, self.damping_mode, self.scale)
 
     def changed(self, **changes: Unpack[OptionsDict]) -> Options:
         """The same but for ``changes``; unlike `dataclasses.replace` torch.compile sees through it."""

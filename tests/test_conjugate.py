@@ -46,6 +46,7 @@ from torch.func import functional_call, grad, vmap
 
 import consequentialism as cw
 from consequentialism import reference
+from consequentialism.options import Ridge
 from consequentialism.solve import conjugate, cost
 from consequentialism.solve.cost import Plan
 
@@ -102,7 +103,7 @@ def test_error_is_within_its_bounds(
     found = []
     for k in (iterations, iterations + 1):
         options = cw.Options(damping=damping, scale="raw", solver="cg", iterations=k)
-        system = conjugate.System(bias, options)
+        system = conjugate.System(bias, options.ridge, k)
         stored = system.gram(x, reference) if gram == "stored" else None
         found.append(join(*conjugate.weight_grad(system, stored, x, dy, reference)))
     ratio = min(rows, inputs + bias) / damping
@@ -258,14 +259,14 @@ def test_solve_gram_is_the_factor_applied(
 ) -> None:
     x = randn(*groups, 50, order) * torch.logspace(-1, 1, order, dtype=F64)
     gram, right = x.mT @ x, randn(*groups, rows, order, seed=1)
-    own = conjugate.solve_gram(gram, right, 0.8, damping_mode, scale, order, 17, 200)
+    own = conjugate.solve_gram(gram, right, Ridge(0.8, damping_mode, scale), order, 17, 200)
     assert own.shape == right.shape
     for own_one, gram_one, right_one in zip(
         own.reshape(-1, rows, order), gram.reshape(-1, order, order), right.reshape(-1, rows, order), strict=True
     ):
         expected = right_one @ reference.damped_inverse(gram_one, 0.8, damping_mode, scale, order, 17)
         assert_close("solution", own_one, expected, EXACT)
-        alone = conjugate.solve_gram(gram_one, right_one, 0.8, damping_mode, scale, order, 17, 200)
+        alone = conjugate.solve_gram(gram_one, right_one, Ridge(0.8, damping_mode, scale), order, 17, 200)
         assert_close("alone", own_one, alone, EXACT)
 
 
@@ -274,7 +275,7 @@ def test_solve_gram_groups_are_apart() -> None:
     x = randn(3, 20, 6)
     x[0], x[1, 3, 2] = 0, math.inf
     right = randn(3, 4, 6, seed=1)
-    own = conjugate.solve_gram(x.mT @ x, right, 1.0, "relative", "raw", 6, 20, 30)
+    own = conjugate.solve_gram(x.mT @ x, right, Ridge(1.0, "relative", "raw"), 6, 20, 30)
     assert_identical("dead", own[0], torch.zeros_like(own[0]))
     assert own[1].isnan().all()
     expected = right[2] @ reference.damped_inverse(x[2].mT @ x[2], 1.0, "relative", "raw", 6, 20)

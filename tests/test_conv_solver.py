@@ -95,7 +95,8 @@ def test_compile_full_graph(case: str) -> None:
 
 def test_auto() -> None:
     def chosen(outputs: int = 64, **options: float) -> str:
-        return cost.conv_solver(50_000, 4608, outputs, F32, cw.Options(**{"iterations": 32, "damping": 200, **options}))
+        settings = cw.Options(**{"iterations": 32, "damping": 200, **options})
+        return cost.conv_plan(50_000, 4608, outputs, F32, settings).solver
 
     assert chosen() == "cg"
     assert chosen(damping=1) == "cholesky"

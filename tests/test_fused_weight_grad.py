@@ -29,6 +29,7 @@ import consequentialism as cw
 from consequentialism import Options, reference
 from consequentialism.autograd.kept import EmendedInput, FusedCall, Inverse
 from consequentialism.autograd.linear import prepare
+from consequentialism.options import Ridge
 from consequentialism.solve import cost
 
 BACKENDS = [pytest.param("cpu", marks=needs_kernels), "reference"]
@@ -113,7 +114,7 @@ def test_keeps_x_alone(calls: list[str], backend: str) -> None:
 
 def test_prepare_and_weight_grad() -> None:
     x, dy = randn(12, 20), randn(12, 9, seed=1)
-    kept = FusedCall(True, 0.5, "absolute", "raw")
+    kept = FusedCall(True, Ridge(0.5, "absolute", "raw"))
     own = kept.weight_grad(x, dy, reference, True, True)
     assert_grads_close(own, oracle(x, dy, damping=0.5, damping_mode="absolute", scale="raw"), TOLERANCE[F64])
     assert kept.weight_grad(x, dy, reference, True, False)[1] is None

@@ -18,36 +18,17 @@ from .. import _torch
 from ..backend import dispatch, reference
 from ..backend.protocol import Backend
 from ..backend.reference import conv_errors
-from ..options import DampingMode, Form, Options, Scale
+from ..options import Form, Options, Ridge, Scale
 from ..precision import gram_dtype
 from ..solve import conjugate, cost, distributed
 from . import traced
 from .geometry import Geometry, geometry_of
+from .kept import Conjugate, Inverse, restored
 from .linear import full_precision, once_differentiable, refuse_jacobian
 
 # Where the largest entries of a Gram's diagonal lie within these, neither it nor products with its inverse leave the
 # type's range.
 GRAM_RANGE = {torch.float32: (1e-25, 1e25), torch.float64: (1e-200, 1e200)}
-
-
-class Solver(NamedTuple):
-    """How the damped Gram is inverted, or its system solved."""
-
-    damping: float
-    damping_mode: DampingMode
-    scale: Scale
-    rank: int  # min(N, I), what a relative damping is relative to
-    samples: int  # the multiplier of ``scale="nlms"``
-    iterations: int | None  # of conjugate gradients; None for a factor
-
-
-class Prepared(NamedTuple):
-    """What forward keeps for `conv_gradients`."""
-
-    form: Form
-    solver: Solver
-    matrix: Tensor  # [groups, n, n], the inverse, or the primal Gram that conjugate gradients take
-    unit: Tensor | None  # [groups, 1, 1]: the matrix is that of x / unit
 
 
 class Needs(NamedTuple):
@@ -58,7 +39,7 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Prepared:
+def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Options) -> Inverse | Conjugate:
     """Everything that does not depend on ``dy``.
 
     Args:
@@ -66,37 +47,29 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
         bias: Whether the layer has a bias, which then stands in the Gram.
         outputs: ``O``, for the cost model.
 
-    The matrix is in the type that keeps the inverse's digits: float64 where float32 would not.
+    Its matrices ``[groups, n, n]`` are in the type that keeps the inverse's digits: float64 where float32 would not.
     """
     backend = dispatch.select(options.backend, x)
     batch, inputs = x.shape[0], geometry.inputs(x) + bias
     rows = batch * math.prod(geometry.positions(x))
-    form: Form = cost.conv_form(rows, inputs)
-    solver = cost.conv_solver(rows, inputs, outputs // geometry.groups, x.dtype, options)
-    if solver == "cg":
-        form = "primal"
-    scale: Scale = options.scale
-    samples: float = 1
-    if options.process_group is not None:
-        # Both forms are equal; the primal one needs no other rank's rows. Exchanging the counts waits for the device.
-        form = "primal"
+    ridge, samples = options.ridge, 1.0
+    if options.process_group is not None:  # exchanging the counts waits for the device
         shape = f"convolution, C={x.shape[1]}, O={outputs}, bias={bias}, {geometry}"
         counts = distributed.exchange_counts(shape, rows, batch, x, options)
         rows = sum(counts.rows)
-        if scale == "nlms":
-            scale, samples = "raw", counts.samples  # which need not be a whole number
-    dtype = gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type)
+        if ridge.scale == "nlms":
+            ridge, samples = ridge._replace(scale="raw"), counts.samples  # which need not be a whole number
+    plan = cost.conv_plan(rows, inputs, outputs // geometry.groups, x.dtype, options)
+    dtype = gram_dtype(rows, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type)
     unit = None if _is_looked_at(x) or not _may_overflow(x, dtype) else _unit_of(x, geometry, bias, options, dtype)
-    gram = _gram(backend, x, geometry, bias, form, unit, options, dtype)
+    gram = _gram(backend, x, geometry, bias, plan.form, unit, options, dtype)
     if _is_looked_at(gram) and not _in_range(gram):
         unit = _unit_of(x, geometry, bias, options, dtype)
-        gram = _gram(backend, x, geometry, bias, form, unit, options, dtype)
-    rank, iterations = max(min(rows, inputs), 1), options.iterations if solver == "cg" else None
-    solved = Solver(options.damping, options.damping_mode, scale, rank, batch, iterations)
-    if iterations is not None:
-        return Prepared(form, solved, gram, unit)
-    inverse = _inverse(backend, gram, solved, unit)
-    return Prepared(form, solved, inverse if samples == 1 else inverse * samples, unit)
+        gram = _gram(backend, x, geometry, bias, plan.form, unit, options, dtype)
+    if plan.solver == "cg":
+        return Conjugate(conjugate.System(bias, ridge, options.iterations), gram, unit)
+    inverse = _inverse(backend, gram, ridge, max(min(rows, inputs), 1), batch, unit)
+    return Inverse(inverse if samples == 1 else inverse * samples, plan.form, unit)
 
 
 def _gram(
@@ -125,12 +98,12 @@ def _gram(
     return gram
 
 
-def _inverse(backend: Backend, gram: Tensor, solver: Solver, unit: Tensor | None) -> Tensor:
+def _inverse(backend: Backend, gram: Tensor, ridge: Ridge, rank: int, samples: int, unit: Tensor | None) -> Tensor:
     """``scale * (G + c I)^-1 [groups, n, n]``, an absolute ``c`` in units of the Gram."""
-    if unit is not None and solver.damping_mode == "absolute":
-        c = solver.damping / unit / unit
-        return reference.inverse_with(gram, c[:, 0, 0], solver.scale, solver.samples)
-    return backend.damped_inverse(gram, *solver[:5])
+    if unit is not None and ridge.damping_mode == "absolute":
+        c = ridge.damping / unit / unit
+        return reference.inverse_with(gram, c[:, 0, 0], ridge.scale, samples)
+    return backend.damped_inverse(gram, *ridge, rank, samples)
 
 
 def _is_looked_at(tensor: Tensor) -> bool:
@@ -172,13 +145,14 @@ def in_unit(x: Tensor, unit: Tensor | None) -> Tensor:
 
 
 def conv_gradients(
-    prepared: Prepared,
+    kept: Inverse | Conjugate,
     x: Tensor,
     weight: Tensor,
     dy: Tensor,
     bias: bool,
     geometry: Geometry,
     patch_bytes: int,
+    scale: Scale,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dx``, ``dw`` and ``db``, each None where it is not needed, and each in memory of its own.
@@ -187,14 +161,13 @@ def conv_gradients(
     inverse. One infinity or NaN makes every entry of ``dw`` and ``db`` NaN.
 
     Args:
-        prepared: As `prepare` gives it.
+        kept: As `prepare` gives it.
         weight: Read for ``dx`` only; otherwise its shape and type count.
         bias: Whether the layer has a bias.
     """
-    form, solver, matrix, unit = prepared
-    groups = geometry.groups
+    form, matrix, unit, groups = kept.form, _matrix(kept), kept.unit, geometry.groups
     dx = plain = plain_bias = None
-    needs_all = needs.weight or (needs.bias and solver.iterations is not None)
+    needs_all = needs.weight or (needs.bias and isinstance(kept, Conjugate))
     layout = _layout(x, weight) if needs.weight else torch.contiguous_format
     if needs_all or needs.bias:
         x = in_unit(x, unit)
@@ -203,7 +176,7 @@ def conv_gradients(
     elif needs.x:
         dx, _, _ = geometry.backward(dy, x, weight, (True, False, False))
     if not needs_all:
-        db = _bias_gradient(prepared, x, dy, geometry, patch_bytes).to(weight.dtype) if needs.bias else None
+        db = _bias_gradient(kept, x, dy, geometry, patch_bytes, scale).to(weight.dtype) if needs.bias else None
         return dx, None, db
     errors = dy
     if form == "dual":  # P is symmetric: dw = (P dy)^T x
@@ -218,15 +191,10 @@ def conv_gradients(
     if plain_bias is not None:
         column = plain_bias.reshape(groups, -1, 1)
         flat = torch.cat([flat, column if unit is None else column / unit], 2)
-    poison = (0 * flat).sum()
-    if solver.iterations is not None:
-        how, rank, samples = solver[:3], solver.rank, solver.samples
-        flat = conjugate.solve_gram(matrix, flat, *how, rank, samples, solver.iterations, unit)
-    elif form == "primal":
-        flat = flat @ matrix
-    flat = flat + poison
+    rows = x.shape[0] * math.prod(geometry.positions(x))
+    flat = kept.corrected(flat, max(min(rows, flat.shape[2]), 1), x.shape[0]) + reference.poison_of(flat)
     if unit is not None:
-        flat = reference.out_of_unit(flat, unit, solver.scale)
+        flat = reference.out_of_unit(flat, unit, scale)
     dw = db = None
     if needs.bias:
         db = flat[:, :, -1].to(weight.dtype, copy=True).reshape(-1)
@@ -236,13 +204,22 @@ def conv_gradients(
     return dx, dw, db
 
 
-def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int) -> Tensor:
+def _matrix(kept: Inverse | Conjugate) -> Tensor:
+    """``[groups, n, n]``, the inverse or the Gram."""
+    matrix = kept.inverse if isinstance(kept, Inverse) else kept.gram
+    assert matrix is not None
+    return matrix
+
+
+def _bias_gradient(
+    kept: Inverse | Conjugate, x: Tensor, dy: Tensor, geometry: Geometry, patch_bytes: int, scale: Scale
+) -> Tensor:
     """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type.
 
     Args:
         x: In the unit.
     """
-    form, solver, matrix, unit = prepared
+    form, matrix, unit = kept.form, _matrix(kept), kept.unit
     if form == "dual":
         column = matrix.sum(2, keepdim=True)  # [groups, N, 1]
         column = column if unit is None else column / unit
@@ -255,7 +232,7 @@ def _bias_gradient(prepared: Prepared, x: Tensor, dy: Tensor, geometry: Geometry
         column = conv_errors(column, geometry.groups)
     db = conv_errors(dy.to(matrix.dtype), geometry.groups).mT @ column  # [groups, O/groups, 1]
     db = reference.poisoned(db)
-    return (db if unit is None else reference.out_of_unit(db, unit, solver.scale)).reshape(-1)
+    return (db if unit is None else reference.out_of_unit(db, unit, scale)).reshape(-1)
 
 
 def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -286,18 +263,18 @@ def _plain_gradients(
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, matrix, unit = ctx.saved_tensors
-    prepared = Prepared(ctx.form, ctx.solver, matrix, unit)
+    x, weight, *tensors = ctx.saved_tensors
+    kept: Any = restored(ctx.kind, ctx.static, *tensors)
     needs = Needs(*_torch.needed_gradients(ctx, 3))
     with full_precision(dy.device.type):
-        dx, dw, db = conv_gradients(prepared, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, needs)
-    return dx, dw, db, *(None,) * 6
+        gradients = conv_gradients(kept, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, ctx.scale, needs)
+    return *gradients, *(None,) * 7
 
 
 class EmendedConv(torch.autograd.Function):
     """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias.
 
-    The arguments after the bias are the geometry, ``patch_bytes``, and those of `Prepared`.
+    The arguments after the bias are the geometry, ``patch_bytes``, ``scale``, and what forward keeps, flat.
     """
 
     @staticmethod
@@ -382,9 +359,9 @@ def _weight_grad(
         return weight, dy.new_zeros(dy.shape[1] if bias else 0)
     options = replace(traced.options_of(*settings), patch_bytes=patch_bytes)
     with torch.no_grad(), full_precision(x.device.type):
-        prepared = prepare(x, geometry, bias, dy.shape[1], options)
+        kept = prepare(x, geometry, bias, dy.shape[1], options)
         needs = Needs(False, True, bias)
-        _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, patch_bytes, needs)
+        _, dw, db = conv_gradients(kept, x, weight, dy, bias, geometry, patch_bytes, options.scale, needs)
     assert dw is not None
     return traced.fresh(dw, dy.new_empty(0) if db is None else db)
 
@@ -417,6 +394,6 @@ traced.add_op(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.form, ctx.solver, matrix, unit = inputs
+    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.scale, ctx.kind, ctx.static, first, second = inputs
     ctx.bias = bias is not None
-    ctx.save_for_backward(x, weight, matrix, unit)
+    ctx.save_for_backward(x, weight, first, second)

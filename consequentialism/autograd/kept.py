@@ -1,7 +1,9 @@
-"""What forward keeps of a linear layer's input for backward: one small class for each kind.
+"""What forward keeps of a layer's input for backward: one small class for each kind.
 
-Each gives the emended gradients (`weight_grad`) or takes a step along them without ever having them (`step_`). A
-Function carries them flat, for a compiler must see every tensor among its arguments: `flat`, and back by `restored`.
+For a linear layer each gives the emended gradients (`weight_grad`) or takes a step along them without ever having them
+(`step_`). For a convolution, which keeps an `Inverse` or a `Conjugate`, `autograd.conv` makes the plain gradient and
+asks for its correction (`corrected`). A Function carries them flat, for a compiler must see every tensor among its
+arguments: `flat`, and back by `restored`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ..backend import reference
 from ..backend.protocol import Ops
-from ..options import DampingMode, Form, Scale
+from ..options import Form, Ridge
 from ..solve import conjugate
 
 Flat = tuple[str, tuple[Any, ...], Tensor | None, Tensor | None]  # the kind, what is no tensor, two tensors
@@ -63,9 +65,9 @@ class EmendedInput(NamedTuple):
 class Inverse(NamedTuple):
     """The inverse ``P`` of the damped Gram, with the bias's border, which backward applies to the errors."""
 
-    inverse: Tensor  # [n, n]
+    inverse: Tensor  # [n, n]; of a convolution [groups, n, n]
     form: Form
-    unit: Tensor | None = None  # 0-dimensional: the inverse is that of x / unit
+    unit: Tensor | None = None  # 0-dimensional, or [groups, 1, 1]: the inverse is that of x / unit
 
     def keeps_x(self) -> bool:
         """Whether backward reads ``x``."""
@@ -100,6 +102,10 @@ class Inverse(NamedTuple):
         dw = torch.addr(plain @ inverse[:-1, :-1], plain_bias, border)
         return dw, plain @ border + plain_bias * inverse[-1, -1] if need_bias else None
 
+    def corrected(self, plain: Tensor, rank: int, rows: int) -> Tensor:
+        """The plain gradient's rows ``[groups, O, n]``, which a dual inverse has been applied to before."""
+        return plain if self.form == "dual" else plain @ self.inverse
+
     def out_of_unit(self, dw: Tensor) -> Tensor:
         """``dw`` of ``x`` and the inverse of ``x / unit``, as if both were of ``x``."""
         return dw if self.unit is None else dw / self.unit / self.unit
@@ -128,7 +134,13 @@ class Conjugate(NamedTuple):
     """A system that backward solves by conjugate gradients."""
 
     system: conjugate.System
-    gram: Tensor | None  # [n, n], where it is stored
+    gram: Tensor | None  # [n, n], where it is stored; of a convolution [groups, n, n], always
+    unit: Tensor | None = None  # of a convolution, as that of `Inverse`
+
+    @property
+    def form(self) -> Form:
+        """Of the Gram: the dual system has no bound on its error, see `conjugate`."""
+        return "primal"
 
     def keeps_x(self) -> bool:
         """Whether backward reads ``x``."""
@@ -136,7 +148,13 @@ class Conjugate(NamedTuple):
 
     def flat(self) -> Flat:
         """As arguments of a Function."""
-        return "conjugate", (self.system,), self.gram, None
+        return "conjugate", (self.system,), self.gram, self.unit
+
+    def corrected(self, plain: Tensor, rank: int, rows: int) -> Tensor:
+        """As that of `Inverse`; ``rank`` and ``rows`` as `conjugate.solve_gram` takes them."""
+        assert self.gram is not None
+        ridge, iterations = self.system.ridge, self.system.iterations
+        return conjugate.solve_gram(self.gram, plain, ridge, rank, rows, iterations, self.unit)
 
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
         """As that of `EmendedInput`; ``x [N, I]``."""
@@ -159,9 +177,7 @@ class FusedCall(NamedTuple):
     """Nothing but ``x``: one op makes both gradients in backward."""
 
     bias: bool
-    damping: float
-    damping_mode: DampingMode
-    scale: Scale
+    ridge: Ridge
 
     def keeps_x(self) -> bool:
         """Whether backward reads ``x``."""
@@ -174,7 +190,7 @@ class FusedCall(NamedTuple):
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
         """As that of `EmendedInput`; ``x [N, I]``."""
         assert x is not None
-        dw, db = backend.fused_weight_grad(x, dy, *self)
+        dw, db = backend.fused_weight_grad(x, dy, self.bias, *self.ridge)
         return dw if need_weight else None, db if need_bias else None
 
     def step_(self, *_: Any) -> None:
@@ -195,7 +211,7 @@ def restored(kind: str, static: tuple[Any, ...], first: Tensor | None, second: T
         return Inverse(first, form, second)
     if kind == "conjugate":
         (system,) = static
-        return Conjugate(system, first)
+        return Conjugate(system, first, second)
     return FusedCall(*static)
 
 

@@ -231,9 +231,14 @@ def fused_weight_grad(
     return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
 
 
+def poison_of(tensor: Tensor) -> Tensor:
+    """0, or NaN where one entry is not finite; 0-dimensional. What it is added to is then NaN everywhere."""
+    return (0 * tensor).sum()
+
+
 def poisoned(dy: Tensor) -> Tensor:
     """``dy``, or NaN everywhere where one entry is not finite."""
-    return dy + (0 * dy).sum()
+    return dy + poison_of(dy)
 
 
 def emended_weight_grad(

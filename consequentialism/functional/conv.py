@@ -192,9 +192,9 @@ def _emended(
     if rows.shape[0] == 0 and options.process_group is None:
         return plain(x, weight, bias)  # nothing to emend
     with torch.no_grad(), full_precision(x.device.type):
-        prepared = prepare(rows.detach(), geometry, bias is not None, geometry.outputs(weight), options)
+        kept = prepare(rows.detach(), geometry, bias is not None, geometry.outputs(weight), options)
     function = TransformableEmendedConv if transformed else EmendedConv
-    y = function.apply(rows, weight, bias, geometry, options.patch_bytes, *prepared)
+    y = function.apply(rows, weight, bias, geometry, options.patch_bytes, options.scale, *kept.flat())
     return y if batched else y.squeeze(0)
 
 
@@ -267,9 +267,9 @@ def emended_conv_weight_grad(
             dw, own_db = torch.ops.consequentialism.emended_conv_weight_grad(x, dy, *arguments)
             db = own_db if bias else None
         else:
-            prepared = prepare(x, geometry, bias, dy.shape[1], settings)
-            needs = Needs(False, True, bias)
-            _, dw, db = conv_gradients(prepared, x, weight, dy, bias, geometry, settings.patch_bytes, needs)
+            kept = prepare(x, geometry, bias, dy.shape[1], settings)
+            needs, how = Needs(False, True, bias), (settings.patch_bytes, settings.scale)
+            _, dw, db = conv_gradients(kept, x, weight, dy, bias, geometry, *how, needs)
         assert dw is not None
         by = ratio(settings, x.shape[0], x) if settings.process_group is None else None
         if by is not None:

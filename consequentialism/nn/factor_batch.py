@@ -237,9 +237,7 @@ def _prepare_group(options: Options, backend: Backend, layers: Sequence[Deferred
         [layer.bias for layer in layers],
         [plan.form for plan in plans],
         [plan.applied_to == "input" for plan in plans],
-        options.damping,
-        options.damping_mode,
-        options.scale,
+        *options.ridge,
     )
     for layer, x, plan, tensor, column in zip(layers, xs, plans, kept, columns, strict=True):
         if plan.applied_to == "input":

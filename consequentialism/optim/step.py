@@ -12,7 +12,7 @@ from .. import _torch
 from ..autograd.kept import EmendedInput, Kept, restored
 from ..autograd.linear import full_precision, keep, plain_linear, prepare
 from ..backend import dispatch
-from ..backend.reference import poisoned
+from ..backend.reference import poison_of, poisoned
 from ..functional.checks import check_linear
 from ..functional.linear import autocast
 from ..options import Options
@@ -111,7 +111,7 @@ def _scaled(dy: Tensor, lr: float | Tensor) -> tuple[Tensor, float]:
     """Errors and a number whose product is ``-lr * dy``, NaN everywhere where one entry of ``dy`` is not finite."""
     if isinstance(lr, Tensor):
         dy = dy.to(emended_dtype(dy.dtype))  # lr times a float16 may leave its range
-        return dy * ((0 * dy).sum().to(compute_dtype(dy.dtype)) - lr), 1.0
+        return dy * (poison_of(dy).to(compute_dtype(dy.dtype)) - lr), 1.0
     if dy.device.type != "cpu" or type(dy) is not Tensor:  # a fake tensor has nothing to look at
         dy = poisoned(dy)
     elif not math.isfinite(dy.sum().item()) and not dy.isfinite().all():  # a sum of finite entries may overflow

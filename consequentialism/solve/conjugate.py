@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..backend.protocol import Ops
 from ..backend.reference import limited_damping, out_of_unit, separate, unit_of
-from ..options import DampingMode, Options, Scale
+from ..options import Ridge, Scale
 from ..precision import gram_dtype
 
 
@@ -83,9 +83,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 def solve_gram(
     gram: Tensor,
     right: Tensor,
-    damping: float,
-    damping_mode: DampingMode,
-    scale: Scale,
+    ridge: Ridge,
     rank: int,
     rows: int,
     iterations: int,
@@ -105,18 +103,16 @@ def solve_gram(
     Zero where the trace is zero and NaN where it is not finite.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)  # [..., n]
-    ridge = _ridge(diagonal, damping, damping_mode, rank, unit)
-    matrix = gram / ridge.unit
-    matrix.diagonal(dim1=-2, dim2=-1).add_((ridge.c / ridge.unit).squeeze(-1))
-    return _scaled_solve(lambda v: v @ matrix, right, ridge, scale, rows, iterations)
+    shift = _shift(diagonal, ridge, rank, unit)
+    matrix = gram / shift.unit
+    matrix.diagonal(dim1=-2, dim2=-1).add_((shift.c / shift.unit).squeeze(-1))
+    return _scaled_solve(lambda v: v @ matrix, right, shift, ridge.scale, rows, iterations)
 
 
 def solve_rows(
     x: Tensor,
     right: Tensor,
-    damping: float,
-    damping_mode: DampingMode,
-    scale: Scale,
+    ridge: Ridge,
     iterations: int,
     unit: Tensor | None = None,
 ) -> Tensor:
@@ -126,15 +122,15 @@ def solve_rows(
         x: ``[N, I]``, with the bias's column of ones, if there is a bias.
         right: ``[R, I]``, of x's type.
     """
-    ridge = _ridge(x.square().sum(0), damping, damping_mode, max(min(x.shape), 1), unit)
+    shift = _shift(x.square().sum(0), ridge, max(min(x.shape), 1), unit)
 
     def times(v: Tensor) -> Tensor:
-        return torch.addcmul((v @ x.T / ridge.unit) @ x, v, ridge.c / ridge.unit)
+        return torch.addcmul((v @ x.T / shift.unit) @ x, v, shift.c / shift.unit)
 
-    return _scaled_solve(times, right, ridge, scale, x.shape[0], iterations)
+    return _scaled_solve(times, right, shift, ridge.scale, x.shape[0], iterations)
 
 
-class _Ridge(NamedTuple):
+class _Shift(NamedTuple):
     """``[..., 1, 1]`` each: the ridge, the Gram's mean eigenvalue, and their sum, the system's unit."""
 
     c: Tensor
@@ -143,51 +139,51 @@ class _Ridge(NamedTuple):
     excess: float  # of the inverse, whose ridge was limited
 
 
-def _ridge(diagonal: Tensor, damping: float, damping_mode: DampingMode, rank: int, unit: Tensor | None) -> _Ridge:
+def _shift(diagonal: Tensor, ridge: Ridge, rank: int, unit: Tensor | None) -> _Shift:
     """From the Gram's diagonal ``[..., n]``; a trace of zero gets a ridge of 1."""
-    damping, excess = limited_damping(damping, damping_mode, diagonal.dtype)
+    damping, excess = limited_damping(ridge.damping, ridge.damping_mode, diagonal.dtype)
     order = max(diagonal.shape[-1], 1)
     mean = (diagonal / order).sum(-1)[..., None, None]  # divided first: the trace itself may overflow
-    c = mean * (damping * order / rank) if damping_mode == "relative" else torch.full_like(mean, damping)
-    if damping_mode == "absolute" and unit is not None:
+    c = mean * (damping * order / rank) if ridge.damping_mode == "relative" else torch.full_like(mean, damping)
+    if ridge.damping_mode == "absolute" and unit is not None:
         c = c / unit / unit
     c = torch.where(mean == 0, torch.ones_like(c), c)
-    return _Ridge(c, mean, mean + c, excess)
+    return _Shift(c, mean, mean + c, excess)
 
 
 def _scaled_solve(
-    times: Callable[[Tensor], Tensor], right: Tensor, ridge: _Ridge, scale: Scale, rows: int, iterations: int
+    times: Callable[[Tensor], Tensor], right: Tensor, shift: _Shift, scale: Scale, rows: int, iterations: int
 ) -> Tensor:
     """``right * scale * (G + c I)^-1`` from ``times``, ``v -> v (G + c I) / unit``, whatever the units of ``right``."""
     size = right.abs().sum(-1, keepdim=True)  # [..., R, 1]
     solution = solve(times, right / torch.where(size == 0, torch.ones_like(size), size), iterations)
-    solution = solution * (size / ridge.unit)
+    solution = solution * (size / shift.unit)
     if scale == "nlms":
         solution = solution * rows
     if scale == "gradient":
-        solution = solution * ridge.c
-    elif ridge.excess != 1:
-        solution = solution * ridge.excess
-    solution = torch.where(ridge.mean == 0, torch.zeros_like(solution), solution)
-    return torch.where(ridge.mean.isfinite(), solution, torch.full_like(solution, torch.nan))
+        solution = solution * shift.c
+    elif shift.excess != 1:
+        solution = solution * shift.excess
+    solution = torch.where(shift.mean == 0, torch.zeros_like(solution), solution)
+    return torch.where(shift.mean.isfinite(), solution, torch.full_like(solution, torch.nan))
 
 
 class System(NamedTuple):
-    """A linear layer's primal system, which backward solves."""
+    """A layer's primal system, which backward solves."""
 
     bias: bool  # whether the Gram has one; its gradient may still not be wanted
-    options: Options
+    ridge: Ridge
+    iterations: int
 
     def wide(self, x: Tensor) -> Tensor:
         """``x [N, I]`` in the type that Gram and iterates need: float64 where the direct solution would take it too."""
         rows, inputs = x.shape[0], x.shape[1] + self.bias
-        options = self.options
-        return x.to(gram_dtype(rows, inputs, x.dtype, options.damping, options.damping_mode, x.device.type))
+        return x.to(gram_dtype(rows, inputs, x.dtype, self.ridge.damping, self.ridge.damping_mode, x.device.type))
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x / unit [N, I]``, wide, and the unit, as `reference.unit_of`."""
         x = self.wide(x)
-        unit = unit_of(x, self.bias, self.options.damping_mode)
+        unit = unit_of(x, self.bias, self.ridge.damping_mode)
         return x / unit, unit
 
     def gram(self, x: Tensor, backend: Ops) -> Tensor:
@@ -210,17 +206,16 @@ def weight_grad(
         x: ``[N, I]``.
         dy: ``[N, O]``. One infinity or NaN makes every entry NaN.
     """
-    bias, options = system
+    bias, ridge, iterations = system
     dtype = dy.dtype
     x, unit = system.scaled(x)
     plain, plain_bias = backend.weight_grad(dy.to(x.dtype), x, x.new_ones(x.shape[0] if bias else 0))
     right = torch.cat([plain, plain_bias[:, None] / unit], dim=1) if bias else plain  # [O, I]
-    settings = options.damping, options.damping_mode, options.scale
     if gram is None:
         rows = torch.cat([x, x.new_ones(x.shape[0], 1) / unit], dim=1) if bias else x
-        solution = solve_rows(rows, right, *settings, options.iterations, unit)
+        solution = solve_rows(rows, right, ridge, iterations, unit)
     else:
         rank = max(min(x.shape[0], right.shape[1]), 1)
-        solution = solve_gram(gram, right, *settings, rank, x.shape[0], options.iterations, unit)
-    solution = out_of_unit(solution, unit, options.scale).to(dtype)
+        solution = solve_gram(gram, right, ridge, rank, x.shape[0], iterations, unit)
+    solution = out_of_unit(solution, unit, ridge.scale).to(dtype)
     return separate(solution) if bias else (solution, None)

@@ -175,20 +175,16 @@ def largest_ratio(iterations: int, allowed: float) -> float:
     return largest
 
 
-def conv_form(rows: int, inputs: int) -> Form:
-    """The form of a convolution's Gram; the inverse is always applied to the gradient, in the type that allows it."""
-    return "dual" if rows < inputs else "primal"
+def conv_plan(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
+    """That of a convolution, ``outputs`` of one group. Its Gram is always stored and applied to the gradient.
 
-
-def conv_solver(
-    rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options
-) -> Literal["cholesky", "cg"]:
-    """The solver of a convolution's correction; ``outputs`` of one group. Its Gram is always stored."""
-    direct = Plan(conv_form(rows, inputs), "gradient")
-    sizes = (rows, inputs, outputs)
+    The rows of all ranks count, which the primal form does not need to see.
+    """
+    smaller: Form = "dual" if rows < inputs and options.process_group is None else "primal"
+    direct, sizes = Plan(smaller, "gradient"), (rows, inputs, outputs)
     if options.solver == "cg" or (_may_pay(inputs, dtype, options) and _pays(_CG_PLANS[0], direct, sizes, options)):
-        return "cg"
-    return "cholesky"
+        return _CG_PLANS[0]
+    return direct
 
 
 # To a multiple of which the kernel for displaced products multiplies; what is too much costs less than in proportion.

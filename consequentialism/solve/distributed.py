@@ -211,18 +211,19 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
     counts = exchange_counts(shape, x.shape[0], x.shape[0], x, options)
     total = sum(counts.rows)
     work = x.to(compute_dtype(x.dtype))
-    damping, mode = options.damping, options.damping_mode
-    scale = "raw" if options.scale == "nlms" else options.scale  # times the samples, which need not be the rows
+    ridge = options.ridge
+    if ridge.scale == "nlms":
+        ridge = ridge._replace(scale="raw")  # times the samples, which need not be the rows
     if total <= inputs:
         batch, begin = gather_rows(work, counts.rows, group)
-        emended, column = backend.emended_input(batch, bias, "dual", damping, mode, scale)
+        emended, column = backend.emended_input(batch, bias, "dual", *ridge)
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
     else:
-        work = work.to(gram_dtype(total, inputs, x.dtype, damping, mode, x.device.type))
+        work = work.to(gram_dtype(total, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type))
         gram = backend.input_gram(work, bias, "primal")
         dist.all_reduce(gram, group=group)
-        inverse = backend.damped_inverse(gram, damping, mode, scale, max(min(total, inputs), 1), total)
+        inverse = backend.damped_inverse(gram, *ridge, max(min(total, inputs), 1), total)
         emended, column = apply_inverse(inverse, work, bias, "primal")
     if options.scale == "nlms":
         emended, column = emended * counts.samples, column * counts.samples
