@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import consequentialism as cw
 
 FOLDER = Path("out/tour")
+DRAWS = importlib.util.find_spec("matplotlib") is not None
 
 
 def two_samples() -> None:
@@ -41,8 +42,7 @@ def identify() -> dict[str, list[float]]:
     for name, (order, emended, lr) in setups.items():
         layer = nn.Linear(16, 1, bias=False)
         nn.init.zeros_(layer.weight)
-        if emended:
-            cw.convert(layer, damping=1e-3, scale="raw")
+        layer = cw.convert(layer, damping=1e-3, scale="raw") if emended else layer
         optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
         curves[name] = []
         for t in range(order, len(windows)):
@@ -64,12 +64,12 @@ def stack() -> None:
     print("3. In every layer of a network, what the other samples' steps do to a sample, in units of its own step:")
     for layer in report.layers:
         print(f"   layer {layer.name}: {layer.interference:.1f} plain, {layer.interference_emended:.1f} emended")
-    if has_matplotlib():
+    if DRAWS:
         report.to_html(FOLDER / "report.html")
     found = cw.find_damping(model, list(zip(x.split(64), labels.split(64), strict=True)), nn.functional.cross_entropy)
     plain = min(one.loss for one in found.tries if one.damping is None)
     print(
-        f"4. Twenty steps of it, best loss over the rates tried\n   plain SGD {plain:.3f}, emended {found.best.loss:.3f} (damping {found.damping:g}, lr {found.lr:g})"
+        f"4. Twenty steps of it, best loss over the rates tried: plain SGD {plain:.3f}, emended {found.best.loss:.3f}"
     )
 
 
@@ -94,10 +94,6 @@ def coordinates() -> None:
         print(f"   {name:27} {float((outputs[0] - outputs[1]).norm() / outputs[0].norm()):.1e}")
 
 
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw(curves: dict[str, list[float]]) -> None:
     from matplotlib.figure import Figure
 
@@ -117,6 +113,6 @@ if __name__ == "__main__":
     curves = identify()
     stack()
     coordinates()
-    if has_matplotlib():
+    if DRAWS:
         draw(curves)
         print(f"Pictures: {FOLDER / 'filters.png'}, {FOLDER / 'report.html'}")

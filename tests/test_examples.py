@@ -70,7 +70,7 @@ def test_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert apa < nlms < lms
     interference = numbers(r"layer \d: ([\d.]+) plain", printed)
     assert all(e < p for p, e in zip(interference, numbers(r"plain, ([\d.]+) emended", printed), strict=True))
-    assert numbers(r"emended ([\d.]+) \(damping", printed) < numbers(r"plain SGD ([\d.]+)", printed)
+    assert numbers(r"SGD [\d.]+, emended ([\d.]+)", printed) < numbers(r"plain SGD ([\d.]+)", printed)
     assert (
         numbers(r"in emended coordinates +([\d.e+-]+)", printed)[0] < 1e-4 < numbers(r"SGD  +([\d.e+-]+)", printed)[0]
     )
