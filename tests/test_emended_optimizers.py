@@ -175,6 +175,7 @@ DECOUPLED: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
     "RAdam": lambda p, decay: torch.optim.RAdam(p, 0.02, weight_decay=decay, decoupled_weight_decay=True),
     "Muon": lambda p, decay: torch.optim.Muon(p, 0.02, weight_decay=decay),
     "Lion": lambda p, decay: pytest.importorskip("pytorch_optimizer").Lion(p, 0.02, weight_decay=decay),
+    "SOAP": lambda p, decay: pytest.importorskip("pytorch_optimizer").SOAP(p, 0.02, weight_decay=decay),
     "Lion fixed": lambda p, decay: pytest.importorskip("pytorch_optimizer").Lion(
         p, 0.02, weight_decay=decay * 0.02, fixed_decay=True
     ),
@@ -281,3 +282,37 @@ def test_optimizers_that_cannot_be_wrapped() -> None:
     free.param_groups[0]["weight_decay"] = 0.1
     with pytest.raises(ValueError, match="weight_decay of ScheduleFreeSGD acts on several places"):
         cw.optim.Emended(free, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((nn.Linear,), TypeError, "cls must be a subclass of torch.optim.Optimizer, got"),
+        ((Stranger, "both"), ValueError, "decay must be one of 'coupled', 'decoupled', 'none', got 'both'"),
+        ((Stranger, "none", 1), TypeError, "orthogonalises must be True or False, got 1"),
+        (
+            (Stranger, "none", False, "all"),
+            ValueError,
+            "reads must be one of 'change', 'weights', 'position', got 'all'",
+        ),
+    ],
+)
+def test_bad_declarations(arguments: tuple[Any, ...], error: type[Exception], match: str) -> None:
+    names = ("decay", "orthogonalises", "reads")
+    given = {"decay": "none", **dict(zip(names, arguments[1:], strict=False))}
+    with pytest.raises(error, match=match):
+        cw.optim.declare(arguments[0], **given)
+    assert Stranger not in _DECLARED
+
+
+def test_a_decay_of_an_unknown_class_that_begins_later() -> None:
+    """As a scheduler or a user sets it: the step says so, and has changed nothing."""
+    layer = nn.Linear(6, 5, dtype=F64)
+    optimizer = cw.optim.Emended(Stranger(layer.parameters()), layer)
+    train(layer, optimizer, randn(20, 6), 1)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    before = layer.weight.detach().clone()
+    squares(layer(randn(20, 6))).backward()
+    with pytest.raises(ValueError, match=r"it is not known what weight_decay=0\.1 does in Stranger"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)

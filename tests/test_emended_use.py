@@ -359,3 +359,34 @@ def test_memory_beyond_the_plain_optimizer() -> None:
     )
     assert ours == 2 * (2 * 65 * 65 * 4 + 16)
     assert all(unit.slot.gram is None for unit in optimizer.units)
+
+
+TAKES: dict[str, tuple[Any, int]] = {  # with the largest temporary in sizes of a layer
+    "SGD": (lambda m: cw.optim.Emended(torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, nesterov=True), m), 3),
+    "AdamW": (lambda m: cw.optim.Emended(torch.optim.AdamW(m.parameters(), 0.01), m), 3),
+    "Muon": (lambda m: cw.optim.Muon(m, 0.01, aux={"lr": 0.01}), 6),
+}
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_step_has_one_layers_temporaries(name: str) -> None:
+    """Whatever the number of layers; counted in all allocations and frees of a step between refreshes."""
+    make_one, most = TAKES[name]
+    peaks = []
+    for count in (3, 9):
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(count)))
+        optimizer = make_one(model)
+        for step in range(2):
+            x = randn(100, 64, seed=step, dtype=F32)
+            train(model, optimizer, x, 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            optimizer.step()
+        held = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        peaks.append(peak)
+        assert held == 0
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+    assert peaks[1] <= 1.01 * most * 64 * 65 * 4

@@ -41,6 +41,9 @@ def convert(
     float64, `torch.nn.MultiheadAttention`, layers without an emended form. Subclasses of torch's layers are taken if
     they leave forward alone; see `register` for others. Where nothing is converted, the warning says that.
 
+    Where gradients are accumulated over micro-batches, each is emended on its own, by its own Gram, and their sum is
+    not the emended gradient of their union; `optim.Emended` with ``memory=0`` steps by that, exactly.
+
     Args:
         model: Any module, also a single layer.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to convert; None, all.
