@@ -149,7 +149,7 @@ def _run(chosen: argparse.Namespace, own: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal"
         end = time.time() + (chosen.seconds or SECONDS[device.type, chosen.quick and not chosen.rehearse])
-        command = [sys.executable, "-m", str(__package__), *own, "--worker", str(path), str(end)]
+        command = [sys.executable, "-m", "consequentialism", "bench", *own, "--worker", str(path), str(end)]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             supervise(command, path, end, GRACE[device.type], chosen.patience)

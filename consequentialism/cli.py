@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -68,13 +70,16 @@ def _bench_train(arguments: list[str]) -> int:
 
 
 def _bench_module(name: str) -> ModuleType:
-    """One of the benchmarks: a subpackage once installed, the folder ``bench`` in a checkout that is not."""
-    try:
-        return importlib.import_module(f"consequentialism.bench.{name}")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("consequentialism.bench"):
-            raise
-    return importlib.import_module(f"bench.{name}")
+    """One of the benchmarks: a subpackage once installed; in a checkout that is not, the folder beside the package."""
+    package = f"{__package__}.bench"
+    if importlib.util.find_spec(package) is None:
+        folder = Path(__file__).resolve().parent.parent / "bench"
+        beside = importlib.util.spec_from_file_location(package, folder / "__init__.py")
+        if beside is None or beside.loader is None or not (folder / "__init__.py").is_file():
+            raise SystemExit(f"consequentialism: the benchmarks are neither installed nor in {folder}")
+        sys.modules[package] = importlib.util.module_from_spec(beside)
+        beside.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.{name}")
 
 
 def _info(arguments: list[str]) -> int:

@@ -180,3 +180,16 @@ def test_a_closed_pipe_ends_quietly() -> None:
     assert finished.stdout.startswith("consequentialism"), finished
     assert "Traceback" not in finished.stderr
     assert "BrokenPipe" not in finished.stderr
+
+
+def test_the_benchmarks_of_a_checkout_are_found_by_their_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.split(".")[:2] == ["consequentialism", "bench"]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)  # as where nothing is installed
+    monkeypatch.setitem(sys.modules, "bench", None)  # somebody else's cannot be taken
+    module = cli._bench_module("shapes")
+    assert module.__name__ == "consequentialism.bench.shapes"
+    assert Path(str(module.__file__)).parent == Path(cli.__file__).resolve().parent.parent / "bench"
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "package" / "cli.py"))
+    with pytest.raises(SystemExit, match="neither installed nor in"):
+        cli._bench_module("shapes")
