@@ -27,7 +27,7 @@ NONE, BLOCK, CLUSTER = 0, 1, 2
 
 @pytest.fixture(scope="module")
 def shim() -> cuda_shim.Library:
-    return cuda_shim.load(SOURCES, options=["-O2"])
+    return cuda_shim.load(SOURCES)
 
 
 def plan(shim: cuda_shim.Library, n: int, dtype: torch.dtype, shared: int = SHARED, clusters: bool = True) -> list[int]:

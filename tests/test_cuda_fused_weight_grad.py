@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
 @pytest.fixture(scope="module")
 def shim() -> cuda_shim.Library:
-    return cuda_shim.load(SOURCES, options=["-O2"])
+    return cuda_shim.load(SOURCES)
 
 
 def plans(

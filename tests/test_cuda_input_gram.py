@@ -29,7 +29,7 @@ LARGE_PLAN_SIZES = (2047, 2304, 4096, 4097, 8192, 11008, 20000)
 
 @pytest.fixture(scope="module")
 def shim() -> cuda_shim.Library:
-    return cuda_shim.load(SOURCES, options=["-O2"])
+    return cuda_shim.load(SOURCES)
 
 
 def tf32(x: Tensor) -> Tensor:

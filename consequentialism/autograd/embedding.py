@@ -72,11 +72,12 @@ class EmendedEmbedding(torch.autograd.Function):
             scale=options.scale,
             samples=multiplier,
         )
-        if ctx.sparse:
-            size = (ctx.num_embeddings, errors.shape[1])
-            dw = torch.sparse_coo_tensor(flat[None], emended.to(ctx.dtype), size, check_invariants=False)
+        ignored = -1 if padding_idx is None else padding_idx
+        if ctx.sparse:  # torch.sparse_coo_tensor would warn in torch 2.11, whatever check_invariants is
+            dw = torch.ops.aten.embedding_sparse_backward(
+                emended.to(ctx.dtype), flat, ctx.num_embeddings, ignored, False
+            )
         else:
-            ignored = -1 if padding_idx is None else padding_idx
             dw = torch.ops.aten.embedding_dense_backward(emended, flat, ctx.num_embeddings, ignored, False)
             dw = dw.to(ctx.dtype)
         return dw, None, None, None, None, None

@@ -12,6 +12,7 @@ A launcher's `extern "C"` function takes pointers, `int64_t`, `double` and `bool
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -35,7 +36,8 @@ SHIM = [HERE / f"{part}.cpp" for part in ("scheduler", "errors", "instructions",
 SEEDS = (0, 1, 2)
 
 FLAGS = (
-    *("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-DCONSEQUENTIALISM_HOST_SHIM"),
+    # Lines and names of functions are all that messages need of -g; -O2 takes longer to compile than it saves.
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-DCONSEQUENTIALISM_HOST_SHIM"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     # Kernels read the same bytes as several types, and the shim jumps out of fibers.
     *("-fno-strict-aliasing", "-U_FORTIFY_SOURCE"),
@@ -79,15 +81,19 @@ def build(sources: Sequence[Path], options: Sequence[str] = ()) -> Path:
     for path in _closure(sources):
         digest.update(f"{path}\0".encode() + path.read_bytes() + b"\0")
     target = BUILD / f"{digest.hexdigest()[:24]}.so"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(
-            [*command, "-x", "c++", *map(str, sources), "-o", str(partial)], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise ShimError(f"{' '.join(map(str, sources))} do not compile:\n{done.stderr}")
-        partial.replace(target)
+    if target.exists():
+        return target
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that wants the same waits for it
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            done = subprocess.run(
+                [*command, "-x", "c++", *map(str, sources), "-o", str(partial)], capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                raise ShimError(f"{' '.join(map(str, sources))} do not compile:\n{done.stderr}")
+            partial.replace(target)
     return target
 
 
