@@ -20,7 +20,7 @@ ptxas info    : Compiling entry function '_ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_' fo
 ptxas info    : Function properties for _ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_
     64 bytes stack frame, 88 bytes spill stores, 296 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 64 bytes cumulative stack size, 512 bytes smem, 380 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_' for 'sm_90a'
+ptxas info    : Compiling entry function '_ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_' for 'sm_90'
 ptxas info    : Function properties for _ZN2ns12_GLOBAL__N_11kIfLi3EEEvPT_
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 30 registers, used 1 barriers
@@ -32,7 +32,7 @@ def test_report_of_ptxas_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_resources, "demangle", lambda names: [name] * len(names))
     table = cuda_resources.parse(REPORT)
     assert table["k<float,3>", "sm_80"] == Resources(255, 64, 88, 296, 512)
-    assert table["k<float,3>", "sm_90a"] == Resources(30, 0, 0, 0, 0)
+    assert table["k<float,3>", "sm_90"] == Resources(30, 0, 0, 0, 0)
     assert cuda_resources.read_table(cuda_resources.write_table(table)) == table
 
 
@@ -93,7 +93,7 @@ def test_nvcc_of_a_build_leaves_its_report_beside_the_object(
     (table,) = cuda_resources.built(tmp_path / "cuda")
     assert [(arch, value) for (_, arch), value in table.items()] == [
         ("sm_80", Resources(255, 64, 88, 296, 512)),
-        ("sm_90a", Resources(30, 0, 0, 0, 0)),
+        ("sm_90", Resources(30, 0, 0, 0, 0)),
     ]
 
 
@@ -137,7 +137,7 @@ def test_gpu_script_reports_every_part(
     summary = [line for line in done.stdout.splitlines() if line.startswith("gpu: ")]
     for verdict in verdicts:
         assert any(verdict in line for line in summary), summary
-    assert (tmp_path / "build.log").read_text() == "for 9.0a\n"
+    assert (tmp_path / "build.log").read_text() == "for 9.0\n"
     assert ("--quick" in done.stdout) == (settings.get("QUICK") == "1")
     assert ("--device cuda" in done.stdout and "--op linear" in done.stdout) == ("BUILD" not in settings)
     assert ("racecheck" in done.stdout) == (settings.get("QUICK") != "1" and "BUILD" not in settings)

@@ -103,6 +103,46 @@ def test_accumulation_and_evaluation_before() -> None:
     assert len(found) == 1
 
 
+ADDED = "came into the model after convert"
+
+
+class Adapted(nn.Module):
+    """What PEFT makes of a layer."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 6, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_layers_added_after_convert_are_named_once() -> None:
+    model = converted(Own(), Own())
+    model[0].qkv = Adapted(model[0].qkv)
+    model[1].out = nn.Linear(6, 6)  # as resize_token_embeddings puts a plain layer in the place of an emended one
+    found = warned(lambda: (step(model), step(model)), ADDED)
+    assert len(found) == 1
+    for name in ("0.qkv.lora_A.default", "0.qkv.lora_B.default", "1.out"):
+        assert name in found[0]
+    for name in ("base_layer", "0.out", "1.qkv"):
+        assert name not in found[0]
+
+
+def test_what_a_second_convert_takes_or_leaves_out_is_not_named() -> None:
+    model = converted(Own())
+    model.append(nn.Linear(6, 6))
+    cw.convert(model, filter_fn=lambda module, name: name != "1")
+    assert warned(lambda: step(model), ADDED) == []
+    model = converted(Own())
+    model.append(cw.convert(nn.Linear(6, 6)))
+    model.append(nn.Linear(6, 6).requires_grad_(False))
+    model.append(nn.PReLU())
+    assert warned(lambda: step(model), ADDED) == []
+
+
 def test_a_frozen_layer_is_looked_at_when_it_is_trained() -> None:
     model = converted(Attention(), Own())
     for parameter in model.parameters():

@@ -5,7 +5,7 @@
     python tools/cuda_resources.py --built FOLDER   the same of a build's objects, which compiles nothing
     PYTORCH_NVCC="python tools/cuda_resources.py --nvcc"    nvcc for that build: reports are kept beside the objects
 
-Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90a and as PTX. A kernel that is missing from the
+Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90 and as PTX. A kernel that is missing from the
 table or new to it, that takes more registers or that spills more than the table says, fails.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 TABLE = CUDA / "resources.txt"
 CACHE = ROOT / "build" / "cuda_resources"
-ARCHITECTURES = ("sm_80", "sm_90a")
+ARCHITECTURES = ("sm_80", "sm_90")
 REPORT = ["-Xptxas", "-v"]
 FLAGS = ["-std=c++20", "-O3", f"-I{CUDA}", "-Werror", "all-warnings", *REPORT]
 SUFFIX = ".ptxas"  # of a report beside its object

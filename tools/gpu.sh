@@ -47,7 +47,6 @@ capability=$($python -c "import torch; print('%d.%d' % torch.cuda.get_device_cap
   exit 2
 }
 rm -f "$out/device.err" "$out/bench.log"
-[ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=$capability FORCE_CUDA=1
 
 part build 200 $python setup.py build_ext --inplace || finish

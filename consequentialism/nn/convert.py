@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from .module import EmendedModule
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
 
+NOT_CONVERTED = "not converted"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -90,7 +92,10 @@ def convert(
             chosen.append((name, module, module.options.changed(**options) if emended else settings))
         else:
             left_alone.append(f"{_place(name, module)}: {reason}")
-    watch = Watch()
+    for module in model.modules():
+        if isinstance(module, EmendedModule) and module.watched is not None:
+            module.watched.watch.expect_no_more()
+    watch = Watch(_added_since(model))
     for name, module, taken in chosen:
         emended_before = isinstance(module, EmendedModule)
         if not emended_before:
@@ -180,7 +185,22 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.
             yield name, module, "emended", module.emended_parameters()
         else:
             whole = isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
-            yield name, module, _obstacle(module, tied) or "not converted", module.parameters(recurse=whole)
+            yield name, module, _obstacle(module, tied) or NOT_CONVERTED, module.parameters(recurse=whole)
+
+
+def _added_since(model: nn.Module) -> Callable[[], list[str]]:
+    """A function that names the trained layers that `convert` would take and that ``model`` does not have yet."""
+    known, reference = weakref.WeakSet(model.modules()), weakref.ref(model)
+
+    def added() -> list[str]:
+        now = reference()
+        return [
+            name
+            for name, module, state, parameters in (() if now is None else survey(now))
+            if state == NOT_CONVERTED and module not in known and any(p.requires_grad for p in parameters)
+        ]
+
+    return added
 
 
 def _check_model(model: Any) -> None:

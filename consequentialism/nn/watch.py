@@ -3,7 +3,8 @@
 A module that computes ``F.linear(x, self.qkv.weight)`` never calls ``self.qkv``, and gives its weight the plain
 gradient whatever the layer's class. So when the first layer of a `convert` runs, the weights of the others get a hook
 each, which is gone as soon as the layer runs; what gets a gradient with its hook still there did not run. In later
-steps there is nothing left but those that never ran.
+steps there is nothing left but those that never ran. The first run also looks whether the model has got layers since
+its `convert`, such as adapters, which are plain ones.
 
 Layers that torch.compile traces are not watched, for its code may serve layers that it never saw.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 class Watch:
     """What the layers of one `convert` share until each has run. A copy, and what is unpickled, is a new one."""
 
-    def __init__(self) -> None:
+    def __init__(self, added: Callable[[], list[str]] | None = None) -> None:
+        """``added`` names the layers that could be emended and were not there when the model was converted."""
+        self._added = added
         self._waiting: list[Watched] = []
         self._bypassed: list[str] = []  # in the backward that is running
         self.compiled = False
@@ -44,8 +48,21 @@ class Watch:
 
     def look(self) -> None:
         """Called when a layer has run for the first time: hooks on the weights of those that have not."""
+        added, self._added = self._added, None
+        names = [] if added is None else added()
+        if names:
+            warnings.warn(
+                f"consequentialism: {listed(names)} came into the model after convert and get the plain gradient. Call "
+                "convert on the model again, with a filter_fn that leaves out what is to stay plain",
+                UserWarning,
+                stacklevel=2,
+            )
         waiting, self._waiting = self._waiting, []
         self._waiting = [watched for watched in waiting if not (watched.ran or watched.hook())]
+
+    def expect_no_more(self) -> None:
+        """Called by a further `convert`: what it leaves plain is meant to be."""
+        self._added = None
 
     def bypassed(self, name: str) -> None:
         """Called in backward: a weight has a gradient that its layer did not make. One warning names all of them."""
