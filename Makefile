@@ -20,7 +20,9 @@ ECO_VENV := .venv-ecosystem
 ECO_BIN := $(ECO_VENV)/bin
 ECO_PIP := $(ECO_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-ecosystem.txt
 
-.PHONY: demo test test-ecosystem lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu clean
+DOCS_VENV := .venv-docs
+
+.PHONY: docs demo test test-ecosystem lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -43,6 +45,10 @@ bench-train: $(VENV)/.test
 # docs/benchmarks.md, its pictures and README's figures, from the CSV files in bench/results.
 report: $(VENV)/.test
 	$(BIN)/python -m bench.report $(ARGS)
+
+# The site in out/site, from docs/ and the docstrings, which are read and not imported: neither torch nor a build is needed.
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/python -m consequentialism info
@@ -90,7 +96,7 @@ wheel: $(VENV)/.built
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) $(ECO_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_*.txt
+	rm -rf $(VENV) $(CUDA_VENV) $(ECO_VENV) $(DOCS_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_*.txt
 
 # torch alone first: whatever asks for it later finds it there.
 $(VENV)/.torch: constraints.txt
@@ -127,6 +133,12 @@ $(ECO_VENV)/.torch: constraints-ecosystem.txt
 
 $(ECO_VENV)/.built: $(ECO_VENV)/.torch $(SOURCES)
 	PATH="$(CURDIR)/$(ECO_BIN):$$PATH" $(ECO_PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(DOCS_VENV)/.installed: constraints-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints-docs.txt \
+	  mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 $(CUDA_VENV)/.torch: constraints-cuda.txt

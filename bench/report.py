@@ -18,7 +18,7 @@ from consequentialism.experiments.settings import PREFIX
 from . import table
 from .case import OK, Row
 from .markdown import markdown, number, where
-from .train import draw, recipe_report, show
+from .train import draw, recipe_report, show, starts
 from .train.claims import (
     BATCH_SIZES,
     LEARNT,
@@ -400,6 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         readme = chosen.root / "README.md"
         texts = {
             chosen.root / "docs" / "benchmarks.md": report(chosen.results),
+            chosen.root / "docs" / "rates.md": starts.text(chosen.results),
             readme: with_figures(readme.read_text(), readme_figures(chosen.results)),
         }
         if chosen.check:
