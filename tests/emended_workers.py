@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: i
     own = dist.all_reduce
 
     def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        reduced[-1] += 1
+        reduced[-1] += tensor.numel()
         return own(tensor, *arguments, **options)
 
     dist.all_reduce = counted
@@ -75,7 +76,8 @@ def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: i
             optimizer.step()
     finally:
         dist.all_reduce = own
-    return {"parameters": [full(p) for p in model.parameters()], "reduced": reduced}
+    grams = sum(math.prod(unit.slot.shape) + 1 for unit in optimizer.units)  # type: ignore[attr-defined]
+    return {"parameters": [full(p) for p in model.parameters()], "reduced": reduced, "grams": grams}
 
 
 def job(rank: int, name: str, x: Tensor, target: Tensor, counts: list[list[int]], wrap: str) -> dict[str, Any]:

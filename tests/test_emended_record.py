@@ -302,6 +302,18 @@ def test_copies_of_the_model_record_nothing(tmp_path: Any) -> None:
     assert_close("moment", optimizer.state[model[0].weight]["input_gram"], moment(x), EXACT)
 
 
+def test_between_refreshes_a_forward_leaves_nothing() -> None:
+    model = mlp(F64)
+    optimizer = emended(model, refresh_every=2)
+    left = []
+    for step in range(4):
+        out = model(randn(20, 6, seed=step))
+        left.append((bool(out._backward_hooks), any(unit.slot.gram is not None for unit in optimizer.units)))
+        squares(out).backward()
+        optimizer.step()
+    assert left == [(True, True), (False, False)] * 2
+
+
 def test_hooks_go_with_the_optimizer() -> None:
     model = mlp(F64)
     optimizer = emended(model)
