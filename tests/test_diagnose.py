@@ -226,6 +226,15 @@ def test_calls_in_every_way() -> None:
         assert losses == [float(mse_loss(model(x), y))] * 5
 
 
+def test_a_compiled_model_runs_eagerly(fresh_compiler: None) -> None:
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), randn(4, 3, dtype=F32), randn(4, 2, dtype=F32)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    report = cw.diagnose(compiled, (x, y), mse_loss)
+    assert [layer.name for layer in report.layers] == ["0", "1"]
+    assert report.loss == cw.diagnose(model, (x, y), mse_loss).loss
+
+
 def test_checkpointing_and_a_layer_called_twice() -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -171,6 +171,10 @@ import consequentialism
 after = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()
 assert before == after, (before, after)
 assert torch.equal(state, torch.get_rng_state())
+import sys
+late = [name for name in sys.modules if name.startswith(("consequentialism.insight", "matplotlib"))]
+assert not late, late
+assert "diagnose" in dir(consequentialism)
 """
     finished = run(code, PACKAGE.parent)
     assert finished.returncode == 0, finished.stderr

@@ -60,7 +60,7 @@ def test_figures_are_those_of_diagnose(options: Any) -> None:
 def test_it_is_in_the_model_on_samples_only() -> None:
     model, optimizer, x, y = small()
     seen: list[int] = []
-    monitor = cw.Monitor(model, optimizer, every=3, log=lambda step, figures: seen.append(step))
+    monitor = cw.Monitor(model, optimizer, every=3, log=lambda step, figures: seen.append(step), warn=False)
     hooks = []
     for _ in range(8):
         hooks.append(sum(len(m._forward_hooks) for m in model.modules()))
@@ -119,6 +119,12 @@ def warned(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Ten
         with cw.Monitor(model, optimizer, every=1):
             train(model, optimizer, x, y, steps)
     return [str(one.message) for one in caught if "consequentialism.Monitor" in str(one.message)]
+
+
+def test_a_model_that_does_not_train_is_said_once() -> None:
+    model, optimizer, x, y = small()
+    (said,) = warned(model.eval(), optimizer, x, y)
+    assert "step 0: no layer was seen" in said
 
 
 def test_nothing_wrong_is_no_warning() -> None:

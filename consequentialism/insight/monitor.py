@@ -42,6 +42,8 @@ LOST = 0.5  # of the weights that should have moved
 STALE = 4.0  # times, either way
 
 ADVICE = {
+    "unseen": "no layer was seen: on the sampled step the model's own forward did not run in train mode, or its layers "
+    "are inside a graph of torch.compile. Monitor the model before it is compiled, or leave compiling out to look at it",
     "degenerate": "nearly all input rows of {layers} are alike: their mean holds over {alike:.0%} of the Gram's trace, "
     "and little is left to tell samples apart by. Normalise or centre them before, or raise the damping there",
     "dead": "most inputs of {layers} are 0 in every row, and their weights get no gradient: units before have died. "
@@ -61,7 +63,7 @@ class Monitor:
 
     On a sampled step it looks at a few rows of every layer that can be emended, converted or not, and when the
     optimizer has stepped it reads all figures from the device at once. Between samples nothing of it is in the model,
-    and the host waits for nothing. Where a model is compiled, layers inside the graph are not seen.
+    and the host waits for nothing. Layers inside a graph of torch.compile are not seen, which is said once.
 
         monitor = cw.Monitor(model, optimizer, log="run.csv")
 
@@ -226,6 +228,7 @@ class Monitor:
             return ratio > STALE or ratio < 1 / STALE
 
         cases = {
+            "unseen": [""] if not figures else [],
             "degenerate": named(lambda f: f["rows"] > 2 and f["mean_share"] > ALIKE and f["dead_inputs"] < DEAD),
             "dead": named(lambda f: f["dead_inputs"] > DEAD),
             "half": named(lambda f: f["lost_to_rounding"] > LOST),
