@@ -437,7 +437,9 @@ def conv_gram(
 def conv_errors(dy: Tensor, groups: int) -> Tensor:
     """``dy [B, O, *positions]`` as rows ``[groups, N, O/groups]``."""
     batch, outputs = dy.shape[:2]
-    return dy.reshape(batch, groups, outputs // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, outputs // groups)
+    positions = math.prod(dy.shape[2:])
+    split = dy.reshape(batch, groups, outputs // groups, positions)
+    return split.permute(1, 0, 3, 2).reshape(groups, batch * positions, outputs // groups)
 
 
 def emended_conv_weight_grad(

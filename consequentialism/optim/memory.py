@@ -52,6 +52,8 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
     """
     for batch in _batches(units, _sharing(units, states, groups)):
         owners = [units[members[0]] for members in batch]
+        if all(unit.slot.folded for unit in owners):  # before a failure
+            continue
         before = [states[members[0]] for members in batch]
         fresh = [_folded(unit.slot, state, memory) for unit, state in zip(owners, before, strict=True)]
         made = roots(owners, [own["input_gram"] for own in fresh])
@@ -65,6 +67,7 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
                 own[key] = stood.copy_(torch.where(usable, value, stood))
             for member in members:
                 states[member].update(own)
+                units[member].slot.folded = True
 
 
 def _batches(units: Sequence[Unit], shared: Sequence[list[int]]) -> list[list[list[int]]]:
@@ -105,8 +108,10 @@ def _sharing(units: Sequence[Unit], states: Sequence[State], groups: Sequence[An
     beside the sum, and the members' own Grams are then summed too.
     """
     before = _before(states, units)
-    if groups:
+    if groups and not units[0].slot.summed:
         _sum_over(groups, units, states, before)
+        for unit in units:
+            unit.slot.summed = True
     shared: list[list[int]] = []
     for members in before:
         classes: list[list[int]] = []

@@ -20,7 +20,12 @@ from .root import Blocks
 class Slot:
     """The Gram of one weight's inputs since the last step, ``[groups, n, b, b]`` or ``[V]``, and its count.
 
-    A batch whose Gram is not finite enters neither; the device decides that.
+    A batch whose Gram is not finite enters neither; the device decides that. A refresh that fails in the middle can be
+    taken again: what it has done is noted.
+
+    Attributes:
+        summed: Whether the ranks' Grams stand in it.
+        folded: Whether it was taken into the moment.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -28,6 +33,7 @@ class Slot:
         self.calls: list[int] = []  # the numbers of the Grams that backward has added
         self.gram: Tensor | None = None
         self.count: Tensor | None = None
+        self.summed = self.folded = False
 
     def open(self) -> None:
         """Make room; before forward, so that torch.compile finds it there."""
@@ -40,6 +46,7 @@ class Slot:
         """Give the memory back."""
         self.gram = self.count = None
         self.calls = []
+        self.summed = self.folded = False
 
     def clear(self) -> None:
         """Forget what was added in backward."""
