@@ -18,9 +18,10 @@ from .. import _torch
 from ..backend import dispatch, reference
 from ..backend.protocol import Backend
 from ..backend.reference import conv_errors
-from ..options import Form, Options, Ridge, Scale
+from ..options import Form, Options, Scale
 from ..precision import gram_dtype
 from ..solve import conjugate, cost, distributed
+from ..solve.gram import Gram
 from . import traced
 from .geometry import Geometry, geometry_of
 from .kept import Conjugate, Inverse, restored
@@ -61,49 +62,45 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
             ridge, samples = ridge._replace(scale="raw"), counts.samples  # which need not be a whole number
     plan = cost.conv_plan(rows, inputs, outputs // geometry.groups, x.dtype, options)
     dtype = gram_dtype(rows, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type)
-    unit = None if _is_looked_at(x) or not _may_overflow(x, dtype) else _unit_of(x, geometry, bias, options, dtype)
-    gram = _gram(backend, x, geometry, bias, plan.form, unit, options, dtype)
-    if _is_looked_at(gram) and not _in_range(gram):
-        unit = _unit_of(x, geometry, bias, options, dtype)
-        gram = _gram(backend, x, geometry, bias, plan.form, unit, options, dtype)
+    rank = max(min(rows, inputs), 1)
+
+    def gram_in(unit: Tensor | None) -> Gram:
+        matrix = _matrix_of(backend, x, geometry, bias, plan.form, unit, options.patch_bytes, dtype)
+        gram = Gram(matrix, rank, batch, unit)
+        return gram if options.process_group is None else gram.all_reduce(distributed.group_of(options))
+
+    unknown = _may_overflow(x, dtype) and not _is_looked_at(x)
+    gram = gram_in(_unit_of(x, geometry, bias, options, dtype) if unknown else None)
+    if _is_looked_at(gram.matrix) and not _in_range(gram.matrix):
+        gram = gram_in(_unit_of(x, geometry, bias, options, dtype))
     if plan.solver == "cg":
-        return Conjugate(conjugate.System(bias, ridge, options.iterations), gram, unit)
-    inverse = _inverse(backend, gram, ridge, max(min(rows, inputs), 1), batch, unit)
-    return Inverse(inverse if samples == 1 else inverse * samples, plan.form, unit)
+        return Conjugate(conjugate.System(bias, ridge, options.iterations), gram.matrix, gram.unit)
+    inverse = gram.inverse(backend, ridge)
+    return Inverse(inverse if samples == 1 else inverse * samples, plan.form, gram.unit)
 
 
-def _gram(
+def _matrix_of(
     backend: Backend,
     x: Tensor,
     geometry: Geometry,
     bias: bool,
     form: Form,
     unit: Tensor | None,
-    options: Options,
+    patch_bytes: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The Gram of the rows of ``x``, or of ``x / unit``, over all ranks that share the batch."""
+    """The Gram ``[groups, n, n]`` of this rank's rows of ``x``, or of ``x / unit``."""
     x = in_unit(x, unit)
     if form == "dual":
         patches = geometry.patches(x).to(dtype)  # [groups, N, I], smaller than the primal Gram
         ones = int(bias) if unit is None else bias / unit / unit
         gram = patches @ patches.mT + ones
     else:
-        gram = geometry.gram(backend, x, bias, options.patch_bytes, dtype)
+        gram = geometry.gram(backend, x, bias, patch_bytes, dtype)
         if unit is not None and bias:
             columns = torch.cat([torch.ones_like(gram[:, :1, :-1]), 1 / unit], 2)  # [groups, 1, I]
             gram = gram * columns * columns.mT
-    if options.process_group is not None:
-        dist.all_reduce(gram, group=distributed.group_of(options))
     return gram
-
-
-def _inverse(backend: Backend, gram: Tensor, ridge: Ridge, rank: int, samples: int, unit: Tensor | None) -> Tensor:
-    """``scale * (G + c I)^-1 [groups, n, n]``, an absolute ``c`` in units of the Gram."""
-    if unit is not None and ridge.damping_mode == "absolute":
-        c = ridge.damping / unit / unit
-        return reference.inverse_with(gram, c[:, 0, 0], ridge.scale, samples)
-    return backend.damped_inverse(gram, *ridge, rank, samples)
 
 
 def _is_looked_at(tensor: Tensor) -> bool:

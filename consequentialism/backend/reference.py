@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..options import DampingMode, Form, Scale
+from ..options import DampingMode, Form, Ridge, Scale
 from ..precision import MAX_FLOAT32_CONDITION as MAX_FLOAT32_CONDITION
 from ..precision import MAX_FLOAT32_CONDITION_HALF as MAX_FLOAT32_CONDITION_HALF
 from ..precision import MAX_FLOAT32_CONDITION_TALL as MAX_FLOAT32_CONDITION_TALL
@@ -138,28 +138,26 @@ def inverse_with(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
 
 def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
-    inverse, _, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    inverse, _, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale))
     if scale != "gradient":  # there c and the Gram have the same unit
         inverse = inverse / unit / unit
     return inverse.to(compute_dtype(x.dtype))
 
 
-def _wide_inverse(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
-) -> tuple[Tensor, Tensor, Tensor]:
+def _wide_inverse(x: Tensor, bias: bool, form: Form, own: Ridge) -> tuple[Tensor, Tensor, Tensor]:
     """`gram_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
 
     In the type that Gram and factor need: float64 where float32 would lose the inverse's digits.
     """
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)
-    x = x.to(gram_dtype(rows, inputs, x.dtype, damping, damping_mode, x.device.type))
-    unit = unit_of(x, bias, damping_mode)
+    x = x.to(gram_dtype(rows, inputs, x.dtype, own.damping, own.damping_mode, x.device.type))
+    unit = unit_of(x, bias, own.damping_mode)
     scaled = _rows(x, bias) / unit
     gram = input_gram(scaled, False, form)
-    if damping_mode == "absolute":
-        return inverse_with(gram, gram.new_full((), damping) / unit / unit, scale, rows), scaled, unit
-    return damped_inverse(gram, damping, damping_mode, scale, rank, rows), scaled, unit
+    if own.damping_mode == "absolute":
+        return inverse_with(gram, gram.new_full((), own.damping) / unit / unit, own.scale, rows), scaled, unit
+    return damped_inverse(gram, *own, rank, rows), scaled, unit
 
 
 def apply_inverse(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
@@ -182,7 +180,7 @@ def emended_input(
     ``dw = dy^T y`` and ``db = dy^T u`` are then the emended gradients. bfloat16 gives a bfloat16 ``y``,
     float16 a float32 one (its range is too small); ``u`` is always in the type computed in.
     """
-    inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    inverse, rows, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale))
     emended = out_of_unit(inverse @ rows if form == "dual" else rows @ inverse, unit, scale)
     column = emended[:, -1] if bias else emended.new_zeros(0)
     emended = emended[:, :-1] if bias else emended
@@ -261,7 +259,7 @@ def emended_weight_grad(
         return zeros, dy.new_zeros(dy.shape[1]) if bias else None
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
-    inverse, rows, unit = _wide_inverse(x, bias, form, damping, damping_mode, scale)
+    inverse, rows, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale))
     errors = poisoned(dy).to(rows.dtype)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
     dw = out_of_unit(dw, unit, scale).to(dy.dtype)

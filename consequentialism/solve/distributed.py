@@ -21,6 +21,7 @@ from ..backend.reference import apply_inverse
 from ..options import Options
 from ..precision import compute_dtype, emended_dtype, gram_dtype
 from ..samples import count
+from .gram import Gram
 
 WITNESSES = 8  # elements of a layer's weight that ranks compare
 LABEL_BYTES = 512
@@ -221,9 +222,8 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
         emended, column = emended[own], column[own]
     else:
         work = work.to(gram_dtype(total, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type))
-        gram = backend.input_gram(work, bias, "primal")
-        dist.all_reduce(gram, group=group)
-        inverse = backend.damped_inverse(gram, *ridge, max(min(total, inputs), 1), total)
+        gram = Gram(backend.input_gram(work, bias, "primal"), max(min(total, inputs), 1), total)
+        inverse = gram.all_reduce(group).inverse(backend, ridge)
         emended, column = apply_inverse(inverse, work, bias, "primal")
     if options.scale == "nlms":
         emended, column = emended * counts.samples, column * counts.samples
