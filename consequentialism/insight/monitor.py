@@ -43,7 +43,7 @@ STALE = 4.0  # times, either way
 
 ADVICE = {
     "unseen": "no layer was seen: on the sampled step the model's own forward did not run in train mode, or its layers "
-    "are inside a graph of torch.compile. Monitor the model before it is compiled, or leave compiling out to look at it",
+    "are inside a graph of torch.compile. Monitor the model before it is compiled, or leave compiling out meanwhile",
     "degenerate": "nearly all input rows of {layers} are alike: their mean holds over {alike:.0%} of the Gram's trace, "
     "and little is left to tell samples apart by. Normalise or centre them before, or raise the damping there",
     "dead": "most inputs of {layers} are 0 in every row, and their weights get no gradient: units before have died. "
