@@ -187,6 +187,14 @@ def test_absolute_damping_of_any_size(backend: str, damping: float) -> None:
     assert_grads_close(own, expected, TOLERANCE[F32])
 
 
+@pytest.mark.parametrize("damping", [1e153, 1e155, 1e300])
+def test_absolute_damping_whose_square_leaves_float64(damping: float) -> None:
+    x, dy = randn(6, 9), randn(6, 3, seed=1)
+    for bias in (True, False):  # of plain backpropagation's size, which it then is
+        dw, _ = cw.emended_weight_grad(x, dy, bias=bias, damping=damping, damping_mode="absolute", scale="gradient")
+        assert_close("dw", dw, dy.T @ x, TOLERANCE[F64])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

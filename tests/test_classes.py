@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from cases import F64, TOLERANCE, assert_close, assert_identical, oracle, randn
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import consequentialism as cw
@@ -122,6 +123,24 @@ def test_a_subclass_that_leaves_forward_alone_is_taken() -> None:
     assert_linear(layer, "weight", "bias", False)
     loaded = pickle.loads(pickle.dumps(quietly(cw.convert, layer, damping=0.3)))
     assert (type(loaded), loaded.damping, loaded.label) == (type(layer), 0.3, "a")
+
+
+def test_linear_of_timm_by_its_name() -> None:
+    class Linear(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            if torch.jit.is_scripting():
+                return F.linear(input, self.weight.to(input.dtype), self.bias)
+            return F.linear(input, self.weight, self.bias)
+
+    unknown = nn.Sequential(Linear(4, 3, dtype=F64))
+    with pytest.warns(UserWarning, match="a subclass of Linear with code of its own"):
+        cw.convert(unknown)
+    Linear.__module__, Linear.__qualname__ = "timm.layers.linear", "Linear"
+    model = cw.convert(nn.Sequential(Linear(4, 3, dtype=F64)))
+    assert isinstance(model[0], Linear)
+    x, dy = randn(6, 4, dtype=F64), randn(6, 3, seed=1, dtype=F64)
+    model(x).backward(dy)
+    assert_close("dw", model[0].weight.grad, oracle(x, dy)[0], TOLERANCE[F64])
 
 
 def test_conv1d_of_transformers_is_a_linear_layer(conv1d: type[nn.Module]) -> None:

@@ -192,6 +192,18 @@ def test_quantisation_after_revert() -> None:
     assert (quantised(x) - model(x)).abs().max() < 0.1
 
 
+def test_quantisers_that_change_layers_are_refused() -> None:
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    qat = cw.convert(mlp(F32))
+    qat.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    with pytest.raises(TypeError, match=r"consequentialism\.revert\(model\)"):
+        torch.ao.quantization.prepare_qat(qat.train())
+    mapping = torch.ao.quantization.get_default_qconfig_mapping("x86")
+    with pytest.raises(TypeError, match=r"consequentialism\.revert\(model\)"):
+        prepare_fx(cw.convert(mlp(F32)).eval(), mapping, (torch.randn(2, 6),))
+
+
 def test_experts_in_one_tensor() -> None:
     """A stack of weights ``[E, O, I]``: the functional form, one expert's rows at a time."""
     weight, counts = nn.Parameter(randn(3, 4, 6)), (7, 0, 12)

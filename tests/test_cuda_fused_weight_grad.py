@@ -23,6 +23,7 @@ from cases import (
     TOLERANCE,
     Gradients,
     Shape,
+    assert_close,
     assert_grads_close,
     assert_identical,
     error_of,
@@ -189,6 +190,17 @@ def test_error_against_plain_pytorch(shim: cuda_shim.Library, dtype: torch.dtype
             squares["plain"] += error_of(inverted(x, dy, relative_ridge(x, True, damping)), expected) ** 2
         error, allowed = math.sqrt(squares["own"] / 3), FACTOR * math.sqrt(squares["plain"] / 3) + FLOOR[dtype]
         assert error <= allowed, f"damping {damping}: relative error {error:.3g}, allowed {allowed:.3g}"
+
+
+@VARIANTS
+@pytest.mark.parametrize("size", [1e-22, 1e-20, 1e-18, 1e12, 1e19, 1e20])
+def test_what_float32_cannot_square_is_right_or_nan(shim: cuda_shim.Library, size: float, variant: int) -> None:
+    x, dy = (size * randn(6, 9)).to(F32), randn(6, 3, seed=1, dtype=F32)
+    (dw, _), _ = fused(shim, x.double(), dy.double(), F32, variant=variant, bias=False, scale="raw", seeds=(0,))
+    if 1e-18 <= size <= 1e12:
+        assert_close("dw", dw, oracle(x, dy, False, scale="raw")[0], TOLERANCE[F32])
+    else:
+        assert dw.isnan().all()
 
 
 @VARIANTS

@@ -116,3 +116,14 @@ def test_forward_mode(kind: str, path: str) -> None:
             tangent = forward_ad.unpack_dual(model(dual)).tangent
     expected = cw.revert(model)(x + 1) - cw.revert(model)(x)
     assert_close("tangent", tangent, expected, TRANSFORM[F64])
+
+
+def test_a_jacobian_row_by_row_has_emended_rows() -> None:
+    """`torch.autograd.functional.jacobian` cannot be told from training steps; docs/usage.md says so."""
+    layer, x = cw.Linear(4, 2, bias=False, dtype=F64), randn(3, 4)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda weight: functional_call(layer, {"weight": weight}, (x,)), layer.weight.detach()
+    )
+    dy = torch.zeros(3, 2, dtype=F64)
+    dy[1, 0] = 1
+    assert_close("row", jacobian[1, 0], oracle(x, dy, False)[0], TRANSFORM[F64])

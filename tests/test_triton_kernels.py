@@ -72,6 +72,16 @@ def test_fused_weight_grad(dtype: torch.dtype, shape: Shape) -> None:
         assert_grads_close(own, oracle(x, dy, bias, damping=0.7, scale=scale), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-18, 1e18, 1e19])
+def test_what_float32_cannot_square_is_right_or_nan(size: float) -> None:
+    x, dy = (size * randn(6, 9)).to(F32), randn(6, 3, seed=1, dtype=F32)
+    dw, _ = cw.emended_weight_grad(x, dy, bias=False, scale="raw", backend="triton")
+    if 1e-18 <= size <= 1e18:
+        assert_close("dw", dw, oracle(x, dy, False, scale="raw")[0], TOLERANCE[F32])
+    else:
+        assert dw.isnan().any()
+
+
 def test_fused_weight_grad_is_deterministic() -> None:
     x, dy = randn(33, 70, dtype=BF16), randn(33, 130, seed=1, dtype=BF16)
     first = fused_weight_grad(x, dy, True, 1.0, "relative", "nlms")
