@@ -211,7 +211,8 @@ def diagnose(
         batch: What ``loss_fn`` takes.
         loss_fn: With a batch ``(inputs, targets)`` it is called as ``loss_fn(model(inputs), targets)``; with a mapping
             as ``loss_fn(model(**batch), batch)``; with a tensor as ``loss_fn(model(batch))``. One whose first argument
-            is named ``model`` is called as ``loss_fn(model, batch)``, whatever the batch is.
+            is named ``model``, ``module``, ``net``, ``network`` or ``m`` is called as ``loss_fn(model, batch)``,
+            whatever the batch is.
         most_rows: The matrices of interference are of at most so many rows.
         **options: The fields of `consequentialism.Options`, for layers that are not emended yet.
 
