@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,8 +248,11 @@ class Around(nn.Module):
 def test_a_layer_whose_forward_does_not_run_is_named() -> None:
     model = Around()
     optimizer = emended(model)
-    with pytest.warns(UserWarning, match=r"has seen no input of 'inner', which have gradients.*stepped plainly"):
+    with pytest.warns(
+        UserWarning, match=r"has seen no input of 'inner', which have gradients.*stepped plainly"
+    ) as caught:
         train(model, optimizer, randn(20, 6), 1)
+    assert [Path(warning.filename).name for warning in caught] == ["emended_helpers.py"]  # where the step is taken
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, randn(20, 6), 2)

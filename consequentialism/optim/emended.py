@@ -296,9 +296,9 @@ class Emended(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        notify(self, self._model)
         states = self._states()
         recorder = self._recorder
+        notify(self, recorder.wrapper and recorder.wrapper())
         due, ran = recorder.recording, recorder.ran()
         capturing = _torch.is_capturing()
         if due and capturing:
@@ -306,12 +306,13 @@ class Emended(torch.optim.Optimizer):
                 "consequentialism.optim.Emended refreshes its roots in this step, which a CUDA graph cannot hold: take "
                 "it eagerly where is_recording says so, and capture one between refreshes"
             )
-        if due and (ran or self._rates_count()):
-            self._name_unseen()
+        unseen = self._unseen() if due and (ran or self._rates_count()) else None
         # Ranks refresh together, one on which no layer ran too.
         refreshes = due and (ran or bool(self._process_groups() and self._rates_count()))
         if refreshes:
             self._refresh(states)
+        if unseen is not None:
+            self._name_unseen(unseen)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         parts = parts_of(self.units, states, groups, self._rule, self._name)
         if self._own_step is not None:
@@ -354,19 +355,23 @@ class Emended(torch.optim.Optimizer):
         rates = [group.get("lr", 1) for group in self.param_groups]
         return any(rate.device.type != "cpu" or bool(rate) if isinstance(rate, Tensor) else rate != 0 for rate in rates)
 
-    def _name_unseen(self) -> None:
-        """Warn once, at the first refresh, of layers that have gradients but were not recorded."""
+    def _unseen(self) -> list[Unit] | None:
+        """At the first refresh, the layers that have gradients but were not recorded here."""
         if self._unseen_named:
-            return
+            return None
         self._unseen_named = True
-        unseen = [u.name for u in self.units if not u.slot.changes() and u.weight.grad is not None]
+        return [unit for unit in self.units if not unit.slot.changes() and unit.weight.grad is not None]
+
+    def _name_unseen(self, units: Sequence[Unit]) -> None:
+        """Warn of those that no other rank has recorded either."""
+        unseen = [unit.name for unit in units if float(self.state[unit.weight]["gram_rows"]) == 0]
         if unseen:
             warnings.warn(
                 f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, unseen))}, which have "
                 "gradients: their own forward did not run, ran in eval mode, or was compiled before the optimizer was "
                 "made. They are stepped plainly",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _roots(self, units: Sequence[Unit], moments: Sequence[Tensor]) -> list[Tensor]:

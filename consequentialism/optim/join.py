@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
 if TYPE_CHECKING:
     from .emended import Emended
 
@@ -25,8 +22,11 @@ class JoinHook:
         """Once all have ended; DDP itself sends the parameters of a rank that ran last."""
 
 
-def notify(optimizer: Any, model: nn.Module) -> None:
+def notify(optimizer: Any, wrapper: Any) -> None:
     """Say that this rank steps, where ranks may run out of batches.
+
+    Args:
+        wrapper: The `DistributedDataParallel` around the model, or None.
 
     Raises:
         RuntimeError: `DistributedDataParallel.join` knows DDP alone, so that the Grams would wait for ranks that ended.
@@ -37,9 +37,8 @@ def notify(optimizer: Any, model: nn.Module) -> None:
 
         Join.notify_join_context(optimizer)
         return
-    wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    configs = (getattr(module, "_join_config", None) for module in wrapped)
-    if any(config is not None and config.enable and not config.throw_on_early_termination for config in configs):
+    config = getattr(wrapper, "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
             "consequentialism.optim.Emended sums Grams over the ranks, of which DistributedDataParallel.join() knows "
             "nothing: use torch.distributed.algorithms.Join([model, optimizer]), or join() with "

@@ -77,11 +77,13 @@ class Recorder:
 
     Attributes:
         recording: A plain bool, on which torch.compile guards: one graph with the Grams, one without.
+        wrapper: The DistributedDataParallel around what was recorded last.
     """
 
     def __init__(self) -> None:
         self.recording = False
         self.one_process = False
+        self.wrapper: weakref.ref[nn.Module] | None = None
         self.handles: list[RemovableHandle] = []
         self.slots: list[Slot] = []
         self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, weakref.ref[Tensor], Any, int]] = {}
@@ -197,7 +199,9 @@ class Hook:
         """Backward enters the Gram: once, whatever checkpointing runs again, and only with its gradient."""
         if not output.requires_grad:
             return
-        if self.recorder.one_process and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        self.recorder.wrapper = None if wrapper is None else weakref.ref(wrapper)
+        if self.recorder.one_process and wrapper is not None:
             raise ValueError(
                 "process_group must not be None under DistributedDataParallel, whose replicas would drift apart; "
                 "use process_group='auto'"
