@@ -32,7 +32,7 @@ class LinearShape(NamedTuple):
     def emended(self, size: int) -> Least:
         """The same with Gram, factor and application, which need move nothing more."""
         plain = self.plain(size)
-        return plain._replace(flops=plain.flops + cost.floor(self.rows, self.inputs + 1, self.outputs))
+        return plain._replace(flops=plain.flops + cost.min_flops(self.rows, self.inputs + 1, self.outputs))
 
 
 class ConvShape(NamedTuple):

@@ -411,7 +411,7 @@ def test_auto_takes_the_cheaper_of_both(
     rows: int, inputs: int, outputs: int, iterations: int, dtype: torch.dtype
 ) -> None:
     # At a damping for which any bound above 0 holds: what is ruled out without counting is never the cheaper.
-    if rows < inputs or cost.largest_ratio(iterations, torch.finfo(dtype).eps / 2) == 0:
+    if rows < inputs or cost.max_rank_over_damping(iterations, torch.finfo(dtype).eps / 2) == 0:
         return
     sizes, damped = (rows, inputs, outputs), {"damping": 1e30, "iterations": iterations}
     direct = cost.choose(*sizes, dtype, cw.Options(solver="cholesky", **damped))
@@ -428,7 +428,7 @@ def test_where_auto_takes_it_the_error_is_that_of_plain_pytorch(
     monkeypatch.setattr(cost, "FACTOR_TIME", 10**9)  # always, where the bound allows it
     monkeypatch.setattr(cost, "FEWEST_OUTPUTS", 0)
     for iterations in (8, 16, 32):
-        ratio = cost.largest_ratio(iterations, torch.finfo(dtype).eps / 2)
+        ratio = cost.max_rank_over_damping(iterations, torch.finfo(dtype).eps / 2)
         for rows, inputs, outputs in ((40, 36, 1), (200, 130, 4), (130, 130, 4)) if ratio else ():
             damping = 1.001 * inputs / ratio
             options: dict[str, Any] = {"damping": damping, "iterations": iterations}

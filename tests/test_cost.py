@@ -27,7 +27,7 @@ def test_well_conditioned_float32_takes_the_cheapest_of_the_four(rows: int, inpu
         Plan("primal", "gradient"): m * m * n + m**3 + 2 * outputs * m * m,
     }
     chosen = cost.choose(rows, inputs, outputs, torch.float32, Options())
-    assert by_hand[chosen] == min(by_hand.values()) == cost.floor(rows, inputs, outputs)
+    assert by_hand[chosen] == min(by_hand.values()) == cost.min_flops(rows, inputs, outputs)
 
 
 def test_the_three_kinds_of_layer() -> None:

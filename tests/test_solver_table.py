@@ -52,7 +52,7 @@ def test_where_auto_takes_it_is_as_stated() -> None:
     assert len(rows) == 4
     for iterations, ratios in rows:
         for dtype, ratio in zip((F64, F32, BF16, F16), ratios.split("|"), strict=False):
-            own = cost.largest_ratio(int(iterations), torch.finfo(dtype).eps / 2)
+            own = cost.max_rank_over_damping(int(iterations), torch.finfo(dtype).eps / 2)
             assert own == pytest.approx(float(ratio.replace("never", "0")), rel=0.02), f"{iterations} {dtype}"
 
 

@@ -56,7 +56,7 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
 class Deferral(Protocol):
     """What puts off to backward all that depends on ``x`` alone; see `factor_batch`."""
 
-    def takes(self, options: Options) -> bool:
+    def can_defer(self, options: Options) -> bool:
         """Whether a call may wait."""
         ...
 
@@ -71,7 +71,7 @@ class Deferral(Protocol):
         backend: Backend,
         plan: cost.Plan,
     ) -> Tensor:
-        """``x W^T + b`` of checked arguments, after `takes` has been asked."""
+        """``x W^T + b`` of checked arguments, after `can_defer` has been asked."""
         ...
 
 
@@ -98,7 +98,7 @@ def emended_linear_with(
         return F.linear(x, weight, bias)
     backend = dispatch.select(options.backend, x)
     plan: cost.Plan | None = None
-    if deferral is not None and not transformed and deferral.takes(options):
+    if deferral is not None and not transformed and deferral.can_defer(options):
         plan = cost.plan(x, bias is not None, weight.shape[0], options)
         return deferral.deferred(x, weight, bias, options, need_weight, need_bias, backend, plan)
     if options.process_group is None:

@@ -71,18 +71,18 @@ class Deferred:
         self.node: weakref.ref[Any] | None = None
         self.prepared: Kept | None = None
 
-    def due_with(self, other: Deferred) -> bool:
+    def ready_with(self, other: Deferred) -> bool:
         """Whether this waits, and the backward that is running at ``other`` will come to it on the same stream."""
         node = None if self.node is None else self.node()
         if self.prepared is not None or node is None or self.stream != other.stream:
             return False
         if not (_torch.backward_is_running() and _torch.will_run(node)):
             return False
-        if self.x is None or self.spoilt():  # its own backward will say so, if it comes
+        if self.x is None or self.was_modified():  # its own backward will say so, if it comes
             return False
         return any(_torch.needed_gradients(node, 3)[1:])
 
-    def spoilt(self) -> bool:
+    def was_modified(self) -> bool:
         """Whether ``x`` has been changed in place since forward."""
         return self.version is not None and self.x is not None and self.x._version != self.version
 
@@ -90,7 +90,7 @@ class Deferred:
         """``x [N, I]`` as forward saw it."""
         x = self.x
         assert x is not None
-        if self.spoilt():
+        if self.was_modified():
             raise RuntimeError(
                 f"the input {list(x.shape)} of a layer with batch_factors=True has been modified by an inplace "
                 f"operation: it is at version {x._version}, forward saw version {self.version}"
@@ -149,7 +149,7 @@ class FactorBatch:
         backend: Backend,
         plan: Plan,
     ) -> Tensor:
-        """``x W^T + b`` of checked arguments; `takes` has been asked."""
+        """``x W^T + b`` of checked arguments; `can_defer` has been asked."""
         flat_x = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         put_off = self.defer(flat_x, bias is not None, weight.shape[0], options, backend, need_weight, need_bias, plan)
         return DeferredLinear.apply(x, weight, bias, put_off)
@@ -159,7 +159,7 @@ class FactorBatch:
         return len(self._waiting)
 
     @staticmethod
-    def takes(options: Options) -> bool:
+    def can_defer(options: Options) -> bool:
         """Whether a layer may wait: not where forward is traced, where ranks meet in forward, or under hooks on saved
         tensors, such as checkpointing's, which want to have the input themselves."""
         return not (torch.compiler.is_compiling() or options.process_group is not None or _torch.saves_through_hooks())
@@ -186,7 +186,7 @@ class FactorBatch:
         """What `autograd.prepare` would have returned. Called in backward, by the node that waits."""
         with self._lock:
             if deferred.prepared is None:
-                due = [one for one in list(self._waiting.values()) if one is not deferred and one.due_with(deferred)]
+                due = [one for one in list(self._waiting.values()) if one is not deferred and one.ready_with(deferred)]
                 prepare_together([*due, deferred])
                 for one in (*due, deferred):
                     self._waiting.pop(one.number, None)

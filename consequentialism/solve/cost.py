@@ -69,7 +69,7 @@ def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0,
     return n * n * m + factor * n * n * n + 2 * n * n * applied
 
 
-def floor(rows: int, inputs: int, outputs: int) -> int:
+def min_flops(rows: int, inputs: int, outputs: int) -> int:
     """The fewest operations beyond plain backward over all plans with a factor."""
     return min(flops(plan, rows, inputs, outputs) for plan in _PLANS)
 
@@ -100,23 +100,23 @@ def _choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: O
         return _cheapest(_CG_PLANS, sizes, options.iterations)
     well_conditioned = keeps_digits(rows, inputs, dtype, options.damping, options.damping_mode)
     direct = _cheapest(_PLANS if well_conditioned else _PLANS[:2], sizes, 0)
-    if not _may_pay(inputs, dtype, options):
+    if not cg_is_accurate(inputs, dtype, options):
         return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
-    return cg if _pays(cg, direct, sizes, options) else direct
+    return cg if cg_is_cheaper(cg, direct, sizes, options) else direct
 
 
 _known_plan = functools.lru_cache(maxsize=4096)(_choose)  # the same few layers, at every step
 
 
-def _may_pay(inputs: int, dtype: torch.dtype, options: Options) -> bool:
+def cg_is_accurate(inputs: int, dtype: torch.dtype, options: Options) -> bool:
     """Whether conjugate gradients are sure to be off by less than rounding. The rows, which may vary, do not matter."""
     if options.solver == "cholesky" or options.damping_mode == "absolute" or options.process_group is not None:
         return False
-    return inputs <= largest_ratio(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
+    return inputs <= max_rank_over_damping(options.iterations, torch.finfo(dtype).eps / 2) * options.damping
 
 
-def _pays(cg: Plan, direct: Plan, sizes: tuple[int, int, int], options: Options) -> bool:
+def cg_is_cheaper(cg: Plan, direct: Plan, sizes: tuple[int, int, int], options: Options) -> bool:
     """Whether ``solver="auto"`` takes conjugate gradients where it may: where they are cheaper."""
     rows, inputs, outputs = sizes
     if rows < inputs:  # the dual form is then smaller, and rounds less where the rows are nearly alike
@@ -164,7 +164,7 @@ def plan(x: Tensor, bias: bool, outputs: int, options: Options, fused_rows: int 
 
 
 @functools.lru_cache(maxsize=64)
-def largest_ratio(iterations: int, allowed: float) -> float:
+def max_rank_over_damping(iterations: int, allowed: float) -> float:
     """A ``rank / damping`` up to which conjugate gradients are sure to be off by no more than ``allowed``; or 0.
 
     Off in the gradient's own norm, relative to the gradient, which costs the root of the condition number.
@@ -182,7 +182,9 @@ def conv_plan(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options:
     """
     smaller: Form = "dual" if rows < inputs and options.process_group is None else "primal"
     direct, sizes = Plan(smaller, "gradient"), (rows, inputs, outputs)
-    if options.solver == "cg" or (_may_pay(inputs, dtype, options) and _pays(_CG_PLANS[0], direct, sizes, options)):
+    if options.solver == "cg" or (
+        cg_is_accurate(inputs, dtype, options) and cg_is_cheaper(_CG_PLANS[0], direct, sizes, options)
+    ):
         return _CG_PLANS[0]
     return direct
 
