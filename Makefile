@@ -148,7 +148,7 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 	touch $@
 
 # Built apart from the CPU's objects, and installed as a wheel: the checkout keeps its own extension.
-# nvcc compiles for the architectures side by side: fused.cu takes as long as all other sources, and ends last.
+# nvcc compiles for the architectures side by side: fused_weight_grad.cu takes as long as all other sources, and ends last.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
 	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 CONSEQUENTIALISM_WERROR=1 NVCC_APPEND_FLAGS=--threads=2 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tools/cuda_resources.py --nvcc" \
