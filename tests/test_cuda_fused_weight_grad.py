@@ -379,3 +379,20 @@ def test_refusals(shim: cuda_shim.Library) -> None:
     for rows, dtype in ((129, F32), (65, F64)):
         with pytest.raises(cuda_shim.ShimError):
             fused(shim, randn(rows, 200), randn(rows, 3), dtype, seeds=(0,))
+
+
+def test_a_device_that_cannot_hold_all_blocks_at_once_recomputes(shim: cuda_shim.Library) -> None:
+    # As in a green context, whose processors are fewer than the device says.
+    x, dy = make_input("random", 64, 400), randn(64, 5, seed=1)
+    (plan,) = plans(shim, [(64, 400, 5)], F64, processors=7)
+    assert plan.variant == COOPERATIVE
+    expected, _ = fused(shim, x, dy, F64, variant=RECOMPUTE, processors=7, seeds=(0,))
+    shim.call.shim_set_resident_blocks(6)
+    try:
+        own, _ = fused(shim, x, dy, F64, variant=PLANNED, processors=7, seeds=(0,))
+        with pytest.raises(cuda_shim.ShimError, match="more blocks than can be resident"):  # asked for by name
+            fused(shim, x, dy, F64, variant=COOPERATIVE, processors=7, seeds=(0,))
+    finally:
+        shim.call.shim_set_resident_blocks(132)
+    assert torch.equal(own[0], expected[0])
+    assert torch.equal(own[1], expected[1])

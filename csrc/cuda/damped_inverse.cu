@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_cluster
 }
 
 #ifndef CONSEQUENTIALISM_HOST_SHIM
+constexpr int kClusterPtx = 90;  // below, cluster_size() was compiled to be 1
+
 __device__ unsigned breakdown_counter;
 #endif
 
@@ -37,6 +39,26 @@ __device__ unsigned breakdown_counter;
 #ifndef CONSEQUENTIALISM_HOST_SHIM
 cudaError_t breakdown_counter_address(unsigned** address) {
   return cudaGetSymbolAddress(reinterpret_cast<void**>(address), breakdown_counter);
+}
+
+cudaError_t clusters_run(bool* run) {
+  *run = false;
+  const auto* kernel = reinterpret_cast<const void*>(damped_inverse_cluster_kernel<double>);  // which takes the most
+  cudaFuncAttributes compiled;
+  if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel); error != cudaSuccess) return error;
+  if (compiled.ptxVersion < kClusterPtx) return cudaSuccess;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kInverseClusterBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kInverseClusterBlocks);
+  config.blockDim = dim3(kInverseClusterThreads);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int active = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
+  *run = error == cudaSuccess && active > 0;
+  return error;
 }
 #endif
 

@@ -26,11 +26,12 @@ struct InverseItem {
 };
 
 constexpr int kMaxInverseItems = 32;
-constexpr int kMaxInverseOrder = 1024;  // above, cuSOLVER is faster
+constexpr int kMaxInverseOrder = 1056;  // above, cuSOLVER; 1024 inputs and their bias are the kernel's still
 constexpr int kMaxRetryOrder = 32768;   // indices are 32 bits
 
 constexpr int kInverseTile = 32;
 constexpr size_t kInverseStateBytes = 128;   // before the tiles, of what a team shares beside them
+constexpr int kInverseClusterBlocks = 8;     // what every chip with clusters takes
 constexpr int kInverseClusterThreads = 256;  // of a block
 
 // The most threads of a matrix's only block: a tile of float64 takes a thread 64 registers.

@@ -15,6 +15,10 @@ cudaError_t launch_damped_inverse(
     const InverseItem<T>* items, int count, int64_t n, const InversePlan& plan, void* workspace, unsigned* breakdowns,
     cudaStream_t stream);
 
+// Whether clusters of kInverseClusterBlocks run on the current device: an extension of PTX below 9.0 has kernels
+// without any, and a slice of a chip may be too small.
+cudaError_t clusters_run(bool* run);
+
 // The current device's own counter for launch_damped_inverse. Zero when the process begins.
 cudaError_t breakdown_counter_address(unsigned** address);
 

@@ -4,8 +4,6 @@ namespace consequentialism::cuda {
 
 namespace {
 
-constexpr int kClusterBlocks = 8;  // what every chip with clusters takes
-
 // Of the packed upper triangle and one tile more.
 size_t tile_bytes(int64_t along, size_t element_bytes) {
   return static_cast<size_t>(along * (along + 1) / 2 + 1) * inverse_tile_bytes(element_bytes);
@@ -19,7 +17,7 @@ InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& l
   const size_t bytes = kInverseStateBytes + tile_bytes(along, element_bytes);
   if (bytes > limits.shared_bytes) {
     if (!limits.clusters) return {InverseTeam::kNone, 0, 0, 0, 0};
-    return {InverseTeam::kCluster, kInverseClusterThreads, kClusterBlocks, 0, bytes};
+    return {InverseTeam::kCluster, kInverseClusterThreads, kInverseClusterBlocks, 0, bytes};
   }
   // As many warps as the widest step has tiles, and registers for each.
   const int most_warps = inverse_block_threads(element_bytes) / 32;
@@ -31,7 +29,7 @@ InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& l
 InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Limits& limits) {
   const InversePlan plan = plan_damped_inverse(n, element_bytes, limits);
   if (plan.team != InverseTeam::kNone || n < 1 || n > kMaxRetryOrder) return plan;
-  const int blocks = limits.clusters ? kClusterBlocks : 1;
+  const int blocks = limits.clusters ? kInverseClusterBlocks : 1;
   const int64_t along = (n + kInverseTile - 1) / kInverseTile;
   return {
       InverseTeam::kCluster, kInverseClusterThreads, blocks, 0, kInverseStateBytes + tile_bytes(along, element_bytes)};

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <array>
 #include <atomic>
@@ -13,10 +14,15 @@
 
 #include "damped_inverse_launcher.h"
 #include "device_limits.h"
+#include "fused_weight_grad_launcher.h"
 
 namespace consequentialism::cuda {
 
 constexpr size_t kMaxDevices = 64;
+
+// Addresses on each device, null where no op has run; breakdowns() reads the others.
+inline std::array<std::atomic<unsigned*>, kMaxDevices> breakdown_counters{};
+inline std::array<std::atomic<unsigned*>, kMaxDevices> fused_counters{};
 
 // Of the current device; asked for once each.
 inline Limits limits_of_current_device() {
@@ -24,26 +30,29 @@ inline Limits limits_of_current_device() {
   static std::array<std::once_flag, kMaxDevices> asked;
   const int device = c10::cuda::current_device();
   std::call_once(asked.at(static_cast<size_t>(device)), [&] {
-    int shared = 0, processors = 0, major = 0;
+    // What is asked for here may load a module, which a capture would forbid: all of it at once, and relaxed.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+    int shared = 0, processors = 0;
+    bool clusters = false;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    known[static_cast<size_t>(device)] = {static_cast<size_t>(shared), processors, major >= 9};
+    C10_CUDA_CHECK(clusters_run(&clusters));
+    unsigned* address = nullptr;
+    C10_CUDA_CHECK(fused_counters_address(&address));
+    fused_counters[static_cast<size_t>(device)] = address;
+    C10_CUDA_CHECK(breakdown_counter_address(&address));
+    breakdown_counters[static_cast<size_t>(device)] = address;
+    known[static_cast<size_t>(device)] = {static_cast<size_t>(shared), processors, clusters};
   });
   return known[static_cast<size_t>(device)];
 }
 
-// Addresses by device; breakdowns() reads those that have been used.
-inline std::array<std::atomic<unsigned*>, kMaxDevices> breakdown_counters{};
-
+// Of the current device; limits_of_current_device() has been called.
 inline unsigned* breakdown_counter() {
-  std::atomic<unsigned*>& known = breakdown_counters.at(static_cast<size_t>(c10::cuda::current_device()));
-  unsigned* address = known.load();
-  if (address == nullptr) {
-    C10_CUDA_CHECK(breakdown_counter_address(&address));
-    known.store(address);
-  }
-  return address;
+  return breakdown_counters.at(static_cast<size_t>(c10::cuda::current_device()));
+}
+inline unsigned* first_fused_counter() {
+  return fused_counters.at(static_cast<size_t>(c10::cuda::current_device()));
 }
 
 inline at::ScalarType wide_type(at::ScalarType dtype) {
@@ -71,9 +80,12 @@ void dispatch_element(at::ScalarType dtype, const Work& work) {
   });
 }
 
-// Whether float32 may be rounded to TF32, as torch's own setting for matrix products says.
-inline bool tf32_allowed() {
-  return at::globalContext().allowTF32CuBLAS();
+// Whether x is float32 and may be rounded to TF32, as torch's own setting for matrix products says. This reader follows
+// the old switches too (allow_tf32, set_float32_matmul_precision), whose own readers raise once the new one was used.
+inline bool tf32_allowed(const at::Tensor& x) {
+  if (x.scalar_type() != at::kFloat) return false;
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32;
 }
 
 // Rows that are contiguous, at any distance.

@@ -57,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor> apply_inverse(const at::Tensor& inverse, cons
     const auto run = [&](const auto* entries) {
       C10_CUDA_CHECK(
           launch_emended_input<T>(
-              entries, data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(),
+              entries, data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(x),
               static_cast<Emended<T>*>(emended.mutable_data_ptr()), column.mutable_data_ptr<Accumulator<T>>(), plan,
               c10::cuda::getCurrentCUDAStream()));
     };

@@ -46,6 +46,19 @@ cudaError_t launch_terms(
   return launch_tile<T, kSmallTile, kTerms>(arguments, plan, workspace, counters, breakdowns, stream);
 }
 
+template <class T>
+cudaError_t launch_plan(
+    const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
+    unsigned* breakdowns, cudaStream_t stream) {
+  if (plan.variant == FusedVariant::kNone || plan.blocks() > kMaxBlocks || arguments.rows > plan.tile) {
+    return cudaErrorInvalidValue;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (!arguments.tf32) return launch_terms<T, 2>(arguments, plan, workspace, counters, breakdowns, stream);
+  }
+  return launch_terms<T, 1>(arguments, plan, workspace, counters, breakdowns, stream);
+}
+
 }  // namespace
 
 #ifndef CONSEQUENTIALISM_HOST_SHIM
@@ -58,13 +71,12 @@ template <class T>
 cudaError_t launch_fused_weight_grad(
     const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
     unsigned* breakdowns, cudaStream_t stream) {
-  if (plan.variant == FusedVariant::kNone || plan.blocks() > kMaxBlocks || arguments.rows > plan.tile) {
-    return cudaErrorInvalidValue;
-  }
-  if constexpr (std::is_same_v<T, float>) {
-    if (!arguments.tf32) return launch_terms<T, 2>(arguments, plan, workspace, counters, breakdowns, stream);
-  }
-  return launch_terms<T, 1>(arguments, plan, workspace, counters, breakdowns, stream);
+  const cudaError_t error = launch_plan(arguments, plan, workspace, counters, breakdowns, stream);
+  if (error != cudaErrorCooperativeLaunchTooLarge || !plan.may_recompute) return error;
+  cudaGetLastError();  // dealt with here: whoever asks for the last error later is not to find it
+  const FusedShape shape{arguments.rows,          arguments.inputs, arguments.outputs,
+                         arguments.db != nullptr, sizeof(T),        std::is_same_v<T, bfloat16>};
+  return launch_plan(arguments, recompute_instead(plan, shape), nullptr, counters, breakdowns, stream);
 }
 
 #define CONSEQUENTIALISM_INSTANTIATE(T)             \

@@ -93,6 +93,7 @@ enum class FusedVariant { kNone, kRecompute, kCooperative };
 struct FusedPlan {
   FusedVariant variant;
   const char* reason;  // of kNone, else null
+  bool may_recompute;  // where the device cannot hold all blocks at once, which the barrier of kCooperative needs
   int tile;            // rows of x, rounded up: 64 or 128
   int64_t slices;
   int64_t groups;
@@ -109,6 +110,9 @@ FusedPlan plan_fused(const FusedShape& shape, const Limits& limits);
 
 // Into how many parts the cooperative variant cuts the sum over the inputs, where there are so many blocks.
 int64_t fused_splits(const FusedShape& shape);
+
+// The same blocks, each of which computes the whole Gram.
+FusedPlan recompute_instead(const FusedPlan& plan, const FusedShape& shape);
 
 // With this variant, and about so many splits.
 FusedPlan plan_fused_with(const FusedShape& shape, const Limits& limits, FusedVariant variant, int64_t splits);

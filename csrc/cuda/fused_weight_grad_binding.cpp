@@ -26,27 +26,39 @@ namespace {
 struct FusedSlots {
   std::mutex lock;
   std::unordered_map<cudaStream_t, unsigned*> of_stream;
-  unsigned* first = nullptr;
-  int used = 0;
 };
 
-// Counters that no other launch uses at the same time: those of the stream, whose launches follow one another, or, in a
-// graph, which may run beside anything, fresh ones for this launch alone. Null once all are taken.
-unsigned* fused_counters(cudaStream_t stream) {
+// Those of the stream, whose launches follow one another; null once all are taken.
+unsigned* counters_of(cudaStream_t stream) {
   static std::array<FusedSlots, kMaxDevices> all;
   FusedSlots& slots = all.at(static_cast<size_t>(c10::cuda::current_device()));
-  const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   const std::lock_guard guard(slots.lock);
-  if (slots.first == nullptr) C10_CUDA_CHECK(fused_counters_address(&slots.first));
-  if (!captured) {
-    const auto known = slots.of_stream.find(stream);
-    if (known != slots.of_stream.end()) return known->second;
-  }
-  if (slots.used == kFusedSlots) return nullptr;
-  unsigned* fresh = slots.first + kFusedCounters * slots.used++;
-  if (!captured) slots.of_stream[stream] = fresh;
+  const auto known = slots.of_stream.find(stream);
+  if (known != slots.of_stream.end()) return known->second;
+  if (slots.of_stream.size() == kFusedSlots) return nullptr;
+  unsigned* fresh = first_fused_counter() + kFusedCounters * slots.of_stream.size();
+  slots.of_stream.emplace(stream, fresh);
   return fresh;
 }
+
+// Counters that no other launch uses at the same time. A graph may run beside anything: its launches have counters of
+// their own in the graph's memory, which each replay sets to zero, and which go with the graph.
+class Counters {
+ public:
+  Counters(cudaStream_t stream, const at::Tensor& x) {
+    const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+    if (!captured) address_ = counters_of(stream);
+    if (address_ == nullptr) {
+      own_ = at::zeros({kFusedCounters}, x.options().dtype(at::kInt));
+      address_ = reinterpret_cast<unsigned*>(own_.mutable_data_ptr<int>());
+    }
+  }
+  unsigned* address() const { return address_; }
+
+ private:
+  unsigned* address_ = nullptr;
+  at::Tensor own_;
+};
 
 FusedShape shape_of(const at::Tensor& x, const at::Tensor& dy, bool bias) {
   return {x.size(0), x.size(1), dy.size(1), bias, x.dtype().itemsize(), x.scalar_type() == at::kBFloat16};
@@ -59,7 +71,8 @@ bool keeps_digits(const at::Tensor& x, const InverseArguments& arguments) {
 
 std::tuple<at::Tensor, at::Tensor> run_fused(
     const at::Tensor& input, const at::Tensor& error, bool bias, const InverseArguments& options, const FusedPlan& plan,
-    cudaStream_t stream, unsigned* counters) {
+    cudaStream_t stream) {
+  const Counters counters(stream, input);
   const at::Tensor x = with_contiguous_rows(input), dy = with_contiguous_rows(error);
   const at::Tensor dw = at::empty({dy.size(1), x.size(1)}, x.options());
   const at::Tensor db = at::empty({bias ? dy.size(1) : 0}, x.options());
@@ -77,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor> run_fused(
     arguments.rows = x.size(0);
     arguments.inputs = x.size(1);
     arguments.outputs = dy.size(1);
-    arguments.tf32 = tf32_allowed();
+    arguments.tf32 = tf32_allowed(x);
     arguments.inverse.damping = options.damping;
     arguments.inverse.rank = static_cast<double>(options.rank);
     arguments.inverse.factor = options.scale == Scale::kNlms ? static_cast<double>(options.rows) : 1;
@@ -85,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor> run_fused(
     arguments.inverse.scaled_by_c = options.scale == Scale::kGradient;
     C10_CUDA_CHECK(
         launch_fused_weight_grad<T>(
-            arguments, plan, workspace.mutable_data_ptr(), counters, breakdown_counter(), stream));
+            arguments, plan, workspace.mutable_data_ptr(), counters.address(), breakdown_counter(), stream));
   });
   return {dw, db};
 }
@@ -103,10 +116,10 @@ std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
     return {at::zeros({dy.size(1), x.size(1)}, x.options()), at::zeros({bias ? dy.size(1) : 0}, x.options())};
   }
   if (keeps_digits(x, arguments)) {
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const FusedPlan plan = plan_fused(shape_of(x, dy, bias), limits_of_current_device());
-    unsigned* counters = plan.variant == FusedVariant::kNone ? nullptr : fused_counters(stream);
-    if (counters != nullptr) return run_fused(x, dy, bias, arguments, plan, stream, counters);
+    if (plan.variant != FusedVariant::kNone) {
+      return run_fused(x, dy, bias, arguments, plan, c10::cuda::getCurrentCUDAStream());
+    }
   }
   return separate_weight_grad(x, dy, bias, damping, damping_mode, scale);
 }
@@ -129,10 +142,7 @@ std::tuple<at::Tensor, at::Tensor> fused_weight_grad_by(
                              ? plan_fused_with(shape, limits, FusedVariant::kRecompute, 1)
                              : plan_fused_with(shape, limits, FusedVariant::kCooperative, fused_splits(shape));
   TORCH_CHECK_VALUE(plan.reason == nullptr, "x ", x.sizes(), " and dy ", dy.sizes(), " are not fused: ", plan.reason);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  unsigned* counters = fused_counters(stream);
-  TORCH_CHECK(counters != nullptr, "more fused launches in graphs than ", kFusedSlots);
-  return run_fused(x, dy, bias, arguments, plan, stream, counters);
+  return run_fused(x, dy, bias, arguments, plan, c10::cuda::getCurrentCUDAStream());
 }
 
 }  // namespace consequentialism::cuda

@@ -9,7 +9,7 @@
 namespace consequentialism::cuda {
 
 constexpr int kFusedCounters = 2;  // of a launch: the grid's barrier, and the arrivals at the end
-constexpr int kFusedSlots = 16384;
+constexpr int kFusedSlots = 1024;  // one for each stream that launches
 
 // The current device's own counters, kFusedSlots times kFusedCounters. Zero when the process begins.
 cudaError_t fused_counters_address(unsigned** address);
@@ -31,7 +31,8 @@ struct FusedArguments {
 };
 
 // dw, db <- dy^T P [x, 1] with P the inverse of the damped Gram, by plan = plan_fused(...). NaN everywhere where an
-// entry of x or dy is not finite. counters [kFusedCounters] are zero before the first launch that is given them and
+// entry of x or dy is not finite. Where the device cannot hold the blocks of a planned cooperative launch at once, each
+// computes the whole Gram. counters [kFusedCounters] are zero before the first launch that is given them and
 // after each; no two launches that may run at once share them. workspace has plan.workspace_bytes, aligned to 16.
 template <class T>
 cudaError_t launch_fused_weight_grad(

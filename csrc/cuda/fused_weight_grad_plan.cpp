@@ -77,7 +77,21 @@ FusedPlan plan_fused(const FusedShape& shape, const Limits& limits) {
   if (recompute.variant == FusedVariant::kNone) return recompute;
   const FusedPlan cooperative = plan_fused_with(shape, limits, FusedVariant::kCooperative, fused_splits(shape));
   if (cooperative.splits == 1) return recompute;
-  return gram_microseconds(shape, cooperative.splits) < gram_microseconds(shape, 1) ? cooperative : recompute;
+  if (gram_microseconds(shape, cooperative.splits) >= gram_microseconds(shape, 1)) return recompute;
+  FusedPlan plan = cooperative;
+  plan.may_recompute = true;
+  return plan;
+}
+
+FusedPlan recompute_instead(const FusedPlan& plan, const FusedShape& shape) {
+  FusedPlan alone = plan;
+  const int64_t stage = stage_depth(shape.element_bytes);
+  alone.variant = FusedVariant::kRecompute;
+  alone.may_recompute = false;
+  alone.splits = 1;
+  alone.depth = ceil_div(shape.inputs, stage) * stage;
+  alone.workspace_bytes = 0;
+  return alone;
 }
 
 }  // namespace consequentialism::cuda

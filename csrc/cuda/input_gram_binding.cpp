@@ -32,7 +32,7 @@ at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dty
     const auto run = [&](auto* entries) {
       C10_CUDA_CHECK(
           launch_input_gram<T>(
-              data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(), entries, plan,
+              data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(x), entries, plan,
               workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
     };
     if (dtype == at::kDouble) {

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -115,11 +117,35 @@ struct LaunchShape {
   bool cooperative = false;
 };
 
+namespace detail {
+
+// Raises what a block of the kernel may ask for to the device's most, once for each kernel and device. With each
+// launch's own size, a smaller launch on another host thread would lower it between a larger one's request and its
+// launch.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  static std::mutex lock;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device, most;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard guard(lock);
+  if (allowed.contains({kernel, device})) return cudaSuccess;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.emplace(kernel, device);
+  return error;
+}
+
+}  // namespace detail
+
 #ifdef CONSEQUENTIALISM_HOST_SHIM
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) {
   static_assert(sizeof...(P) == sizeof...(A));
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t error = detail::allow_shared(address, shape.shared_bytes); error != cudaSuccess) return error;
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
@@ -129,37 +155,17 @@ cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) 
     std::apply(call.kernel, call.args);
   };
   return shim::run(
-      reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.shared_bytes, shape.cluster,
-      shape.cooperative, invoke, &call);
-}
-
-// How many blocks of this shape the device holds at once: the largest grid of a cooperative launch.
-template <class... P>
-cudaError_t resident_blocks(void (*)(P...), const LaunchShape&, unsigned* blocks) {
-  *blocks = shim::resident_blocks();
-  return cudaSuccess;
+      address, shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative, invoke, &call);
 }
 
 #else
-
-namespace detail {
-
-template <class... P>
-cudaError_t allow_shared(void (*kernel)(P...), const LaunchShape& shape) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shape.shared_bytes <= kWithoutAsking) return cudaSuccess;
-  if (shape.shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
-  return cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-}
-
-}  // namespace detail
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) {
   static_assert(sizeof...(P) == sizeof...(A));
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
-  if (const cudaError_t error = detail::allow_shared(kernel, shape); error != cudaSuccess) return error;
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t error = detail::allow_shared(address, shape.shared_bytes); error != cudaSuccess) return error;
   if (shape.cluster > 8) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;
@@ -187,25 +193,9 @@ cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) 
   return std::apply(
       [&](P&... value) {
         void* pointers[] = {static_cast<void*>(&value)..., nullptr};
-        return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+        return cudaLaunchKernelExC(&config, address, pointers);
       },
       values);
-}
-
-// How many blocks of this shape the device holds at once: the largest grid of a cooperative launch.
-template <class... P>
-cudaError_t resident_blocks(void (*kernel)(P...), const LaunchShape& shape, unsigned* blocks) {
-  *blocks = 0;
-  if (const cudaError_t error = detail::allow_shared(kernel, shape); error != cudaSuccess) return error;
-  int device, processors, each;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    const int threads = static_cast<int>(shape.block.x * shape.block.y * shape.block.z);
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shape.shared_bytes);
-  }
-  if (error == cudaSuccess) *blocks = static_cast<unsigned>(processors) * static_cast<unsigned>(each);
-  return error;
 }
 
 #endif

@@ -155,7 +155,8 @@ class Library:
         self.call.shim_set_seed.argtypes = [ctypes.c_uint64]
         self.call.shim_set_seconds.argtypes = [ctypes.c_double]
         self.call.shim_message.restype = ctypes.c_char_p
-        for count in ("launches", "shared_bytes", "switches"):
+        self.call.shim_set_resident_blocks.argtypes = [ctypes.c_uint64]
+        for count in ("launches", "shared_bytes", "switches", "attributes_set"):
             getattr(self.call, f"shim_{count}").restype = ctypes.c_uint64
 
     def guarded(self, tensor: Tensor, name: str = "a buffer", alignment: int = 16) -> Guarded:
@@ -229,6 +230,11 @@ class Library:
     @property
     def switches(self) -> int:
         return int(self.call.shim_switches())
+
+    @property
+    def attributes_set(self) -> int:
+        """How often a kernel's limit of shared memory was set."""
+        return int(self.call.shim_attributes_set())
 
     def reset_counts(self) -> None:
         self.call.shim_reset_counts()

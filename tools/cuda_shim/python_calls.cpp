@@ -65,8 +65,17 @@ uint64_t shim_switches() {
   return shim::state.switches;
 }
 
+uint64_t shim_attributes_set() {
+  return shim::state.attributes_set;
+}
+
+// At most kResidentBlocks.
+void shim_set_resident_blocks(uint64_t count) {
+  shim::state.resident_blocks = count;
+}
+
 void shim_reset_counts() {
-  shim::state.launches = shim::state.shared_bytes = shim::state.switches = 0;
+  shim::state.launches = shim::state.shared_bytes = shim::state.switches = shim::state.attributes_set = 0;
 }
 
 }  // extern "C"

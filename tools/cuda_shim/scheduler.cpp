@@ -251,12 +251,16 @@ cudaError_t run(
   if (threads == 0) return refused(cudaErrorInvalidValue, "an empty block");
   if (threads > kMaxThreads || block.z > 64) return refused(cudaErrorInvalidValue, "too many threads in a block");
   if (shared_bytes > kMaxSharedBytes) return refused(cudaErrorInvalidValue, "too much shared memory");
+  const auto allowed = state.allowed_shared.find(kernel);
+  if (shared_bytes > (allowed == state.allowed_shared.end() ? kSharedWithoutAsking : allowed->second)) {
+    return refused(cudaErrorInvalidValue, "more shared memory than its attribute allows");
+  }
   if (cluster == 0 || cluster > kMaxCluster) return refused(cudaErrorInvalidValue, "no such cluster");
   if (grid.x % cluster != 0) return refused(cudaErrorInvalidValue, "a grid that is no multiple of the cluster");
   if (grid.x > 0x7FFFFFFFu || grid.y > kMaxGridYz || grid.z > kMaxGridYz) {
     return refused(cudaErrorInvalidValue, "too large a grid");
   }
-  if (cooperative && blocks > kResidentBlocks) {
+  if (cooperative && blocks > state.resident_blocks) {
     return refused(cudaErrorCooperativeLaunchTooLarge, "more blocks than can be resident");
   }
 
@@ -292,10 +296,6 @@ cudaError_t run(
   return state.error;
 }
 
-unsigned resident_blocks() {
-  return kResidentBlocks;
-}
-
 void block_barrier(const Where& where) {
   Block& block = *state.current->block;
   arrive(block.waiting, block.live, "__syncthreads", where);
@@ -314,6 +314,24 @@ void wait_for_change(const char* name, const unsigned* address, unsigned mask, u
 }
 
 }  // namespace consequentialism::cuda::shim
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(consequentialism::cuda::shim::kMaxSharedBytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  consequentialism::cuda::shim::State& state = consequentialism::cuda::shim::state;
+  const std::lock_guard guard(state.lock);
+  state.allowed_shared[kernel] = static_cast<size_t>(value);
+  ++state.attributes_set;
+  return cudaSuccess;
+}
 
 namespace consequentialism::cuda {
 

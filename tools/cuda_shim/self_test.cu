@@ -291,9 +291,6 @@ int call_cluster(const float* in, float* out, int64_t blocks, int64_t cluster, i
 int call_grid(float* values, float* next, unsigned* counter, int64_t blocks, int64_t threads, int64_t rounds) {
   LaunchShape shape{static_cast<unsigned>(blocks), static_cast<unsigned>(threads)};
   shape.cooperative = true;
-  unsigned resident;
-  if (const int error = resident_blocks(grid_kernel, shape, &resident); error != 0) return error;
-  if (shape.grid.x > resident) return cudaErrorCooperativeLaunchTooLarge;
   const int error = launch(grid_kernel, shape, values, next, counter, static_cast<int>(rounds));
   return error != 0 ? error : launch(grid_kernel, shape, values, next, counter, static_cast<int>(rounds));
 }

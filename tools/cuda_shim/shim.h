@@ -86,6 +86,14 @@ enum cudaError_t {
   cudaErrorCooperativeLaunchTooLarge = 720,
 };
 const char* cudaGetErrorString(cudaError_t error);
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 namespace consequentialism::cuda {
 
@@ -115,7 +123,6 @@ using Where = std::source_location;
 cudaError_t run(
     const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool cooperative,
     void (*invoke)(void*), void* context);
-unsigned resident_blocks();
 unsigned char* shared_memory();
 
 // Ends the launch with this error, from within a kernel.

@@ -7,6 +7,7 @@
 
 #include <deque>
 #include <list>
+#include <map>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -22,6 +23,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kMaxSharedBytes = 232448;
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kMaxGridYz = 65535;
+constexpr size_t kSharedWithoutAsking = 48 << 10;
 constexpr unsigned kResidentBlocks = 132;  // the processors of an H100, one block each
 
 struct Copy {
@@ -82,7 +84,9 @@ struct State {
   std::string message;
   uint64_t seed = 0;
   double seconds_allowed = 60;
-  uint64_t launches = 0, shared_bytes = 0, switches = 0;
+  uint64_t launches = 0, shared_bytes = 0, switches = 0, attributes_set = 0;
+  uint64_t resident_blocks = kResidentBlocks;
+  std::map<const void*, size_t> allowed_shared;  // by kernel
 
   std::list<Region> buffers;
   std::deque<Region> shared;
