@@ -51,22 +51,11 @@ inline void check_x(const at::Tensor& x) {
       "x must be float16, bfloat16, float32 or float64, got ", dtype);
 }
 
-inline void check_gram_type(const at::Tensor& gram) {
-  const auto dtype = gram.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
-}
-
 inline void check_gram(const at::Tensor& gram) {
   TORCH_CHECK_VALUE(
-      gram.dim() == 2 && gram.size(0) == gram.size(1), "gram must have the shape [n, n], got ", gram.sizes());
-  check_gram_type(gram);
-}
-
-inline void check_gram_or_groups(const at::Tensor& gram) {
-  TORCH_CHECK_VALUE(
-      (gram.dim() == 2 || gram.dim() == 3) && gram.size(-2) == gram.size(-1),
-      "gram must have the shape [n, n] or [groups, n, n], got ", gram.sizes());
-  check_gram_type(gram);
+      gram.dim() >= 2 && gram.size(-2) == gram.size(-1), "gram must have the shape [..., n, n], got ", gram.sizes());
+  const auto dtype = gram.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
 }
 
 inline void check_lists(size_t xs, size_t biases, size_t forms, size_t applied) {

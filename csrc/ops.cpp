@@ -1,7 +1,7 @@
 // Schemas and the Python module; no arithmetic.
 //
-// Shapes: x [N, I], gram and inverse [n, n] with n = N (form "dual") or I plus the bias's one (form
-// "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). A convolution's x is
+// Shapes: x [N, I], gram and inverse [n, n], leading dimensions a batch, with n = N (form "dual") or I plus the bias's
+// one (form "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). A convolution's x is
 // [B, C, *spatial], its Gram [groups, n, n] of unfolded patches. All ops but add_root_product_ are pure.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>

@@ -199,7 +199,7 @@ def test_not_finite_gives_nan(where: str, dtype: torch.dtype, value: float) -> N
         assert db.isnan().all()
 
 
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 200, 288, 289, 500, 1024, 1025])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 200, 288, 289, 500, 1025, 1056, 1057])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_damped_inverse_of_every_kernel(n: int, dtype: torch.dtype) -> None:
     x = randn(n, n + 3, dtype=dtype, device="cuda")
@@ -263,6 +263,30 @@ def test_batched_factors_on_two_streams_and_in_a_graph() -> None:
     torch.cuda.synchronize()
     for gradient, one in zip(own, expected, strict=True):
         assert_identical("dw, in a graph", gradient, one)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torchs_new_switch_for_tf32(dtype: torch.dtype, precision: str) -> None:
+    # Once it was used, torch's readers of the old switch raise.
+    torch.backends.cuda.matmul.fp32_precision = precision
+    bound = 5e-3 if precision == "tf32" and dtype == F32 else TOLERANCE[dtype]
+    try:
+        x, dy = randn(100, 300, dtype=dtype, device="cuda"), randn(100, 40, seed=1, dtype=dtype, device="cuda")
+        dw, _ = cw.emended_weight_grad(x, dy, bias=False, backend="cuda")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False  # sets both
+    assert_close("dw", dw, oracle(x, dy, False)[0], bound)
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (40,)], ids=str)
+@pytest.mark.parametrize("n", [40, 400, 1100])
+def test_a_batch_of_inverses_is_each_of_them(n: int, leading: tuple[int, ...]) -> None:
+    rows = randn(*leading, 4, n, dtype=F32, device="cuda")
+    grams = rows.mT @ rows
+    own = ops.damped_inverse(grams, 1.0, "relative", "raw", n, n)
+    for one, gram in zip(own.flatten(0, -3), grams.flatten(0, -3), strict=True):
+        assert_identical("inverse", one, ops.damped_inverse(gram, 1.0, "relative", "raw", n, n))
 
 
 @pytest.mark.parametrize("n", [40, 400, 1100])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -24,9 +25,12 @@ class OnCuda:
 
 
 @pytest.fixture(autouse=True)
-def _not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def _not_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_triton", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._reason_too_old.cache_clear()
+    yield
+    dispatch._reason_too_old.cache_clear()
 
 
 def test_order_of_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,11 +72,20 @@ def test_chips_without_the_tensor_cores_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dispatch.metadata, "version", lambda name: "3.7.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some T4")
-    state = dispatch.backends()["triton"]
-    assert "Some T4" in state
-    assert "8.0" in state
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some T4")
+    monkeypatch.setattr(ops, "device_types", ("cpu", "cuda"))
+    for name in ("triton", "cuda") if ops.module is not None else ("triton",):
+        state = dispatch.backends()[name]
+        assert "Some T4" in state
+        assert "8.0" in state
+        with pytest.raises(RuntimeError, match=rf"backend='{name}' is not available: Some T4 .* 8\.0 is needed"):
+            dispatch.select(name, OnCuda())
+    assert dispatch.select("auto", OnCuda()) is reference
+    dispatch._reason_too_old.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert dispatch.select("auto", OnCuda()) is ops
 
 
 def test_a_machine_that_cannot_launch_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +107,8 @@ def test_a_machine_that_cannot_launch_is_told_why(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch.metadata, "version", lambda name: "3.7.1")
     monkeypatch.setattr(dispatch.importlib, "import_module", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(ops, "device_types", ("cpu",))
     dispatch._launch_error.cache_clear()
     try:

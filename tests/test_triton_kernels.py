@@ -199,15 +199,17 @@ def test_orders_beyond_one_program(monkeypatch: pytest.MonkeyPatch, works: bool)
         assert torch.equal(own.isnan(), reference.damped_inverse(special, 0.01, "relative", "nlms", 40, 7).isnan())
 
 
-def test_tf32_only_where_torch_allows_it() -> None:
+@pytest.mark.parametrize(("switch", "on", "off"), [("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")])
+def test_tf32_only_where_torch_allows_it(switch: str, on: object, off: object) -> None:
+    # torch's reader of the old switch raises where the new one was used.
     assert launch._precision(F32) == launch._exact(F32) == "tf32x3"
-    torch.backends.cuda.matmul.allow_tf32 = True
+    setattr(torch.backends.cuda.matmul, switch, on)
     try:
         assert launch._precision(F32) == "tf32"
         assert launch._exact(F32) == "tf32x3"
         assert launch._precision(F64) == "ieee"
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        setattr(torch.backends.cuda.matmul, switch, off)
 
 
 @pytest.mark.parametrize("form", ["dual", "primal"])

@@ -98,6 +98,7 @@ if module is not None:
 coordinate_device_types = _device_types(*COORDINATE_OPS)
 _ops: Ops = reference if module is None else wrappers("consequentialism")
 input_gram = _ops.input_gram
+damped_inverse = _ops.damped_inverse
 gram_inverse = _ops.gram_inverse
 emended_input = _ops.emended_input
 emended_inputs = _ops.emended_inputs
@@ -114,21 +115,6 @@ def breakdowns() -> int:
     """How many factors of this process broke down and were retried with more damping, the reference's not counted."""
     triton = sys.modules.get(f"{__package__}.triton")  # if it was ever asked for
     return (0 if module is None else int(module.breakdowns())) + (0 if triton is None else triton.breakdowns())
-
-
-def damped_inverse(
-    gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
-) -> Tensor:
-    """`reference.damped_inverse` of ``[..., n, n]``; the kernels take one batch dimension, on CUDA none."""
-    settings = damping, damping_mode, scale, rank, rows
-    if gram.ndim == 2 or gram.numel() == 0:
-        return _ops.damped_inverse(gram, *settings)
-    grams = gram.flatten(0, -3)
-    if gram.is_cuda:
-        inverse = torch.stack([_ops.damped_inverse(one, *settings) for one in grams])
-    else:
-        inverse = _ops.damped_inverse(grams, *settings)
-    return inverse.reshape(gram.shape)
 
 
 def conv_gram(

@@ -22,7 +22,7 @@ from .protocol import Backend, CoordinateOps
 
 AVAILABLE = "available"
 MIN_TRITON = (3, 6)
-MIN_TRITON_CAPABILITY = (8, 0)  # the first with tensor cores for all types
+MIN_CAPABILITY = (8, 0)  # of CUDA's and Triton's kernels: the first with tensor cores for all types
 _triton: Any = None  # the Triton backend, once it was asked for and could be loaded
 
 
@@ -41,8 +41,8 @@ class Entry(Protocol):
         """The types of device whose tensors it serves; none, all of them."""
         ...
 
-    def takes(self, device_type: str) -> bool:
-        """Whether ``"auto"`` takes it for tensors of that type of device, unless an earlier entry does."""
+    def takes(self, device: torch.device) -> bool:
+        """Whether ``"auto"`` takes it for tensors of that device, unless an earlier entry does."""
         ...
 
 
@@ -55,14 +55,14 @@ class Compiled:
     def reason_unavailable(self) -> str | None:
         if compiled.module is None:
             return f"no compiled extension: {compiled.missing_reason}"
-        if not self.takes(self.device_type):
+        if self.device_type not in compiled.device_types:
             if self.device_type != "cuda":
                 return f"the extension has no {self.device_type} kernels"
             built = compiled.module.build_info()["cuda"]
             return "the extension was built for the CPU only" if built is None else "no CUDA kernels in this version"
         if self.device_type == "cuda" and not torch.cuda.is_available():
             return "torch sees no CUDA device"
-        return None
+        return reason_too_old(self.device_type)
 
     def backend(self) -> Backend:
         return compiled
@@ -70,8 +70,9 @@ class Compiled:
     def device_types(self) -> tuple[str, ...]:
         return (self.device_type,)
 
-    def takes(self, device_type: str) -> bool:
-        return device_type == self.device_type and device_type in compiled.device_types
+    def takes(self, device: torch.device) -> bool:
+        served = device.type == self.device_type and device.type in compiled.device_types
+        return served and reason_too_old(device.type, device.index) is None
 
 
 class Triton:
@@ -88,8 +89,9 @@ class Triton:
     def device_types(self) -> tuple[str, ...]:
         return ("cpu", "cuda") if _triton is not None and _triton.INTERPRETED else ("cuda",)
 
-    def takes(self, device_type: str) -> bool:
-        return device_type == "cuda" and self.reason_unavailable() is None and not _triton.INTERPRETED
+    def takes(self, device: torch.device) -> bool:
+        served = device.type == "cuda" and self.reason_unavailable() is None and not _triton.INTERPRETED
+        return served and reason_too_old(device.type, device.index) is None
 
 
 class Reference:
@@ -104,7 +106,7 @@ class Reference:
     def device_types(self) -> tuple[str, ...]:
         return ()
 
-    def takes(self, device_type: str) -> bool:
+    def takes(self, device: torch.device) -> bool:
         return True
 
 
@@ -114,6 +116,21 @@ REGISTRY: dict[str, Entry] = {  # in the order of "auto"
     "triton": Triton(),
     "reference": Reference(),
 }
+
+
+def reason_too_old(device_type: str, index: int | None = None) -> str | None:
+    """Why a GPU, by default the current one, has no kernels compiled for it, or None."""
+    if device_type != "cuda" or not torch.version.cuda:
+        return None
+    return _reason_too_old(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _reason_too_old(index: int) -> str | None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= MIN_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(index)
+    return f"{name} has no tensor cores for these types, compute capability 8.0 is needed"
 
 
 def _load_triton() -> str:
@@ -136,8 +153,8 @@ def _load_triton() -> str:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if not interpreted and not torch.cuda.is_available():
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
-    if not interpreted and torch.version.cuda and torch.cuda.get_device_capability() < MIN_TRITON_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has no tensor cores for these types, compute capability 8.0 is needed"
+    if not interpreted and (reason := reason_too_old("cuda")):
+        return reason
     try:
         if not interpreted and (reason := _launch_error()):
             return f"Triton {version} cannot launch kernels: {reason}"
@@ -163,6 +180,7 @@ def _launch_error() -> str:
 
 # A first call may come while the compiler traces.
 _torch.constant_while_tracing(_load_triton)
+_torch.constant_while_tracing(reason_too_old)
 
 
 def device_of(name: str) -> str:
@@ -186,7 +204,7 @@ def select(name: str, x: Tensor) -> Backend:
     Raises:
         RuntimeError: The backend that was asked for by name is not available, or not for x's device.
     """
-    device = x.device.type
+    device = x.device
     if name == "auto":
         # torch.func's transforms see through plain PyTorch, not through a compiled op.
         if _torch.transforms_active():
@@ -195,11 +213,11 @@ def select(name: str, x: Tensor) -> Backend:
     entry = REGISTRY[name]
     if entry.takes(device):
         return entry.backend()
-    reason = entry.reason_unavailable()
+    reason = entry.reason_unavailable() or reason_too_old(device.type, device.index)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} is not available: {reason}. Allowed here: 'auto' or {_usable()}")
-    if device not in entry.device_types():
-        raise RuntimeError(f"backend={name!r} serves {device_of(name)} tensors, x is on {x.device}; use backend='auto'")
+    if device.type not in entry.device_types():
+        raise RuntimeError(f"backend={name!r} serves {device_of(name)} tensors, x is on {device}; use backend='auto'")
     return entry.backend()
 
 

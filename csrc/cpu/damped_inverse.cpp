@@ -157,18 +157,19 @@ int64_t breakdowns() {
 at::Tensor damped_inverse(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
-  check_gram_or_groups(gram);
+  check_gram(gram);
   const InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard guard;
-  const at::Tensor grams = gram.contiguous();
-  if (grams.dim() == 2) return lower_damped_inverse(grams, arguments);
-  const at::Tensor inverses = at::empty_like(grams);
+  if (gram.dim() == 2) return lower_damped_inverse(gram.contiguous(), arguments);
+  const at::Tensor all = at::empty(gram.sizes(), gram.options());
+  if (all.numel() == 0) return all;
+  const at::Tensor grams = gram.contiguous().flatten(0, -3), inverses = all.flatten(0, -3);  // [count, n, n]
   at::parallel_for(0, grams.size(0), 1, [&](int64_t begin, int64_t end) {
     const PlainKernelGuard inner;
     for (int64_t g = begin; g < end; ++g)
       inverses.select(0, g).copy_(lower_damped_inverse(grams.select(0, g), arguments));
   });
-  return inverses;
+  return all;
 }
 
 }  // namespace consequentialism::cpu

@@ -105,13 +105,19 @@ void invert_grams(
   }
 }
 
+// Into `inverses`, or, by stock operations, in place of one of them.
+void invert_all(
+    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, std::vector<at::Tensor>& inverses) {
+  invert_grams<float>(grams, arguments, inverses);
+  invert_grams<double>(grams, arguments, inverses);
+}
+
 }  // namespace
 
 std::vector<at::Tensor> inverses_of(c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments) {
   std::vector<at::Tensor> inverses;
   for (const at::Tensor& gram : grams) inverses.push_back(at::empty(gram.sizes(), gram.options()));
-  invert_grams<float>(grams, arguments, inverses);
-  invert_grams<double>(grams, arguments, inverses);
+  invert_all(grams, arguments, inverses);
   return inverses;
 }
 
@@ -135,7 +141,17 @@ at::Tensor damped_inverse(
   const InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, rows);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(gram.device());
-  return inverses_of(gram.contiguous(), arguments)[0];
+  const at::Tensor all = at::empty(gram.sizes(), gram.options());
+  if (all.numel() == 0) return all;
+  const int64_t n = gram.size(-1);
+  const std::vector<at::Tensor> grams = gram.contiguous().view({-1, n, n}).unbind();
+  const std::vector<at::Tensor> places = all.view({-1, n, n}).unbind();
+  std::vector<at::Tensor> inverses = places;
+  invert_all(grams, std::vector<InverseArguments>(grams.size(), arguments), inverses);
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (!inverses[i].is_same(places[i])) places[i].copy_(inverses[i]);  // by stock operations
+  }
+  return all;
 }
 
 }  // namespace consequentialism::cuda

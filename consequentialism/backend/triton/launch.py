@@ -77,7 +77,7 @@ def _exact(dtype: torch.dtype) -> str:
 
 def _precision(dtype: torch.dtype) -> str:
     """The same, or TF32 where torch's own setting allows that."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return _exact(dtype)
 
