@@ -12,6 +12,7 @@ CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h */*.cu */*.cuh) $(ad
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_PYTHON := $(CURDIR)/$(CUDA_BIN)/python
+CUDA_BUILD_ARCHITECTURES := 8.0;9.0+PTX# those of csrc/cuda/resources.txt; setup.py's own list is longer
 CUDA_PIP := $(CUDA_BIN)/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt
 
 # A third one with the packages that the examples train with. The index's torchvision is built for CUDA, and would bring
@@ -22,7 +23,7 @@ ECO_PIP := $(ECO_BIN)/pip --disable-pip-version-check install --quiet --constrai
 
 DOCS_VENV := .venv-docs
 
-.PHONY: docs demo test test-ecosystem lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu clean
+.PHONY: docs demo test test-ecosystem lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu gpu-pack clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -87,9 +88,20 @@ cuda-build: $(CUDA_VENV)/.built
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check
 	cd build/cuda && $(CUDA_PYTHON) $(PYTEST) -q --rootdir $(CURDIR) $(addprefix $(CURDIR)/tests/,test_cuda_build.py test_ops.py test_compile.py test_autograd.py test_factor_batch.py)
 
-# On a machine with a GPU, with its own python3 and no network.
+# On a machine with a GPU, with its own python3 and no network: two calls of under ten minutes, or one, CALL=first.
 gpu:
-	tools/gpu.sh $(ARGS)
+	for call in $(or $(CALL),first bench); do tools/gpu.sh $$call || code=$$?; done; exit $${code:-0}
+
+# The extension for a GPU machine's Python and torch, built here and put into the checkout, so that nothing is compiled
+# there: GPU_PYTHON with the pinned torch, GPU_ARCHITECTURES.
+GPU_PYTHON ?= python3.12
+GPU_ARCHITECTURES ?= 9.0
+gpu-pack:
+	test -x build/gpu-env/bin/python || $(GPU_PYTHON) -m venv build/gpu-env
+	build/gpu-env/bin/pip --disable-pip-version-check install --quiet --constraint constraints-cuda.txt torch setuptools ninja pybind11 numpy
+	PATH="$(CURDIR)/build/gpu-env/bin:$$PATH" FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(GPU_ARCHITECTURES)" \
+	  build/gpu-env/bin/python setup.py -q build_ext --inplace --build-temp build/gpu
+	ls -l consequentialism/_C.*.so
 
 wheel: $(VENV)/.built
 	rm -rf build/lib*
@@ -151,7 +163,7 @@ $(CUDA_VENV)/.torch: constraints-cuda.txt
 # nvcc compiles for the architectures side by side: fused_weight_grad.cu takes as long as all other sources, and ends last.
 $(CUDA_VENV)/.built: $(CUDA_VENV)/.torch $(SOURCES) $(wildcard consequentialism/*.py consequentialism/*/*.py bench/*.py bench/*/*.py)
 	rm -rf build/cuda/dist build/cuda/lib*  # else a file that is gone stays in the wheel
-	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 CONSEQUENTIALISM_WERROR=1 NVCC_APPEND_FLAGS=--threads=2 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tools/cuda_resources.py --nvcc" \
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 CONSEQUENTIALISM_WERROR=1 TORCH_CUDA_ARCH_LIST="$(CUDA_BUILD_ARCHITECTURES)" NVCC_APPEND_FLAGS=--threads=2 PYTORCH_NVCC="$(CUDA_PYTHON) $(CURDIR)/tools/cuda_resources.py --nvcc" \
 	  $(CUDA_BIN)/python setup.py -q build --build-base build/cuda \
 	  bdist_wheel --skip-build --bdist-dir build/cuda/wheel --dist-dir build/cuda/dist
 	$(CUDA_PIP) --no-deps --force-reinstall build/cuda/dist/*.whl

@@ -64,7 +64,8 @@ CUDA_SOURCES = [
     "csrc/cuda/weight_grad.cu",
     "csrc/cuda/fused_weight_grad.cu",
 ]
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # no kernel uses what only 9.0a has
+CUDA_ARCHITECTURES = ("8.0", "9.0+PTX")  # where TORCH_CUDA_ARCH_LIST names none; no kernel uses what only 9.0a has
+NEWER_CUDA_ARCHITECTURES = ("10.0", "12.0")  # where nvcc has them, which else compile whole modules at their first use
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
 
@@ -118,6 +119,16 @@ def wants_cuda() -> bool:
     return toolkit is not None and torch.version.cuda is not None
 
 
+def default_cuda_architectures() -> str:
+    """What to compile for where ``TORCH_CUDA_ARCH_LIST`` says nothing, in its form."""
+    try:
+        listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    except OSError:  # torch finds it elsewhere than on the PATH
+        listed = []
+    newer = [name for name in NEWER_CUDA_ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
+    return ";".join([*CUDA_ARCHITECTURES, *newer])
+
+
 def compiler_flags() -> tuple[list[str], list[str]]:
     """For compiling and for linking. at::parallel_for is a header: without OpenMP here it runs on one thread."""
     if os.name == "nt":
@@ -146,7 +157,7 @@ def extension() -> Any:
             extra_compile_args=flags,
             extra_link_args=link_flags,
         )
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_cuda_architectures())
     defines += [
         ("CONSEQUENTIALISM_CUDA_VERSION", f'"{torch.version.cuda}"'),
         ("CONSEQUENTIALISM_CUDA_ARCHITECTURES", f'"{architectures}"'),

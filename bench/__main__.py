@@ -148,6 +148,10 @@ def _run(chosen: argparse.Namespace, own: list[str]) -> int:
     cases = _cases(chosen, occasion, device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal"
+        if chosen.out is not None:  # beside the CSV, where it outlives this process too
+            path = chosen.out.with_suffix(".journal")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
         end = time.time() + (chosen.seconds or SECONDS[device.type, chosen.quick and not chosen.rehearse])
         command = [sys.executable, "-m", "consequentialism", "bench", *own, "--worker", str(path), str(end)]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -186,6 +190,7 @@ def _finish(
     """Write and print what was found; the targets last."""
     if chosen.out is not None:
         table.write(rows, Row, chosen.out)
+        chosen.out.with_suffix(".journal").unlink()
     show.table(rows)
     wrong = show.problems(rows)
     lines = [*show.about(meta), *(f"skipped  {line}" for line in show.skipped(rows))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,20 +37,27 @@ class Check:
     def line(self) -> str:
         """One line for people."""
         if self.cases == 0:
-            return f"{self.backend:10} skipped: {self.where}"
+            return f"{self.backend:10} {'skipped' if self.passed else 'FAIL'}: {self.where}"
         verdict = "ok  " if self.passed else "FAIL"
         return f"{self.backend:10} {verdict} {self.cases} cases, worst {self.worst:.0%} of its bound: {self.where}"
 
 
-def check() -> list[Check]:
-    """Run the self-test. A backend that is not available passes with no cases."""
-    results = []
+def check(names: Sequence[str] | None = None) -> Iterator[Check]:
+    """Run the self-test of all backends, or of those named, each as it is asked for the next.
+
+    A backend that is not available passes with no cases, unless it was named. One that raises has failed, and the
+    others are still tried.
+    """
     for backend, state in backends().items():
+        if names is not None and backend not in names:
+            continue
         if state != AVAILABLE:
-            results.append(Check(backend, True, 0, 0.0, state))
-        else:
-            results.append(_check_backend(backend))
-    return results
+            yield Check(backend, names is None, 0, 0.0, state)
+            continue
+        try:
+            yield _check_backend(backend)
+        except Exception as error:
+            yield Check(backend, False, 1, math.inf, f"{type(error).__name__}: {error}")
 
 
 def _check_backend(backend: str) -> Check:

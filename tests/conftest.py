@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 # Before torch starts its threads: waiting threads sleep, or a busy neighbour makes every small call take seconds.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -46,3 +47,22 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """End a worker whose CUDA context is dead: xdist names the test and starts another worker for the rest."""
+    report = yield
+    sticky = call.excinfo is not None and "CUDA error" in str(call.excinfo.value)
+    if sticky and "PYTEST_XDIST_WORKER" in os.environ and not context_is_alive():
+        os._exit(70)
+    return report
+
+
+def context_is_alive() -> bool:
+    """Whether the device still computes: an illegal access ends the context, and every later call says the same."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

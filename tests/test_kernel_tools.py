@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import cuda_resources
+import gpu_first
+import gpu_kinds
 import pytest
 from cuda_resources import Resources
 
 from consequentialism import reference
+from consequentialism.backend import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = """\
@@ -100,50 +105,118 @@ def test_nvcc_of_a_build_leaves_its_report_beside_the_object(
 STAND_IN = """#!/bin/bash
 case "$*" in
   *get_device_capability*) echo 9.0 ;;
-  *slug*) echo a-gpu ;;
-  *"import xdist"*) exit 1 ;;
+  *device_types*) exit ${PREBUILT:-1} ;;
   *build_ext*) echo "for $TORCH_CUDA_ARCH_LIST"; exit ${BUILD:-0} ;;
-  *"consequentialism bench"*) echo "the table of $*" ;;
-  *"-m pytest"*) exit ${TESTS:-0} ;;
+  *--here*) echo "sanitized with $PYTHONPATH"; [ "${!#}" != "$SPOILT" ] ;;
+  *gpu_first.py*) echo "right gram_dual float32"; exit ${FIRST:-0} ;;
+  *"consequentialism bench"*)
+    echo "met  a target"; while [ "$1" != --out ]; do shift; done; echo "op,provider" > "$2" ;;
+  *"-m pytest"*) echo "FAILED tests/a.py::test_b"; exit ${TESTS:-0} ;;
 esac
 """
+SANITIZER = """#!/bin/bash
+while [ "$1" != kns=consequentialism ]; do shift; done
+shift; exec "$@"
+"""
+
+
+def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """``tools/gpu.sh`` with stand-ins for Python, the sanitizer and the profiler; results in ``folder/out``."""
+    (folder / "bin").mkdir()
+    for name, text in (("python", STAND_IN), ("compute-sanitizer", SANITIZER), ("ncu", "#!/bin/bash\n")):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    paths = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": str(folder / "bin" / "python"),
+        "OUT": str(folder / "out"),
+    }
+    command = [ROOT / "tools/gpu.sh", *([call] if call else [])]
+    return subprocess.run(command, env={**os.environ, **paths, **settings}, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 @pytest.mark.parametrize(
-    ("settings", "code", "verdicts"),
+    ("call", "settings", "code", "lines"),
     [
-        ({}, 0, ["ok    build", "ok    tests", "ok    racecheck", "ok    bench", "all passed"]),
-        ({"QUICK": "1"}, 0, ["ok    memcheck", "ok    bench", "all passed"]),
-        ({"TESTS": "1"}, 1, ["FAIL  tests: exit 1", "ok    bench", "FAILED"]),
-        ({"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED"]),
+        (
+            "first",
+            {},
+            0,
+            ["ok    build", "right gram_dual", "ok    memcheck: 0 bad of 9", "ok    tests", "ok    bench inverse"],
+        ),
+        ("first", {"PREBUILT": "0", "TESTS": "1"}, 1, ["FAIL  tests: exit 1", "FAILED tests/a.py", "ok    check"]),
+        ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 6", "FAILED in"]),
+        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 9"]),
+        ("first", {"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED in"]),
+        ("first", {"SECONDS_ALLOWED": "4"}, 1, ["FAIL  build: no time was left for it"]),
+        ("bench", {}, 0, ["ok    bench whole", "ok    ncu", "ok    bench others", "met  a target", "all passed"]),
+        ("", {}, 2, []),
     ],
     ids=str,
 )
-def test_gpu_script_reports_every_part(
-    tmp_path: Path, settings: dict[str, str], code: int, verdicts: list[str]
-) -> None:
-    for name, text in (("python", STAND_IN), ("compute-sanitizer", "#!/bin/bash\n")):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)}
-    done = subprocess.run(
-        [ROOT / "tools/gpu.sh", "--op", "linear"],
-        env={**os.environ, "QUICK": "0", **paths, **settings},
-        capture_output=True,
-        text=True,
-    )
+def test_gpu_script(tmp_path: Path, call: str, settings: dict[str, str], code: int, lines: list[str]) -> None:
+    done = run_gpu_script(tmp_path, call, **settings)
     assert done.returncode == code, done.stdout + done.stderr
-    summary = [line for line in done.stdout.splitlines() if line.startswith("gpu: ")]
-    for verdict in verdicts:
-        assert any(verdict in line for line in summary), summary
-    assert (tmp_path / "build.log").read_text() == "for 9.0\n"
-    assert ("--quick" in done.stdout) == (settings.get("QUICK") == "1")
-    assert ("--device cuda" in done.stdout and "--op linear" in done.stdout) == ("BUILD" not in settings)
-    assert ("racecheck" in done.stdout) == (settings.get("QUICK") != "1" and "BUILD" not in settings)
+    for line in lines:
+        assert line in done.stdout, done.stdout
+    results = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(results) <= 8, results
+    log = (tmp_path / "out" / "log.txt").read_text() if call else ""
+    assert ("for 9.0" in log) == (bool(call) and "PREBUILT" not in settings and "SECONDS_ALLOWED" not in settings)
+    if "memcheck.txt" in results:  # the package is found though nothing is installed
+        assert f"sanitized with {ROOT}" in (tmp_path / "out" / "memcheck.txt").read_text()
+    if call == "bench":
+        assert {"whole.csv", "parts.csv", "conv.csv", "others.csv", "log.txt"} <= set(results)
+
+
+@pytest.mark.parametrize("kind", gpu_kinds.KINDS)
+def test_kinds_of_first_contact_are_right_on_the_cpu(kind: str) -> None:
+    # Their own arithmetic and bounds; what they ask of a GPU is only seen there.
+    if compiled.module is None:
+        pytest.skip("no compiled kernels")
+    slow = {"inverse_1025", "inverse_stock", "gram_large", "apply_large"}
+    for name in ("float32",) if kind in slow else gpu_kinds.TYPES:
+        assert gpu_first.here(kind, name, "cpu").startswith(f"right {kind} {name}"), gpu_first.here(kind, name, "cpu")
+
+
+def test_first_contact_says_who_died_and_who_hung(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    monkeypatch.setattr(gpu_first, "__file__", str(script))
+    script.write_text("import os; os.kill(os.getpid(), 11)")
+    assert gpu_first.apart("gram_dual", "float32", "cpu", 20).startswith("DIED  gram_dual float32: exit code -11")
+    script.write_text("import time; time.sleep(60)")
+    assert gpu_first.apart("graph", "float64", "cpu", 0.5) == "HUNG  graph float64: no end after 0.5 s"
+    script.write_text("print('WRONG graph float64: error 1, 1e-10 allowed')")
+    assert gpu_first.apart("graph", "float64", "cpu", 20).startswith("WRONG graph float64: error 1, 1e-10 allowed, ")
+
+
+def test_a_wrong_kernel_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compiled.input_gram
+    monkeypatch.setattr(compiled, "input_gram", lambda *arguments: right(*arguments) * 1.001)
+    assert gpu_first.here("gram_dual", "float32", "cpu").startswith("WRONG gram_dual float32: error 0.001, 5e-05")
 
 
 def test_all_backends_retry_a_broken_factor_alike() -> None:
     for file, name in (("cpu/damped_inverse.cpp", "kRetries"), ("cuda/damped_inverse.cuh", "kInverseRetries")):
         found = re.findall(rf"constexpr int {name} = (\d+);", (ROOT / "csrc" / file).read_text())
         assert found == [str(reference.RETRIES)], file
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("compute_80 compute_90 compute_100 compute_120", "8.0;9.0+PTX;10.0;12.0"),
+        ("compute_80 compute_90", "8.0;9.0+PTX"),
+    ],
+)
+def test_default_architectures_are_those_of_the_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, expected: str
+) -> None:
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\nprintf '%s\\n' {listed}\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    assert runpy.run_path(str(ROOT / "setup.py"))["default_cuda_architectures"]() == expected

@@ -1,81 +1,119 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, with the machine's own python3 and no network: build, tests, sanitizer, benchmark.
-# QUICK=1 leaves out most tests, the sanitizer's race check and the large shapes. Under 9 minutes, quick 3: each part
-# has its limit, and what is left of the whole is shared out. Results: out/gpu, or $OUT where that is set. Arguments are
-# the benchmark's.
+# Everything that needs a GPU, with the machine's own python3 and no network, in two calls of under ten minutes each:
+#
+#   tools/gpu.sh first   build, first contact of each kernel, sanitizer, device tests, the inverse's times
+#   tools/gpu.sh bench   the benchmark: own kernels first, profile, convolutions, Triton and compiled last
+#
+# Results: at most 8 files in $OUT, by default out/gpu, written as they come. A line for each part as soon as it is over;
+# exit code 1 if a part failed or had no time. DEVICE=cpu rehearses the script without a GPU. Where `make gpu-pack` has
+# put an extension in the checkout, nothing is compiled.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-out/gpu}
-mkdir -p "$out"
+export OUT=${OUT:-out/gpu} PYTHONPATH=$PWD PYTHONUNBUFFERED=1 FORCE_CUDA=1
 python=${PYTHON:-python3}
-quick=${QUICK:-0}
-whole=$([ "$quick" = 1 ] && echo 175 || echo 530)
-bench_seconds=$([ "$quick" = 1 ] && echo 50 || echo 180) # kept for the benchmark, whatever the rest takes
-report=()
+device=${DEVICE:-cuda}
+whole=${SECONDS_ALLOWED:-560}
+log=$OUT/log.txt
 failed=0
+mkdir -p "$OUT"
 
-part() { # part NAME SECONDS COMMAND...
-  local name=$1 limit=$2 start=$SECONDS left
+part() { # part NAME SECONDS COMMAND...: its output goes to the log
+  local name=$1 limit=$2 start=$SECONDS left=$((whole - SECONDS)) code verdict=ok
   shift 2
-  left=$((whole - SECONDS))
-  [ "$name" = bench ] || left=$((left - bench_seconds))
   [ "$limit" -le "$left" ] || limit=$left
   if [ "$limit" -lt 5 ]; then
-    report+=("FAIL  $name: no time was left for it")
+    echo "gpu: FAIL  $name: no time was left for it"
     failed=1
     return 1
   fi
-  echo "== $name, at most $limit s"
-  timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1
-  local code=$? verdict=ok
+  printf '\n== %s\n' "$name" >> "$log"
+  timeout -k 5 "$limit" "$@" >> "$log" 2>&1
+  code=$?
   [ $code -eq 0 ] || { verdict=FAIL failed=1; }
-  tail -n "$([ $code -eq 0 ] && echo 3 || echo 40)" "$out/$name.log"
-  report+=("$(printf '%-5s %s: exit %d after %d s%s' "$verdict" "$name" $code $((SECONDS - start)) \
-    "$([ $code -eq 124 ] && echo ', its limit')")")
+  printf 'gpu: %-5s %s: exit %d after %d s%s\n' "$verdict" "$name" $code $((SECONDS - start)) \
+    "$([ $code -eq 124 ] && echo ', its limit')" | tee -a "$log"
   return $code
 }
 
 finish() {
-  printf '\n'
-  [ ! -s "$out/bench.log" ] || tail -n 80 "$out/bench.log"
-  printf 'gpu: %s\n' "${report[@]}" "$([ $failed = 0 ] && echo "all passed" || echo "FAILED") in $SECONDS s"
+  echo "gpu: $([ $failed = 0 ] && echo "all passed" || echo FAILED) in $SECONDS s, $(ls "$OUT" | wc -l) files in $OUT"
   exit $failed
 }
 
-capability=$($python -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2> "$out/device.err") || {
-  echo "gpu: torch sees no CUDA device: $(tail -n 1 "$out/device.err")" >&2
-  exit 2
+# Our own kernels alone, a process a kind; without torch's cache every tensor is an allocation whose ends are watched.
+sanitize() { # sanitize TOOL SECONDS KIND...
+  local tool=$1 limit=$2 start=$SECONDS folder kind pids=() bad=0
+  shift 2
+  [ "$limit" -le $((whole - SECONDS)) ] || limit=$((whole - SECONDS))
+  folder=$(mktemp -d)
+  for kind; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --print-limit 3 --kernel-regex kns=consequentialism \
+      "$python" tools/gpu_first.py --here --device "$device" "$kind" > "$folder/$kind" 2>&1 &
+    pids+=($!)
+  done
+  for kind; do
+    wait "${pids[0]}" || { bad=$((bad + 1)); echo "gpu:       $tool of $kind: FAIL"; }
+    pids=("${pids[@]:1}")
+  done
+  tail -n 25 "$folder"/* > "$OUT/$tool.txt"
+  rm -r "$folder"
+  [ $bad = 0 ] || failed=1
+  echo "gpu: $([ $bad = 0 ] && echo 'ok   ' || echo 'FAIL ') $tool: $bad bad of $# kinds after $((SECONDS - start)) s"
 }
-rm -f "$out/device.err" "$out/bench.log"
-export TORCH_CUDA_ARCH_LIST=$capability FORCE_CUDA=1
 
-part build 200 $python setup.py build_ext --inplace || finish
-part info 30 $python -m consequentialism info
-part check 40 $python -m consequentialism check
-
-# By file: those that the host shim runs need no device. By name: the backends' cases are called cuda and triton.
-mapfile -t of_the_shim < <(grep -lE '^(import|from) cuda_shim' tests/test_*.py)
-selection=(-q --maxfail 20 -k "(cuda or gpu) and not triton" "${of_the_shim[@]/#/--ignore=}")
-[ "$quick" = 1 ] && selection+=(tests/test_gpu_contracts.py tests/test_gpu_fused_weight_grad.py tests/test_ops.py tests/test_cuda_build.py)
-$python -c "import xdist" 2> /dev/null && selection+=(-n 6)
-part tests "$([ "$quick" = 1 ] && echo 60 || echo 180)" $python -m pytest "${selection[@]}"
-# Each shape of arguments is compiled once, a second or more, so the shared cases of few files.
-triton=(-q --maxfail 20 -k "triton and True" tests/test_identities.py tests/test_linear.py)
-[ "$quick" = 1 ] && triton=(-q -k triton tests/test_linear.py::test_options_reach_the_gradient)
-$python -c "import xdist" 2> /dev/null && triton+=(-n 6)
-part triton "$([ "$quick" = 1 ] && echo 30 || echo 90)" $python -m pytest "${triton[@]}"
-
-# Our own kernels alone; without torch's cache every tensor is an allocation whose ends are watched.
-sanitize() { # sanitize TOOL SECONDS
-  part "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    --kernel-regex kns=consequentialism $python tools/gpu_small.py
+bench() { # bench NAME SECONDS ARGUMENT...: rows to $OUT/NAME.csv
+  local name=$1 limit=$2
+  shift 2
+  part "bench $name" "$limit" "$python" -m consequentialism bench --device "$device" --seconds $((limit - 20)) \
+    --out "$OUT/$name.csv" "$@"
 }
-sanitize memcheck 60
-[ "$quick" = 1 ] || sanitize racecheck 90
 
-name=$($python -c "from bench.environment import slug; print(slug('cuda'))")
-# A case that is begun in time is given 8 s more; then what there is is written.
-part bench $bench_seconds $python -m consequentialism bench --device cuda --out "$out/$name/step_cost.csv" \
-  --plot "$out/$name" --seconds $((bench_seconds - 20)) $([ "$quick" = 1 ] && echo --quick) "$@"
-[ ! -s "$out/$name/step_cost.csv" ] || report+=("      commit $out/$name/step_cost.csv in bench/results/$name")
+if [ "$device" = cuda ]; then
+  capability=$($python -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())" 2> "$log") || {
+    echo "gpu: torch sees no CUDA device: $(tail -n 1 "$log")" >&2
+    exit 2
+  }
+  export TORCH_CUDA_ARCH_LIST=$capability
+fi
+if ! $python -c "import sys, consequentialism.ops as o; sys.exit('$device' not in o.device_types)" 2> /dev/null; then
+  part build 200 "$python" setup.py build_ext --inplace || { tail -n 40 "$log"; finish; }
+fi
+
+case ${1:-} in
+  first)
+    part info 30 "$python" -m consequentialism info
+    timeout -k 5 120 "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
+    [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+    sanitize memcheck 80 gram_primal gram_split inverse_block_big inverse_cluster apply_dual apply_primal bias_poison \
+      recompute cooperative
+    sanitize racecheck 90 gram_dual inverse_block inverse_block_big apply_primal recompute cooperative
+    # A dead context ends its worker: conftest.py sees to that, and xdist starts another.
+    part tests 130 "$python" -m pytest -v -n 8 --timeout 45 --timeout-method thread -p no:cacheprovider \
+      tests/test_gpu_fused_weight_grad.py tests/test_gpu_contracts.py -k "not opcheck"
+    grep -E 'FAILED|Timeout|crashed' "$log" | cut -c1-150 | sort -u | tail -n 25
+    part check 40 "$python" -m consequentialism check --backend "$([ "$device" = cuda ] && echo cuda || echo cpu)"
+    bench inverse 45 --op damped_inverse --op fused_weight_grad --dtype float32 --provider consequentialism \
+      --provider recompute --provider cooperative
+    ;;
+  bench)
+    own=(--provider consequentialism --provider stock --provider fused --provider batched)
+    bench whole 150 --op linear --op step --op mlp --op deep "${own[@]}"
+    bench parts 130 --op fused_weight_grad --op damped_inverse --op damped_inverses --op input_gram --op emended_input \
+      --op weight_grad --provider consequentialism --provider recompute --provider cooperative --provider cholesky_ex \
+      --provider batched
+    if command -v ncu > /dev/null; then
+      part ncu 70 ncu --clock-control none --set full -c 16 --page details --log-file "$OUT/ncu.txt" \
+        -k "regex:damped_inverse|fused_weight|input_gram|emended_input|bias_grad" \
+        "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 gram_large inverse_cluster apply_large cooperative
+    fi
+    bench conv 60 --op conv2d --provider consequentialism --provider triton
+    bench others 130 --op linear --dtype bfloat16 --provider triton --provider compiled
+    grep -E '^(met|MISSED|no time|PROBLEM)' "$log" | cut -c1-150
+    ;;
+  *)
+    echo "gpu: the call must be 'first' or 'bench', got '${1:-}'" >&2
+    exit 2
+    ;;
+esac
 finish

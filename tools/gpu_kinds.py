@@ -1,0 +1,196 @@
+"""The kinds of kernel calls that `gpu_first.py` makes: each returns its error against float64, or raises.
+
+On a device without the CUDA kernels the same calls go to its own ops: a rehearsal of the script, not of the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import consequentialism as cw
+from consequentialism import reference
+from consequentialism.backend import compiled as ops
+
+OPTIONS: tuple[Any, ...] = (1.0, "relative", "nlms")
+TYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-10}
+REPEATS = 50
+Kind = Callable[[torch.dtype, str], float]
+
+
+def _rows(rows: int, columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def error_of(own: Any, expected: Any) -> float:
+    """The largest difference of a tensor's norm, relative to the expected one's; infinite where it is not finite."""
+    pairs = zip((own,), (expected,), strict=True) if isinstance(own, Tensor) else zip(own, expected, strict=True)
+    worst = 0.0
+    for one, right in pairs:
+        if right.numel() > 0:
+            error = float((one.double().cpu() - right).norm() / right.norm().clamp_min(1e-300))
+            worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double().cpu()
+
+
+def gram(rows: int, inputs: int, form: str) -> Kind:
+    def run(dtype: torch.dtype, device: str) -> float:
+        x = _rows(rows, inputs, dtype, device)
+        return error_of(ops.input_gram(x, True, form), reference.input_gram(_wide(x), True, form))
+
+    return run
+
+
+def inverse(order: int) -> Kind:
+    """Of a Gram of that order, with a bias in it: 1025 is 1024 inputs and their bias."""
+
+    def run(dtype: torch.dtype, device: str) -> float:
+        x = _rows(2 * order, order - 1, dtype, device)
+        return error_of(
+            ops.gram_inverse(x, True, "primal", *OPTIONS), reference.gram_inverse(_wide(x), True, "primal", *OPTIONS)
+        )
+
+    return run
+
+
+def inverse_retry(dtype: torch.dtype, device: str) -> float:
+    """An indefinite matrix breaks down, is counted and gets more damping; three more of its batch are not disturbed."""
+    wide = dtype if dtype == torch.float64 else torch.float32
+    grams = torch.eye(70, dtype=wide, device=device).repeat(4, 1, 1)
+    grams[2, 0, 0] = -0.5  # minus, once the ridge of 0.1 is added; plus with ten times the ridge
+    before = cw.ops.breakdowns()
+    own = ops.damped_inverse(grams, 0.1, "absolute", "raw", 70, 70)
+    if cw.ops.breakdowns() - before != 1:
+        raise AssertionError(f"{cw.ops.breakdowns() - before} breakdowns were counted, expected 1")
+    return error_of(own, reference.damped_inverse(_wide(grams), 0.1, "absolute", "raw", 70, 70))
+
+
+def apply(rows: int, inputs: int, form: str) -> Kind:
+    def run(dtype: torch.dtype, device: str) -> float:
+        x = _rows(rows, inputs, dtype, device)
+        arguments = (True, form, *OPTIONS)
+        return error_of(ops.emended_input(x, *arguments), reference.emended_input(_wide(x), *arguments))
+
+    return run
+
+
+def bias_poison(dtype: torch.dtype, device: str) -> float:
+    """Right where ``dy`` is finite, NaN everywhere where one entry of it is not."""
+    x, dy = _rows(300, 65, dtype, device), _rows(300, 130, dtype, device, seed=1)
+    column = torch.ones(300, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    own = ops.weight_grad(dy, x, column)
+    dy_poisoned = dy.clone()
+    dy_poisoned[-1, -1] = float("nan")
+    if not all(bool(one.isnan().all()) for one in ops.weight_grad(dy_poisoned, x, column)):
+        raise AssertionError("a NaN in dy did not make the whole gradient NaN")
+    return error_of(own, (_wide(dy).T @ _wide(x), _wide(dy).T @ _wide(column)))
+
+
+def fused(variant: str) -> Kind:
+    def run(dtype: torch.dtype, device: str) -> float:
+        rows = 64 if dtype == torch.float64 else 128
+        x, dy = _rows(rows, 1000, dtype, device), _rows(rows, 333, dtype, device, seed=1)
+        if device == "cuda":
+            own = torch.ops.consequentialism.fused_weight_grad.by(x, dy, True, *OPTIONS, variant)
+        else:
+            own = ops.fused_weight_grad(x, dy, True, *OPTIONS)
+        return error_of(own, reference.fused_weight_grad(_wide(x), _wide(dy), True, *OPTIONS))
+
+    return run
+
+
+def _calls(dtype: torch.dtype, device: str) -> Callable[[], list[Tensor]]:
+    """Every op once: few rows, a cluster's order, and all in one launch."""
+    small, dy = _rows(60, 300, dtype, device), _rows(60, 130, dtype, device, seed=1)
+    large, errors = _rows(700, 400, dtype, device), _rows(700, 65, dtype, device, seed=1)
+
+    def run() -> list[Tensor]:
+        found = [*ops.fused_weight_grad(small, dy, True, *OPTIONS), ops.input_gram(large, True, "primal")]
+        y, column = ops.emended_input(large, True, "primal", *OPTIONS)
+        return [*found, y, column, *ops.weight_grad(errors, y, column)]
+
+    return run
+
+
+def _differences(first: list[Tensor], other: list[Tensor]) -> int:
+    return sum(not torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+def _same(times: int, wrong: int, what: str) -> float:
+    if wrong:
+        raise AssertionError(f"{wrong} results of {times} {what} differ from the first")
+    return 0.0
+
+
+def repeat(dtype: torch.dtype, device: str) -> float:
+    """Every op `REPEATS` times, bit for bit."""
+    run = _calls(dtype, device)
+    first = run()
+    return _same(REPEATS, sum(_differences(first, run()) for _ in range(REPEATS)), "runs")
+
+
+def graph(dtype: torch.dtype, device: str) -> float:
+    """Replays of a captured graph, bit for bit what eager mode gives."""
+    run = _calls(dtype, device)
+    first = run()
+    if device != "cuda":
+        return _same(1, _differences(first, run()), "runs")
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        held = run()
+    wrong = 0
+    for _ in range(REPEATS):
+        for one in held:
+            one.fill_(float("nan"))
+        captured.replay()
+        wrong += _differences(first, held)
+    return _same(REPEATS, wrong, "replays")
+
+
+def streams(dtype: torch.dtype, device: str) -> float:
+    """Two streams at once, each bit for bit what one alone gives."""
+    runs = [_calls(dtype, device) for _ in range(2)]
+    first = runs[0]()
+    if device != "cuda":
+        return _same(2, _differences(first, runs[1]()), "runs")
+    torch.cuda.synchronize()
+    lanes = [torch.cuda.Stream(), torch.cuda.Stream()]
+    found: list[list[Tensor]] = []
+    for _ in range(REPEATS // 2):
+        for lane, run in zip(lanes, runs, strict=True):
+            with torch.cuda.stream(lane):
+                found.append(run())
+    torch.cuda.synchronize()
+    return _same(len(found), sum(_differences(first, one) for one in found), "runs on two streams")
+
+
+KINDS: dict[str, Kind] = {
+    "gram_dual": gram(100, 700, "dual"),
+    "gram_primal": gram(700, 100, "primal"),
+    "gram_split": gram(64, 8192, "dual"),
+    "gram_large": gram(1024, 2048, "dual"),
+    "inverse_block": inverse(60),
+    "inverse_block_big": inverse(160),
+    "inverse_cluster": inverse(400),
+    "inverse_1025": inverse(1025),
+    "inverse_stock": inverse(1100),
+    "inverse_retry": inverse_retry,
+    "apply_dual": apply(100, 700, "dual"),
+    "apply_primal": apply(700, 100, "primal"),
+    "apply_large": apply(1024, 2048, "dual"),
+    "bias_poison": bias_poison,
+    "recompute": fused("recompute"),
+    "cooperative": fused("cooperative"),
+    "repeat": repeat,
+    "graph": graph,
+    "streams": streams,
+}
