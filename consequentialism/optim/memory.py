@@ -57,16 +57,20 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
         before = [states[members[0]] for members in batch]
         fresh = [_folded(unit.slot, state, memory) for unit, state in zip(owners, before, strict=True)]
         made = roots(owners, [own["input_gram"] for own in fresh])
+        written = []
         for members, state, own, root in zip(batch, before, fresh, made, strict=True):
             usable = root.sum().isfinite()
             own["root"] = root
             alone = all(i in members for i, other in enumerate(states) if other["root"] is state["root"])
-            for key, value in own.items():
-                # In place where nobody else has it, so that a captured step between refreshes sees it.
-                stood = state[key] if alone else state[key].clone()
-                own[key] = stood.copy_(torch.where(usable, value, stood))
+            # In place where nobody else has it, so that a captured step between refreshes sees it.
+            places = {key: state[key] if alone else state[key].clone() for key in own}
+            values = [torch.where(usable, value, places[key]) for key, value in own.items()]
+            written.append((members, places, values))
+        for members, places, values in written:  # nothing here asks for memory, and so nothing fails
+            for place, value in zip(places.values(), values, strict=True):
+                place.copy_(value)
             for member in members:
-                states[member].update(own)
+                states[member].update(places)
                 units[member].slot.folded = True
 
 
