@@ -10,7 +10,7 @@ import torch
 
 from consequentialism.experiments.data import Samples
 from consequentialism.experiments.settings import Trial
-from consequentialism.experiments.train import timed_step
+from consequentialism.experiments.train import clock_for, timed_step
 
 from .methods import METHODS
 from .tasks import Task
@@ -46,9 +46,10 @@ def step_costs(task: Task, data: Samples, trials: Mapping[str, Trial], blocks: i
     ]
     ms: dict[str, list[float]] = {name: [] for name in trials}
     order = list(trials)
+    clock = clock_for(data.train_x.device)
     for block in range(blocks + 1):
         for name in order:
-            seconds = [timed_step(steps[name], *batches[k % len(batches)])[0] for k in range(BLOCK)]
+            seconds = [timed_step(steps[name], *batches[k % len(batches)], clock)[0] for k in range(BLOCK)]
             if block:  # the first warms up
                 ms[name].append(1e3 * mean(seconds))
         order = order[1:] + order[:1]

@@ -10,7 +10,7 @@ from statistics import median
 from .. import table
 from ..markdown import markdown, number, where
 from . import step_cost, whole
-from .recipes import LABELS, PLACINGS, RECIPES, START, Recipe
+from .recipes import LABELS, LEAN, PLACINGS, RECIPES, START, Recipe
 from .step_cost import StepCostRow
 from .whole import (
     BLOCKS,
@@ -48,7 +48,8 @@ def text(folder: Path, pictures: str) -> list[str]:
             "Everybody may have eight trials, one knob after the other: the rate, the auxiliary rate of Muon's AdamW, "
             "weight decay, and in coordinates the damping. Steps to another's end are those of the first of twenty "
             "evaluations that is as good, each on the schedule of its own; a shorter schedule would get there sooner. "
-            "Seconds are steps times the cost of a step, measured for all optimizers in turns. CIFAR-10 is 12,000 of "
+            "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "
+            f"Lean: refreshed every {LEAN['refresh_every']} steps, blocks of {LEAN['block']}. CIFAR-10 is 12,000 of "
             "its training images, as JPEG, whose pixels differ slightly from the binary release.",
         ]
     for task in dict.fromkeys(row.task for row in found):

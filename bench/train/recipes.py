@@ -138,6 +138,15 @@ def _coordinates(name: str, lr: float, exponent: float, **changes: Any) -> Setti
     return dataclasses.replace(defaults, **changes)
 
 
+LEAN_END = "-lean"
+LEAN: dict[str, Any] = {"refresh_every": 50, "block": 128}  # what makes a step cheaper
+
+
+def chosen_by(name: str) -> str:
+    """The name on the command line: the lean forms go with the others."""
+    return name.removesuffix(LEAN_END)
+
+
 START: dict[str, Setting] = {
     "nag": Setting("nag", 0.1, weight_decay=1e-3),
     "adamw": Setting("adamw", 0.004),
@@ -145,7 +154,9 @@ START: dict[str, Setting] = {
     "soap": Setting("soap", 0.004),
     "coordinates-nag": _coordinates("coordinates-nag", 0.1, 0.5, weight_decay=1e-3),
     "coordinates-adamw": _coordinates("coordinates-adamw", 0.004, 0.5),
+    "coordinates-adamw-lean": _coordinates("coordinates-adamw-lean", 0.004, 0.5, **LEAN),
     "coordinates-muon": _coordinates("coordinates-muon", 0.008, 0.25, aux_lr=0.002),
+    "coordinates-muon-lean": _coordinates("coordinates-muon-lean", 0.008, 0.25, aux_lr=0.002, **LEAN),
 }
 LABELS = {
     "nag": "NAG",
@@ -154,7 +165,9 @@ LABELS = {
     "soap": "SOAP",
     "coordinates-nag": "NAG in coordinates",
     "coordinates-adamw": "AdamW in coordinates",
+    "coordinates-adamw-lean": "AdamW in coordinates, lean",
     "coordinates-muon": "Muon in coordinates",
+    "coordinates-muon-lean": "Muon in coordinates, lean",
 }
 # What is tried after the first setting, one knob after the other, as factors of what was best so far: seven trials for
 # each, the first setting is the eighth.
@@ -177,7 +190,7 @@ def trials(name: str, best: Callable[[list[Setting]], Setting], most: int) -> It
     """The settings of an optimizer's search; ``best`` is asked for the best of those given so far."""
     given = [START[name]]
     yield given[0]
-    for field, factors in KNOBS[name]:
+    for field, factors in KNOBS[chosen_by(name)]:
         centre = best(given)
         for factor in factors:
             if len(given) == most:
@@ -189,7 +202,7 @@ def trials(name: str, best: Callable[[list[Setting]], Setting], most: int) -> It
 
 def optimizers(model: nn.Module, setting: Setting) -> list[Any]:
     """The optimizer, or the two, of a setting: what has ``step``, ``zero_grad`` and ``param_groups``."""
-    name = setting.optimizer.removeprefix("coordinates-")
+    name = chosen_by(setting.optimizer).removeprefix("coordinates-")
     where = coordinates(setting)
     if name == "muon":
         aux = {"lr": setting.aux_lr, "betas": (0.9, 0.99), "weight_decay": 0.0}

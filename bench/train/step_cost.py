@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from consequentialism.experiments.methods import Step, ordinary_step
 from consequentialism.experiments.models import build
-from consequentialism.experiments.train import timed_step
+from consequentialism.experiments.train import clock_for, timed_step
 from consequentialism.optim import Emended, Muon
 
 from .. import table
@@ -91,11 +91,12 @@ def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
         model = _network(width).to(device)
         steps[name] = ordinary_step(model, make(model), _loss)
     order = list(steps)
+    clock = clock_for(x.device)
     ordinary: dict[str, list[float]] = {name: [] for name in order}
     dear: dict[str, list[float]] = {name: [] for name in order}
     for turn in range(rounds + 1):
         for name in order:
-            ms = [1e3 * timed_step(steps[name], x, y)[0] for _ in range(MEASURED)]
+            ms = [1e3 * timed_step(steps[name], x, y, clock)[0] for _ in range(MEASURED)]
             if turn:  # the first warms up
                 dear[name].append(ms[0])
                 ordinary[name].append(mean(ms[1:]))

@@ -18,7 +18,7 @@ import torch
 from consequentialism.errors import need
 from consequentialism.experiments.data import Samples
 from consequentialism.experiments.settings import Schedule, Trial
-from consequentialism.experiments.train import Run, step_count, timed_step, training
+from consequentialism.experiments.train import Run, clock_for, step_count, timed_step, training
 
 from .. import table
 from ..environment import Environment, environment
@@ -263,9 +263,10 @@ def _costs(bench: Bench, task: str) -> list[RecipeTimeRow]:
         model = problem.build(SEARCH_SEED).to(bench.device)
         steps[name] = prepare(model, setting, problem.loss, recipe, 10 * (bench.blocks + 1), 0)
     order = list(settings)
+    clock = clock_for(torch.device(bench.device))
     for block in range(bench.blocks + 1):
         for name in order:
-            seconds = [timed_step(steps[name], x, y)[0] for x, y in batches]
+            seconds = [timed_step(steps[name], x, y, clock)[0] for x, y in batches]
             if block:  # the first warms up
                 ms[name].append(1e3 * mean(seconds))
         order = order[1:] + order[:1]

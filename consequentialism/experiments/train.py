@@ -159,13 +159,22 @@ def step_count(samples: int, schedule: Schedule, epochs: int) -> int:
     return epochs * (samples // schedule.batch_size)
 
 
-def timed_step(step: methods.Step, x: Tensor, y: Tensor) -> tuple[float, float]:
+def timed_step(
+    step: methods.Step, x: Tensor, y: Tensor, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
     """One training step on samples ``[N, ...]`` and targets; returns its seconds, and the batch's loss before it."""
     _wait(x.device)
-    start = time.perf_counter()
+    start = clock()
     loss = step(x, y)
     _wait(x.device)
-    return time.perf_counter() - start, loss.item()
+    return clock() - start, loss.item()
+
+
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """A clock for steps that are compared: on one thread of the host the process's own time, so that what else the
+    machine does does not count; else the wall's."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
 
 
 def _warm_up(problem: Problem, run: Run, data: Samples, schedule: Schedule, prepare: methods.Method) -> None:
