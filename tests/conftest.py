@@ -49,6 +49,12 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def even_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roots in emended coordinates that stay from the first step on, for what holds while they do."""
+    monkeypatch.setattr("consequentialism.optim.memory.steps_to_refresh", lambda steps, every: -steps % every)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """End a worker whose CUDA context is dead: xdist names the test and starts another worker for the rest."""

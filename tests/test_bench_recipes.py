@@ -163,6 +163,7 @@ def test_every_setting_trains(name: str) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.usefixtures("even_refreshes")
 def test_an_inverse_before_sgd_is_its_root_around_it() -> None:
     """Linear optimizers know no placing between two refreshes: ``g S S`` either way."""
     weights = []

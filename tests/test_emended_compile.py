@@ -145,6 +145,7 @@ CAPTURED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.usefixtures("even_refreshes")
 @pytest.mark.parametrize("name", CAPTURED)
 def test_between_refreshes_the_host_reads_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And roots stay where they are: what a CUDA graph asks of a step, which only a GPU can capture."""

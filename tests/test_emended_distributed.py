@@ -13,6 +13,7 @@ import torch
 from cases import assert_close, assert_identical, randn
 
 import consequentialism as cw
+from consequentialism.optim.memory import steps_to_refresh
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -106,7 +107,7 @@ def test_a_step_communicates_its_grams_on_refresh_steps_alone(
 ) -> None:
     for results in found:
         own = results[f"{name} {wrap}"]
-        refreshes = [step % emended_workers.REFRESH_EVERY == 0 for step in range(len(COUNTS))]
+        refreshes = [steps_to_refresh(step, emended_workers.REFRESH_EVERY) == 0 for step in range(len(COUNTS))]
         assert own["reduced"] == [own["grams"] * due for due in refreshes]  # entries, with a count of rows each
 
 

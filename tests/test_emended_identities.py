@@ -127,6 +127,7 @@ def test_muon_takes_any_square_root_of_the_inverse() -> None:
     assert_close("optimizer", start - layer.weight, 0.1 * wanted, EXACT)
 
 
+@pytest.mark.usefixtures("even_refreshes")
 @pytest.mark.parametrize("kind", ["sgd", "muon"])
 @pytest.mark.parametrize(("momentum", "refresh_every"), [(0.9, 10), (0.0, 2)])
 def test_invariance_to_the_basis_of_the_input(kind: str, momentum: float, refresh_every: int) -> None:

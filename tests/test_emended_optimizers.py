@@ -71,6 +71,7 @@ def augmented(layer: nn.Linear, gradient: bool = False) -> Tensor:
     return torch.cat([pair[0], pair[1][:, None]], 1)  # type: ignore[index,list-item]
 
 
+@pytest.mark.usefixtures("even_refreshes")
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_optimizer_works_in_coordinates(name: str) -> None:
     """An oracle that keeps ``V`` itself, from ``V = 0``; the root stays as the first batch has it."""

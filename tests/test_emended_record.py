@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import consequentialism as cw
+from consequentialism.optim import memory
 
 
 def emended(model: nn.Module, **options: Any) -> cw.optim.Emended:
@@ -98,9 +100,9 @@ def test_equal_batches_follow_the_formula_corrected_for_its_start() -> None:
         optimizer.zero_grad()
         squares(layer(batch)).backward()
         optimizer.step()
-        if step % 3 == 0:
+        if step in (0, 1, 2, 3, 6):
             own = 0.9 * own + 0.1 * moment(batch)
-    assert_close("moment", optimizer.state[layer.weight]["input_gram"], own / (1 - 0.9**3), EXACT)
+    assert_close("moment", optimizer.state[layer.weight]["input_gram"], own / (1 - 0.9**5), EXACT)
 
 
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, 1e200])
@@ -220,6 +222,8 @@ def test_dead_inputs_leave_the_plain_step() -> None:
 
 
 def test_refresh_rule() -> None:
+    """One step in so many, and the first ones after 1, 2, 4, ... steps."""
+    due = {0, 1, 2, 4, 8}
     layer = nn.Linear(6, 4, dtype=F64)
     optimizer = emended(layer, refresh_every=4)
     roots, recording = [], []
@@ -227,11 +231,17 @@ def test_refresh_rule() -> None:
         recording.append(optimizer._recorder.recording)
         train(layer, optimizer, randn(10, 6, seed=step), 1)
         roots.append(optimizer.state[layer.weight]["root"].clone())
-    assert recording == [step % 4 == 0 for step in range(9)]
+    assert recording == [step in due for step in range(9)]
     assert [bool((one - two).abs().max() > 0) for one, two in itertools.pairwise(roots)] == [
-        step % 4 == 0 for step in range(1, 9)
+        step in due for step in range(1, 9)
     ]
     assert int(optimizer.state[layer.weight]["emended_steps"]) == 9
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, range(30)), (3, (0, 1, 2, 3, 6, 9)), (10, (0, 1, 2, 4, 8, 10, 20))])
+def test_steps_to_a_refresh(every: int, due: Sequence[int]) -> None:
+    for step in range(due[-1]):
+        assert memory.steps_to_refresh(step, every) == min(d for d in due if d >= step) - step
 
 
 class Around(nn.Module):
@@ -306,6 +316,7 @@ def test_copies_of_the_model_record_nothing(tmp_path: Any) -> None:
     assert_close("moment", optimizer.state[model[0].weight]["input_gram"], moment(x), EXACT)
 
 
+@pytest.mark.usefixtures("even_refreshes")
 def test_between_refreshes_a_forward_leaves_nothing() -> None:
     model = mlp(F64)
     optimizer = emended(model, refresh_every=2)

@@ -350,7 +350,7 @@ def test_memory_beyond_the_plain_optimizer() -> None:
     """The state holds the moment and the root; between refreshes nothing else is kept."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
     optimizer = make(model)
-    run(model, optimizer, [randn(100, 64, dtype=F32)])
+    run(model, optimizer, [randn(100, 64, dtype=F32)] * 4)
     ours = sum(
         value.nbytes
         for state in optimizer.state.values()

@@ -162,6 +162,7 @@ def test_retries_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "step 1: 3 factors broke down" in said
 
 
+@pytest.mark.usefixtures("even_refreshes")
 def test_a_stale_memory_is_said() -> None:
     model, inner, x, y = small()
     optimizer = cw.optim.Emended(inner, model, refresh_every=1000)

@@ -69,7 +69,9 @@ class Emended(torch.optim.Optimizer):
             division by ``t``, so that the rate of SGD is NLMS's dimensionless step size (``A`` then counts a
             convolution's samples, not its rows); ``"auto"``: ``"nlms"`` for `torch.optim.SGD`, else ``"gradient"``.
         memory: What older rows are multiplied by at a refresh, at least 0 and below 1.
-        refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1.
+        refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1. Before that many steps they are
+            refreshed after 0, 1, 2, 4, 8, ... of them, for inputs change fast at first: roots of the first batch alone
+            leave Adam second moments of another scale.
         block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks, a
             convolution's between channels where they divide. A step's two products cost ``4 O I block`` operations.
         process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
@@ -244,7 +246,7 @@ class Emended(torch.optim.Optimizer):
             )
 
     def _is_due(self) -> bool:
-        return int(self._steps) % self.refresh_every == 0
+        return memory.steps_to_refresh(int(self._steps), self.refresh_every) == 0
 
     @property
     def is_recording(self) -> bool:
@@ -259,7 +261,7 @@ class Emended(torch.optim.Optimizer):
         """
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps must be an integer of at least 1, got {steps!r} ({type(steps).__name__})")
-        left = -int(self._steps) % self.refresh_every
+        left = memory.steps_to_refresh(int(self._steps), self.refresh_every)
         if self.units and not 1 <= steps <= left:
             raise ValueError(f"steps must be at least 1 and at most {left}, where a refresh is due, got {steps}")
         self._count(steps)

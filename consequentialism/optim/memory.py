@@ -27,6 +27,16 @@ Roots = Callable[[Sequence[Unit], Sequence[Tensor]], list[Tensor]]
 ROOM = 2**22  # entries of moments whose roots are made together, where there are more than one
 
 
+def steps_to_refresh(steps: int, every: int) -> int:
+    """How many steps there are until a refresh is due, 0 where it is now, after ``steps`` of them.
+
+    One in ``every``, and before that after 0, 1, 2, 4, 8, ... steps.
+    """
+    if 0 < steps < every:
+        return min(1 << (steps - 1).bit_length(), every) - steps
+    return -steps % every
+
+
 def fresh_state(unit: Unit) -> State:
     """Before the first refresh: no rows, and the identity for a root."""
     slot = unit.slot
