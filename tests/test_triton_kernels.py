@@ -373,7 +373,7 @@ def test_bad_arguments() -> None:
         (lambda: OPS.gram_inverse(x, True, "dual", 0.0, "relative", "raw"), ValueError, ("damping", "0")),
         (lambda: OPS.emended_input(x, True, "dual", 1.0, "none", "raw"), ValueError, ("damping_mode", "none")),
         (lambda: OPS.emended_input(x, True, "dual", 1.0, "relative", "none"), ValueError, ("scale", "none", "'raw'")),
-        (lambda: OPS.damped_inverse(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[n, n]", "[4, 3]")),
+        (lambda: OPS.damped_inverse(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[..., n, n]", "[4, 3]")),
         (lambda: OPS.damped_inverse(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "bfloat16")),
         (lambda: OPS.damped_inverse(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
         (
