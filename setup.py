@@ -70,6 +70,19 @@ NEWER_CUDA_ARCHITECTURES = ("10.0", "12.0")  # where nvcc has them, which else c
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
 
 
+def index_readme() -> str:
+    """README for an index, which has none of the files beside it: without the pictures, links to files as text."""
+    text = re.sub(r"^!\[[^]]*\]\([^)]*\)\n+", "", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    return re.sub(r"\[([^]]*)\]\((?!https?://)[^)]*\)", r"\1", text)
+
+
+def build_tag() -> str:
+    """For the wheel's name: its kernels run with this torch and no other."""
+    import torch
+
+    return "0torch" + torch.__version__.replace("+", ".")
+
+
 def has_compiler() -> bool:
     names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
     return any(shutil.which(name) for name in names)
@@ -215,8 +228,9 @@ if building and MISSING is None:
 
     (ROOT / "consequentialism" / REASON_FILE).unlink(missing_ok=True)
     commands = {"build_py": BuildPython, "build_ext": keep_objects(BuildExtension)}
-    arguments = {"ext_modules": [extension()], "cmdclass": commands}
+    tag = {"bdist_wheel": {"build_number": build_tag()}}
+    arguments = {"ext_modules": [extension()], "cmdclass": commands, "options": tag}
 elif building:
     arguments = {"cmdclass": {"build_py": BuildPython}}
 
-setup(version=VERSION, **arguments)
+setup(version=VERSION, long_description=index_readme(), long_description_content_type="text/markdown", **arguments)

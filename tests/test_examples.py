@@ -116,10 +116,11 @@ def test_distributed_accumulates_and_resumes(tmp_path: Path) -> None:
 def test_torchrun(wrap: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(EXAMPLES / "distributed.py"), "--wrap", wrap, "--checkpoint", str(tmp_path / "checkpoint")]
-    for first in (1, 9):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command += ["--steps", "4"]
+    for first in (1, 5):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr
-        assert numbers(r"step (\d+)", done.stdout) == list(range(first, first + 8))
+        assert numbers(r"step (\d+)", done.stdout) == list(range(first, first + 4))
 
 
 def test_trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
