@@ -50,6 +50,15 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/cuda/damped_inverse_binding.cpp",
+    "csrc/cuda/decayed_gram_binding.cpp",
+    "csrc/cuda/inverse_root_binding.cpp",
+    "csrc/cuda/root_product_binding.cpp",
+    "csrc/cuda/decayed_gram_plan.cpp",
+    "csrc/cuda/inverse_root_plan.cpp",
+    "csrc/cuda/root_product_plan.cpp",
+    "csrc/cuda/decayed_gram.cu",
+    "csrc/cuda/inverse_root.cu",
+    "csrc/cuda/root_product.cu",
     "csrc/cuda/emended_input_binding.cpp",
     "csrc/cuda/fused_weight_grad_binding.cpp",
     "csrc/cuda/input_gram_binding.cpp",

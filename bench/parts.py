@@ -54,7 +54,7 @@ def _augmented(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(x.shape[0], 1)], 1).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _case(
+def single_op_case(
     op: str,
     shape: LinearShape | Order | Batch,
     dtype_name: str,
@@ -104,7 +104,7 @@ def input_gram_case(op: str, shape: LinearShape, dtype_name: str, device: Device
 
         return run
 
-    return _case(
+    return single_op_case(
         op,
         shape,
         dtype_name,
@@ -134,7 +134,7 @@ def emended_input_case(op: str, shape: LinearShape, dtype_name: str, device: Dev
 
         return run
 
-    return _case(
+    return single_op_case(
         op,
         shape,
         dtype_name,
@@ -157,7 +157,7 @@ def weight_grad_case(op: str, shape: LinearShape, dtype_name: str, device: Devic
         prepared = module.emended_input(x, True, _form(shape), *SCALING)
         return lambda: module.weight_grad(dy, *prepared)
 
-    case = _case(
+    case = single_op_case(
         op,
         shape,
         dtype_name,
@@ -192,7 +192,7 @@ def fused_weight_grad_case(op: str, shape: LinearShape, dtype_name: str, device:
         module, form = kernels("consequentialism", x), _form(shape)
         return lambda: module.weight_grad(dy, *module.emended_input(x, True, form, *SCALING))
 
-    case = _case(
+    case = single_op_case(
         op,
         shape,
         dtype_name,
@@ -247,7 +247,7 @@ def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) 
         eye = torch.eye(n, device=gram.device, dtype=gram.dtype)
         return lambda: _stock_inverse(gram, eye)
 
-    case = _case(
+    case = single_op_case(
         op,
         shape,
         dtype_name,
@@ -292,7 +292,7 @@ def damped_inverses_case(op: str, shape: Batch, dtype_name: str, device: Device)
         wide = xs.double()
         return list(_inverse64(wide @ wide.mT))
 
-    case = _case(
+    case = single_op_case(
         op,
         shape,
         dtype_name,

@@ -9,7 +9,7 @@ from typing import Any
 
 from consequentialism.errors import UserError
 
-from . import parts, whole
+from . import coordinates, parts, whole
 from .case import Case
 from .roofline import DTYPES
 from .shapes import Batch, ConvShape, LinearShape, NetworkShape, Order, Shape
@@ -70,6 +70,11 @@ MLP = (784, 1600, 1600, 1600, 1600, 10)  # ISAAC's network for MNIST
 PARTS: dict[str, Sequence[Any]] = {
     "cpu": (LinearShape(128, 784, 256), LinearShape(512, 2048, 2048)),
     "cuda": tuple(shape._replace(target=None) for shape in LAYERS_CUDA),
+    "rehearsal": SMALL,
+}
+STEPS: dict[str, Sequence[Any]] = {  # of steps in coordinates
+    "cpu": (LinearShape(4096, 256, 1024),),
+    "cuda": (LinearShape(65536, 768, 3072), LinearShape(8192, 1024, 4096), LinearShape(4096, 256, 1024)),
     "rehearsal": SMALL,
 }
 WHOLE = (  # around the thresholds between one launch and the separate kernels
@@ -179,6 +184,23 @@ OPS: dict[str, Op] = {
             halves=False,
             not_quick=OTHERS,
         ),
+        Op("decayed_gram", coordinates.decayed_gram_case, LinearShape, "N,I,O", STEPS, {"cuda": 1}, not_quick=OTHERS),
+        Op(
+            "inverse_root",
+            coordinates.inverse_root_case,
+            Order,
+            "N",
+            {
+                "cpu": [Order(n) for n in (64, 128, 256, 512)],
+                "cuda": [Order(n) for n in ORDERS[1:]],
+                "rehearsal": (Order(5), Order(33)),
+            },
+            {"cpu": 1, "cuda": 3},
+            dtypes=("float32",),
+            halves=False,
+            not_quick=OTHERS,
+        ),
+        Op("root_product", coordinates.root_product_case, LinearShape, "N,I,O", STEPS, {"cuda": 1}, not_quick=OTHERS),
         Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
         Op("emended_input", parts.emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
         Op("weight_grad", parts.weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),

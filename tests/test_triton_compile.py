@@ -22,7 +22,8 @@ from triton_aot import MAIN_TARGETS, SHARED_BYTES, Case, compile_case
 
 from consequentialism.backend.triton import plans
 
-PRODUCTS = ("gram", "conv", "emend", "fused", "damped_inverse", "multiply")
+OF_COORDINATES = ("decayed_gram", "inverse_root", "root_product")
+PRODUCTS = (*OF_COORDINATES, "gram", "conv", "emend", "fused", "damped_inverse", "multiply")
 TENSOR_CORES = {
     "sm_80": ("mma.sync",),
     "sm_90": ("mma.sync", "wgmma.mma_async"),
@@ -39,11 +40,16 @@ WARPGROUPS = (
     "gram-bf16-fp32-dual-128",
     "gram-fp32-fp32-primal-64",
     "emend-bf16-fp32-dual-64",
+    "decayed_gram-bf16-64",
+    "inverse_root-fp32-64",
+    "root_product-bf16-64",
 )
 
 
 # Of what the tuner may pick beside a plan's own numbers of warps and stages: the rest is in test_triton_candidates.py.
 TIMED = ("gram-bf16-fp32-dual-64-4w3s", "gram-fp32-fp32-primal-64-8w4s", "emend-fp32-fp32-dual-64-4w4s")
+# Of the kernels of steps in emended coordinates, which are the Gram's and the emended input's with other ends.
+COORDINATES = ("decayed_gram-bf16-64", "inverse_root-fp32-64", "root_product-bf16-64")
 # For other chips, the largest of each kind; the rest is there too.
 ELSEWHERE = (
     "gram-bf16-fp32-dual-128",
@@ -64,8 +70,14 @@ def selected() -> Iterator[tuple[Case, str]]:
                 taken = case.name in ELSEWHERE
             else:
                 taken = case.name in TIMED if case.first else "fp16" not in case.name
+                taken = case.name in COORDINATES if case.name in coordinate_names(target) else taken
             if taken:
                 yield case, target
+
+
+@functools.cache
+def coordinate_names(target: str) -> tuple[str, ...]:
+    return tuple(case.name for case in triton_aot.coordinate_cases(target))
 
 
 @functools.cache
@@ -112,7 +124,7 @@ def test_what_decides_the_order_of_sums_is_seen() -> None:
 
 
 def test_names_of_the_cases() -> None:
-    assert {*WARPGROUPS, *TIMED, *ELSEWHERE} <= set(names("sm_90"))
+    assert {*WARPGROUPS, *TIMED, *COORDINATES, *ELSEWHERE} <= set(names("sm_90"))
     for target in SHARED_BYTES:
         assert len(set(names(target))) == len(names(target))
 

@@ -29,6 +29,7 @@ SELECTED = {
     "second_derivative or (one_bad_entry and float32 and nan and relative) or (large_finite and float16) or frozen or "
     "left_as",
     "test_compile.py": "full_graph and float32 and 4",
+    "test_coordinates_ops.py": "apart or not_a_number or parts",
 }
 # A process takes seconds to start, and two run side by side.
 PARTS = {

@@ -14,6 +14,8 @@ from torch import Tensor
 import consequentialism as cw
 from consequentialism import reference
 from consequentialism.backend import compiled as ops
+from consequentialism.backend import coordinates
+from consequentialism.solve import root
 
 OPTIONS: tuple[Any, ...] = (1.0, "relative", "nlms")
 TYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -58,6 +60,46 @@ def inverse(order: int) -> Kind:
         return error_of(
             ops.gram_inverse(x, True, "primal", *OPTIONS), reference.gram_inverse(_wide(x), True, "primal", *OPTIONS)
         )
+
+    return run
+
+
+def decayed_gram(rows: int, inputs: int, blocks: int) -> Kind:
+    def run(dtype: torch.dtype, device: str) -> float:
+        x, order = _rows(rows, inputs, dtype, device), coordinates.block_order(inputs, blocks, True)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        before = torch.zeros(blocks, order, order, dtype=wide, device=device)
+        for _ in range(2):
+            before = ops.decayed_gram(before, x, True, 0.5, 2.0)
+        nothing = torch.zeros(before.shape, dtype=torch.float64)
+        return error_of(before, reference.decayed_gram(nothing, _wide(x), True, 0.0, 3.0))
+
+    return run
+
+
+def inverse_root(count: int, order: int) -> Kind:
+    def run(dtype: torch.dtype, device: str) -> float:
+        wide = dtype if dtype == torch.float64 else torch.float32
+        rows = torch.stack([_rows(2 * order, order, torch.float64, "cpu", seed) for seed in range(count)])
+        matrix = rows.mT @ rows / (10 * order) + 0.1 * torch.eye(order)
+        plan = root.plan(4, 0.05, torch.float64)
+        own = ops.inverse_root(matrix.to(device, wide), plan.root, plan.coefficients)
+        return error_of(own, reference.inverse_root(matrix.to(wide).double(), plan.root, plan.coefficients))
+
+    return run
+
+
+def root_product(count: int, outputs: int, order: int) -> Kind:
+    """A product written, and one added to a weight."""
+
+    def run(dtype: torch.dtype, device: str) -> float:
+        wide = dtype if dtype == torch.float64 else torch.float32
+        rows = _rows(count * outputs, order, dtype, device).view(count, outputs, order)
+        square = _rows(count * order, order, wide, device, 1).view(count, order, order)
+        s, weight = square + square.mT, rows.clone()
+        expected = _wide(rows) @ _wide(s)
+        ops.add_root_product_(weight, rows, s, -0.5)
+        return error_of((ops.root_product(rows, s), weight), (expected, _wide(rows) - 0.5 * expected))
 
     return run
 
@@ -190,6 +232,12 @@ KINDS: dict[str, Kind] = {
     "bias_poison": bias_poison,
     "recompute": fused("recompute"),
     "cooperative": fused("cooperative"),
+    "decayed_gram": decayed_gram(65, 130, 3),
+    "decayed_gram_split": decayed_gram(9000, 70, 1),
+    "inverse_root": inverse_root(3, 65),
+    "inverse_root_large": inverse_root(40, 260),
+    "root_product": root_product(2, 33, 70),
+    "root_product_large": root_product(4, 1024, 512),
     "repeat": repeat,
     "graph": graph,
     "streams": streams,

@@ -18,9 +18,12 @@ from triton.compiler import ASTSource
 from consequentialism.backend.triton import plans
 from consequentialism.backend.triton.conv_gram import conv_gram_kernel
 from consequentialism.backend.triton.damped_inverse import damped_inverse_kernel, multiply_kernel
+from consequentialism.backend.triton.decayed_gram import decayed_gram_kernel, reduce_decayed_gram_kernel
 from consequentialism.backend.triton.emended_input import emended_input_kernel
 from consequentialism.backend.triton.fused_weight_grad import fused_weight_grad_kernel
 from consequentialism.backend.triton.input_gram import input_gram_kernel, reduce_gram_kernel
+from consequentialism.backend.triton.inverse_root import symmetric_product_kernel
+from consequentialism.backend.triton.root_product import root_product_kernel
 from consequentialism.backend.triton.weight_grad import bias_grad_kernel, poison_kernel
 
 TARGETS = {
@@ -151,6 +154,7 @@ def cases(target: str) -> Iterator[Case]:
         constants = {"TILE": plans.MULTIPLY_TILE, "DEPTH": 32, "PRECISION": exact}
         yield Case(f"multiply-{wide}", multiply_kernel, pointers, constants, 4, 2)
         yield Case(f"reduce-{wide}", reduce_gram_kernel, {"partial": wide, "gram": wide}, {"TILE": 32}, 4, 3)
+    yield from coordinate_cases(target)
     for dy, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", f64)):
         sums = tl.float64 if wide == f64 else tl.float32
         constants = {"HAS_COLUMN": True, "SUM": sums, "TILE_N": 32, "TILE_O": 64}
@@ -158,6 +162,36 @@ def cases(target: str) -> Iterator[Case]:
         yield Case(f"bias_grad-{dy}", bias_grad_kernel, pointers, constants, 4, 3)
         constants = {"HAS_COLUMN": True, "FLAGS": 128, "LINE": 1024}
         yield Case(f"poison-{dy}", poison_kernel, pointers, constants, 4, 3)
+
+
+def coordinate_cases(target: str) -> Iterator[Case]:
+    """The kernels of steps in emended coordinates."""
+    for x, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
+        for plan in (plans.GRAM_SMALL[BYTES[x]], plans.GRAM_LARGE[BYTES[x]]):
+            constants = {
+                "BIAS": True, "DECAYS": True, "WHOLE": True, "TILE": plan.tile, "DEPTH": plan.depth,
+                "PRECISION": precision(x, target),
+            }  # fmt: skip
+            pointers = {"x": x, "before": wide, "gram": wide}
+            name = f"decayed_gram-{x}-{plan.tile}"
+            yield Case(name, decayed_gram_kernel, pointers, constants, plan.warps, plan.stages)
+        multiplied = x if x == "bf16" else wide
+        for tiles in plans.EMEND_CANDIDATES[BYTES[multiplied]]:
+            constants = {
+                "ADDS": True, "TILE_N": tiles.rows, "TILE_I": tiles.inputs, "DEPTH": tiles.depth,
+                "PRECISION": precision(wide, target),
+            }  # fmt: skip
+            pointers = {"rows": x, "root": wide, "out": x}
+            name = f"root_product-{x}-{tiles.rows}"
+            yield Case(name, root_product_kernel, pointers, constants, tiles.warps, tiles.stages)
+    for wide in ("fp32", "fp64"):
+        for plan in (plans.GRAM_SMALL[BYTES[wide]], plans.GRAM_LARGE[BYTES[wide]]):
+            constants = {"ADDS": True, "TILE": plan.tile, "DEPTH": plan.depth, "PRECISION": precision(wide, target)}
+            pointers = {"a": wide, "b": wide, "c": wide, "out": wide}
+            name = f"inverse_root-{wide}-{plan.tile}"
+            yield Case(name, symmetric_product_kernel, pointers, constants, plan.warps, plan.stages)
+        pointers = {"partial": wide, "before": wide, "gram": wide}
+        yield Case(f"reduce_decayed-{wide}", reduce_decayed_gram_kernel, pointers, {"DECAYS": True, "TILE": 32}, 4, 3)
 
 
 def compile_case(case: Case, target: str, aligned: bool = True) -> Compiled:

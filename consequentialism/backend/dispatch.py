@@ -222,9 +222,11 @@ def select(name: str, x: Tensor) -> Backend:
 
 
 def for_coordinates(x: Tensor) -> CoordinateOps:
-    """What ``"auto"`` takes for steps in coordinates: the compiled ops where there are kernels, else the reference."""
-    served = x.device.type in compiled.coordinate_device_types and not _torch.transforms_active()
-    return compiled if served else reference
+    """What ``"auto"`` takes for steps in coordinates: of the compiled ops, only where there are kernels."""
+    chosen: Any = select("auto", x)
+    without = chosen is compiled and x.device.type not in compiled.coordinate_device_types
+    own: CoordinateOps = reference if without else chosen
+    return own
 
 
 def _usable() -> str:

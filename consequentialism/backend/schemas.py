@@ -102,7 +102,7 @@ OPS: dict[str, Op] = {
     ),
 }
 
-# Of steps in emended coordinates; Triton has none of them so far.
+# Of steps in emended coordinates.
 COORDINATE_OPS: dict[str, Op] = {
     "decayed_gram": Op("(Tensor gram, Tensor x, bool bias, float memory, float beta) -> Tensor", _like_first),
     "inverse_root": Op("(Tensor matrix, int root, float[] coefficients) -> Tensor", _like_first),
@@ -111,13 +111,15 @@ COORDINATE_OPS: dict[str, Op] = {
 }
 
 
-def define(library: torch.library.Library, implementations: object, dispatch_keys: Iterable[str]) -> None:
-    """Define every op in a library's namespace, by the functions of the same names, and add the fakes."""
-    for name, op in OPS.items():
+def define(
+    library: torch.library.Library, ops: Mapping[str, Op], implementations: object, dispatch_keys: Iterable[str]
+) -> None:
+    """Define ops in a library's namespace, by the functions of the same names, and add the fakes."""
+    for name, op in ops.items():
         library.define(name + op.schema)
         for key in dispatch_keys:
             library.impl(name, getattr(implementations, name), key)
-    add_fakes(library.ns, OPS)
+    add_fakes(library.ns, ops)
 
 
 def add_fakes(namespace: str, ops: Mapping[str, Op]) -> None:

@@ -51,10 +51,10 @@ __device__ __forceinline__ UpperTile upper_tile(unsigned index) {
 
 // One tile of the Gram's upper triangle by one block, over inner in [begin, end). shift is added to each entry.
 // ones: also the border of x1^T x1, which is the last column, but for the corner.
-template <class Traits, class T, class G>
+template <class Traits, class T, class G, class Write>
 __device__ __forceinline__ void gram_tile(
     const MatrixView<T>& x, int64_t outer, UpperTile tile, int64_t begin, int64_t end, bool ones, G shift,
-    unsigned char* shared, const GramWriter<G>& write) {
+    unsigned char* shared, const Write& write) {
   using P = typename Traits::P;
   using Operand = typename Traits::Operand;
   const bool diagonal = tile.row == tile.column;

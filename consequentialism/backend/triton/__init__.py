@@ -11,8 +11,8 @@ import torch
 
 from ..flops import count_ops_of
 from ..protocol import Limits
-from ..schemas import define, wrappers
-from . import launch
+from ..schemas import COORDINATE_OPS, OPS, coordinate_wrappers, define, wrappers
+from . import coordinates, launch
 from .language import INTERPRETED as INTERPRETED
 from .launch import breakdowns as breakdowns
 from .plans import MAX_FUSED_ROWS
@@ -20,7 +20,9 @@ from .plans import MAX_FUSED_ROWS
 LIMITS = Limits(fused_rows=MAX_FUSED_ROWS)
 
 _library = torch.library.Library("consequentialism_triton", "DEF")
-define(_library, launch, ("CUDA", "CPU") if INTERPRETED else ("CUDA",))
+_keys = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+define(_library, OPS, launch, _keys)
+define(_library, COORDINATE_OPS, coordinates, _keys)
 count_ops_of("consequentialism_triton")
 
 _ops = wrappers("consequentialism_triton")
@@ -32,3 +34,9 @@ emended_inputs = _ops.emended_inputs
 weight_grad = _ops.weight_grad
 fused_weight_grad = _ops.fused_weight_grad
 conv_gram = _ops.conv_gram
+
+_coordinate_ops = coordinate_wrappers("consequentialism_triton")
+decayed_gram = _coordinate_ops.decayed_gram
+inverse_root = _coordinate_ops.inverse_root
+root_product = _coordinate_ops.root_product
+add_root_product_ = _coordinate_ops.add_root_product_

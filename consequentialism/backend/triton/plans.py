@@ -95,6 +95,20 @@ def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
     return _split(plan, outer, inner)
 
 
+def plan_decayed_gram(size: int, rows: int, blocks: int, element_bytes: int) -> GramPlan:
+    """For the Grams of so many blocks of ``size`` columns each, over so many rows."""
+    plan = GRAM_SMALL[element_bytes]
+    if size > plan.tile:
+        plan = GRAM_LARGE[element_bytes]
+    return _split(plan, size, rows, blocks)
+
+
+def plan_symmetric(order: int, element_bytes: int) -> GramPlan:
+    """For products of symmetric matrices ``[order, order]``, float32 or float64."""
+    small = GRAM_SMALL[element_bytes]
+    return small if order <= small.tile else GRAM_LARGE[element_bytes]
+
+
 # A patch's entries are addressed one by one.
 CONV_GRAM = {2: GramPlan(64, 32, 8, 1), 4: GramPlan(32, 32, 4, 1), 8: GramPlan(32, 32, 4, 1)}
 
