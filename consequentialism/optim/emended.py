@@ -28,6 +28,7 @@ from .steps import local, rule_for
 from .units import Unit, find_units
 
 SCALES = ("auto", "gradient", "nlms")
+FULL_GRAPH = "consequentialism.optim.Emended.step: what it does depends on the host's counts"
 
 
 class Emended(torch.optim.Optimizer):
@@ -281,8 +282,6 @@ class Emended(torch.optim.Optimizer):
             states.append(state)
         return states
 
-    @torch.compiler.disable(reason="consequentialism.optim.Emended.step: what it does depends on the host's counts")
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step.
 
@@ -292,6 +291,10 @@ class Emended(torch.optim.Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        return step_outside_graphs(self, closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if not self.units:
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         loss = None
@@ -501,6 +504,14 @@ class Emended(torch.optim.Optimizer):
     def __repr__(self) -> str:
         options = f"damping={self.damping}, exponent={self.exponent}, scale={self.scale!r}, memory={self.memory}"
         return f"Emended({options}, refresh_every={self.refresh_every}, block={self.block}) of {self.optimizer!r}"
+
+
+def step_outside_graphs(optimizer: Emended, closure: Callable[[], Any] | None) -> Any:
+    """`Emended.step` without torch.compile, which leaves this out of its graphs."""
+    return torch.compiler.disable(optimizer._step, reason=FULL_GRAPH)(closure)
+
+
+_torch.never_inlined(step_outside_graphs, FULL_GRAPH)
 
 
 def _same(one: memory.State, other: memory.State) -> bool:
