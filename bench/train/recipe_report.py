@@ -75,7 +75,7 @@ def counted(own: Sequence[RecipeRow], name: str) -> list[RecipeRow]:
 
 def share(recipe: Recipe, mine: Sequence[RecipeRow], other: Sequence[RecipeRow]) -> float:
     """The share of the schedule after which a run is as good as another's end; median over the seeds that both have."""
-    ends = {row.seed: row.score for row in other}
+    ends = {row.seed: row.curve()[-1][1] for row in other}  # rounded as the evaluations are
     shares = [_reached(recipe, row, ends[row.seed]) / row.steps for row in mine if row.seed in ends]
     return median(shares) if shares else math.nan
 
