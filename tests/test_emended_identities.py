@@ -47,6 +47,21 @@ def test_sgd_is_the_emended_step_of_the_batch(bias: bool) -> None:
         assert_close("bias", start.bias - layer.bias, lr * db, EXACT)
 
 
+@pytest.mark.parametrize(("rows", "damping"), [(8, 0.03), (3, 1e-3)])
+def test_sgd_in_float32_keeps_the_few_directions_that_rows_span(rows: int, damping: float) -> None:
+    """Small eigenvalues of S, beside the large ones of all directions without rows."""
+    x, dy = randn(rows, 64), randn(rows, 5, seed=1) / rows
+    layer = nn.Linear(64, 5, False)
+    with torch.no_grad():
+        layer.weight.zero_()
+    inner = torch.optim.SGD(layer.parameters(), 1.0)
+    optimizer = cw.optim.Emended(inner, layer, damping=damping, memory=0, refresh_every=1)
+    layer(x.float()).backward(dy.float())
+    optimizer.step()
+    dw, _ = cw.reference.emended_weight_grad(x, dy, False, damping=damping * rows / 64, scale="nlms")
+    assert_close("weight", -layer.weight.double(), dw, (1 + 64 / damping) * 2**-24)  # S itself is kept in float32
+
+
 def test_sgd_with_gradient_scale_differs_by_the_mean_moment() -> None:
     x, lr, damping = randn(40, 6), 0.5, 0.1
     layer = nn.Linear(6, 5, False, dtype=F64)

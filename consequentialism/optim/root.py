@@ -91,9 +91,7 @@ def moment_root(
 
 def power(scaled: Tensor, damping: float, exponent: float, columns: int) -> Tensor:
     """``(B + damping I)^-s [..., b, b]`` of symmetric ``B``, its trace at most ``columns``; `solve.root` says how."""
-    order, kind = scaled.shape[-1], scaled.device.type
-    condition = 1 + columns / damping
-    how = solve.method(exponent, order, condition, kind, scaled.dtype)
+    how = solve.method(exponent, scaled.device.type)
     if how == "eigenvalues":
         return eigen_power(scaled, damping, exponent)
     if how == "cholesky":

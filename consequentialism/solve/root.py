@@ -20,15 +20,11 @@ import torch
 Method = Literal["iteration", "eigenvalues", "cholesky"]
 
 ROOTS = (2, 4, 8)  # orders that the iteration takes: T^p is then a few squarings
-# Up to this bound on the condition number the iteration is in float32. Measured, damping 0.03, a decaying spectrum,
-# p = 2, relative error of S at orders 64, 128, 256 and 512: 5e-7, 9e-7, 2e-6, 3e-6, where float64 eigenvalues of the
-# same moment, which was rounded to float32, are off by 2e-7, 3e-7, 6e-7, 1e-6, and float32 ones by 1e-5 to 4e-4.
-MAX_FLOAT32_CONDITION = 1e5
-# On the host, in float32 against float64 eigenvalues. Measured, seconds of the iteration by those of the eigenvalues,
-# paired, p = 2 and 4. One matrix on one thread: order 64 .59 .68, 128 .66 .77, 256 .97 .84, 384 1.05 1.02, 512 1.00
-# 1.03, 1024 1.20 1.03. Four matrices on two threads, which then take one each: order 64 .10 .48, 128 .16 .24, 256 .12
-# .09, 512 .25 .19 (busy threads, for which LAPACK's own wait).
-MAX_CPU_ITERATED_ORDER = 512
+# Up to this bound on the condition number the iteration is in float32. Its S is right in norm, to 5e-7 at order 64 and
+# 3e-6 at 512 (damping 0.03, a decaying spectrum, p = 2), but its smallest eigenvalues, those of the ridge alone where a
+# Gram has fewer rows than its order, are off by some units of the condition times the type's precision: measured, a
+# step by 5e-4 to 1e-3 at damping 0.03 and orders 64 to 512, by several times its size at 1e-3 with one to five rows.
+MAX_FLOAT32_CONDITION = 1e4
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-15}
 NEAR_ONE = 1e-3  # where Taylor's polynomial about the middle is the minimax one but for rounding
 
@@ -40,21 +36,17 @@ class Plan(NamedTuple):
     coefficients: list[float]
 
 
-def method(exponent: float, order: int, condition: float, device_type: str, dtype: torch.dtype) -> Method:
-    """How ``(B + c I)^-exponent [order, order]`` is made of a float32 or float64 B.
+def method(exponent: float, device_type: str) -> Method:
+    """How ``(B + c I)^-exponent`` is made.
 
     Args:
-        condition: A bound on its condition number.
-        device_type: Eigenvalues make the host of a GPU wait.
+        device_type: On the host eigenvalues, in float64, are more accurate and as fast on one thread (the iteration in
+            float32 takes .59 to 1.20 of their seconds, measured at orders 64 to 1024); they make a GPU's host wait.
     """
     if exponent == 1:
         return "cholesky"
-    if round(1 / exponent) not in ROOTS or 1 / round(1 / exponent) != exponent:
-        return "eigenvalues"
-    if device_type != "cpu":
-        return "iteration"
-    narrow = work_dtype(condition, dtype, device_type) == torch.float32
-    return "iteration" if narrow and order <= MAX_CPU_ITERATED_ORDER else "eigenvalues"
+    root = round(1 / exponent)
+    return "iteration" if device_type != "cpu" and root in ROOTS and 1 / root == exponent else "eigenvalues"
 
 
 def work_dtype(condition: float, dtype: torch.dtype, device_type: str) -> torch.dtype:
