@@ -96,10 +96,10 @@ def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_distributed_accumulates_and_resumes(tmp_path: Path) -> None:
     """DDP and FSDP2 take the same steps, and a run that goes on from a checkpoint those of one that did not stop."""
-    plan = {"whole": ("ddp", 9, None)}
+    plan = {"whole": ("ddp", 12, None)}
     for wrap in ("ddp", "fsdp2"):
         plan[f"{wrap}, first part"] = (wrap, 6, tmp_path / wrap)
-        plan[f"{wrap}, second part"] = (wrap, 3, tmp_path / wrap)
+        plan[f"{wrap}, second part"] = (wrap, 6, tmp_path / wrap)
     jobs: dict[str, workers.Job] = {name: (example_workers.distributed, job) for name, job in plan.items()}
     for results in workers.launch(jobs, tmp_path):
         assert not any("error" in result for result in results.values()), results

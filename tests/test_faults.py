@@ -138,5 +138,5 @@ def test_memory_stays_flat(form: str) -> None:
     train(model, optimizer, x, 50)
     count, most = tensors(), resident()
     train(model, optimizer, x, 150)
-    assert tensors() == count
+    assert tensors() <= count  # fewer where something of another test has died meanwhile
     assert resident() - most < 4 * 2**20
