@@ -29,7 +29,7 @@ at::Tensor decayed_gram(const at::Tensor& given, const at::Tensor& input, bool b
     using G = Accumulator<T>;
     C10_CUDA_CHECK((launch_decayed_gram<T, G>(
         before.const_data_ptr<G>(), reinterpret_cast<const T*>(x.const_data_ptr<decltype(element)>()), shape,
-        row_stride_of(x), memory, beta, tf32_allowed(), gram.mutable_data_ptr<G>(), plan, workspace.mutable_data_ptr(),
+        row_stride_of(x), memory, beta, tf32_allowed(x), gram.mutable_data_ptr<G>(), plan, workspace.mutable_data_ptr(),
         c10::cuda::getCurrentCUDAStream())));
   });
   return gram;
