@@ -251,10 +251,9 @@ def _training(folder: Path) -> list[str]:
         "Muon takes the weights of linear layers but the last, AdamW the rest: without such layers, as in the "
         "convolutional networks, it is AdamW. ISAAC has linear layers alone. K-FAC and SINGD leave other layers to SGD "
         "with momentum.",
-        "In coordinates Muon takes convolutions too. The cost of a step there counts one refresh in ten steps, not "
-        "those that the first ten steps have beside, from commit 8b96485 on. Costs of that commit and later are in the "
-        "process's own time, older ones in the wall's; a ratio within one task mixes the two only for optimizers that "
-        "were not timed again.",
+        "In coordinates Muon takes convolutions too. Seconds count what the first ten steps of a run take beyond the "
+        "later ones, more frequent refreshes there, where that was timed. Those costs are in the process's own time, older "
+        "ones in the wall's; a ratio within one task mixes the two only for optimizers that were not timed again.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",

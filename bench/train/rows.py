@@ -59,6 +59,7 @@ class TimeRow(Environment):
     lr: float
     damping: float | None
     ms: float  # a step, median over blocks
+    start_ms: float | None  # what the first block of a run takes beyond ten such steps; None: not measured
     p20_ms: float
     p80_ms: float
     ratio: float  # to plain SGD's, median over rounds

@@ -47,13 +47,14 @@ class Line:
     score: float
     train_loss: float
     ms: float
+    start_ms: float
     ratio: float
     grid_steps: int
 
     @property
     def seconds(self) -> float:
-        """To the target: steps times the cost of one."""
-        return self.steps * self.ms / 1e3
+        """To the target: steps times the cost of one, and what the first ones take beyond."""
+        return (self.steps * self.ms + self.start_ms) / 1e3
 
     @property
     def grid_seconds(self) -> float:
@@ -98,6 +99,7 @@ def _line(group: Sequence[RunRow], time: TimeRow, grid_steps: int) -> Line:
         score=median(row.score for row in group),
         train_loss=median(row.train_loss for row in group),
         ms=time.ms,
+        start_ms=time.start_ms or 0.0,
         ratio=time.ratio,
         grid_steps=grid_steps,
     )

@@ -138,6 +138,7 @@ def cost(plan: Plan) -> None:
                 lr=trials[optimizer].lr,
                 damping=trials[optimizer].damping,
                 ms=median(found.ms),
+                start_ms=found.start_ms,
                 p20_ms=found.quantile(0.2),
                 p80_ms=found.quantile(0.8),
                 ratio=found.ratio,
