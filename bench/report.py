@@ -252,8 +252,8 @@ def _training(folder: Path) -> list[str]:
         "convolutional networks, it is AdamW. ISAAC has linear layers alone. K-FAC and SINGD leave other layers to SGD "
         "with momentum.",
         "In coordinates Muon takes convolutions too. Seconds count what the first ten steps of a run take beyond the "
-        "later ones, more frequent refreshes there, where that was timed. Those costs are in the process's own time, older "
-        "ones in the wall's; a ratio within one task mixes the two only for optimizers that were not timed again.",
+        "later ones, where that was timed: refreshes are more frequent there. Those costs are in the process's own "
+        "time, older ones in the wall's; a ratio within a task mixes the two only for optimizers that were not timed again.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",

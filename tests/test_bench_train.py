@@ -283,7 +283,7 @@ def test_every_stage_leaves_its_rows(measured: Path) -> None:
 
 
 def line(optimizer: str, steps: float, ms: float) -> show.Line:
-    return show.Line("digits", optimizer, 1.0, None, 0.97, steps, steps, steps, 0.98, 0.01, ms, ms, 100)
+    return show.Line("digits", optimizer, 1.0, None, 0.97, steps, steps, steps, 0.98, 0.01, ms, 0.0, ms, 100)
 
 
 def test_verdicts_say_who_wins_and_why() -> None:
@@ -294,6 +294,7 @@ def test_verdicts_say_who_wins_and_why() -> None:
     text = report.verdicts({"digits": [adam, line("emended-sgd", 40, 2.0)]})
     assert "0.40 of Adam's steps, 40 and 100" in text
     assert "2.00 times the cost, 0.80 of the time" in text
+    assert dataclasses.replace(adam, start_ms=50.0).seconds == pytest.approx(adam.seconds + 0.05)
     assert "0.08 (40)" in report.summary({"digits": [adam, line("emended-sgd", 40, 2.0)]})
 
 
