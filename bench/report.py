@@ -253,7 +253,7 @@ def _training(folder: Path) -> list[str]:
         "with momentum.",
         "In coordinates Muon takes convolutions too. Seconds count what the first ten steps of a run take beyond the "
         "later ones, where that was timed: refreshes are more frequent there. Those costs are in the process's own "
-        "time, older ones in the wall's; a ratio within a task mixes the two only for optimizers that were not timed again.",
+        "time, older ones in the wall's; both stand in one ratio only where an optimizer was not timed again.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",
