@@ -285,6 +285,16 @@ def test_every_stage_leaves_its_rows(measured: Path) -> None:
         assert line.seconds == pytest.approx((line.steps * time.ms + time.start_ms) / 1e3)
 
 
+def test_scores_that_overflow_end_a_trial_of_kfac_not_the_optimizer() -> None:
+    pytest.importorskip("asdl")
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))
+    for parameter in model.parameters():
+        parameter.data.mul_(1e25)  # finite
+    step = METHODS["kfac"].prepare(model, Trial("kfac", 0.1, 0.03), class_loss)
+    with pytest.raises(FloatingPointError, match="scores are not finite"):
+        step(torch.randn(32, 8), torch.randint(10, (32,)))
+
+
 def line(optimizer: str, steps: float, ms: float) -> show.Line:
     return show.Line("digits", optimizer, 1.0, None, 0.97, steps, steps, steps, 0.98, 0.01, ms, 0.0, ms, 100)
 

@@ -192,9 +192,10 @@ def _kfac(model: nn.Module, trial: Trial, loss: Loss) -> Step:
             try:
                 _, value = maker.forward_and_backward()
             except ValueError:  # it draws targets from the scores
-                if all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-                    raise
-                raise FloatingPointError("the weights are not finite") from None
+                with torch.no_grad():
+                    if model(x).isfinite().all():
+                        raise
+                raise FloatingPointError("the scores are not finite") from None
         optimizer.step()
         return value
 
