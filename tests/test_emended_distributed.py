@@ -10,7 +10,7 @@ import distributed_workers as workers
 import emended_workers
 import pytest
 import torch
-from cases import assert_close, assert_identical, randn
+from cases import BF16, TOLERANCE, assert_close, assert_identical, randn
 
 import consequentialism as cw
 from consequentialism.optim.memory import steps_to_refresh
@@ -72,7 +72,7 @@ def test_fsdp_in_bfloat16(found: list[dict[str, Any]], reshard: bool) -> None:
         assert_identical("root", own["root"], found[0][f"mixed {reshard}"]["root"])
         for i, (parameter, one) in enumerate(zip(own["parameters"], expected["parameters"], strict=True)):
             assert parameter.dtype == torch.float32
-            assert_close(f"parameter {i} of rank {rank}", parameter, one, 0.02)
+            assert_close(f"parameter {i} of rank {rank}", parameter, one, TOLERANCE[BF16])
 
 
 def test_four_processes_train_as_one(tmp_path: Path) -> None:

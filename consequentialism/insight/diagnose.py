@@ -17,12 +17,12 @@ from typing_extensions import Unpack
 from ..options import Options, OptionsDict, as_count, options_from
 from .batch import check, undisturbed
 from .cost import cost_of
-from .figures import figures
+from .figures import Figures, figures
 from .layers import Seen, look
 
 
 @dataclass
-class Layer:
+class Layer(Figures):
     """What `diagnose` found of one layer.
 
     Attributes:
@@ -61,27 +61,7 @@ class Layer:
 
     name: str
     kind: str
-    rows: int
-    inputs: int
-    outputs: int
-    groups: int
-    form: str
     damping: float
-    damping_c: float
-    effective_rank: float
-    mean_share: float
-    top_share: float
-    condition: float
-    spectrum_rows: int
-    spectrum: Tensor
-    interference: float
-    interference_emended: float
-    undone: float
-    undone_emended: float
-    matrix: Tensor
-    matrix_emended: Tensor
-    cosine: float
-    norm_ratio: float
     predicted_cost: float | None
     measured_cost: float
     plain_ms: float

@@ -24,7 +24,7 @@ MOST_SPECTRUM = 2048  # a larger Gram's spectrum is that of so many evenly space
 
 @dataclass
 class Figures:
-    """Of one layer; the fields are those of `diagnose.Layer`."""
+    """Of one layer; `diagnose.Layer` says what each is."""
 
     rows: int
     inputs: int
