@@ -66,9 +66,11 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt; `make cuda-build` does it too.
+# Registers, spills and shared memory of every CUDA kernel, held to csrc/cuda/resources.txt, and modelled cycles of the
+# factor's pieces, held to csrc/cuda/cycles.txt; `make cuda-build` does both too.
 kernels:
 	$(PYTHON) tools/cuda_resources.py $(ARGS)
+	$(PYTHON) tools/cuda_cycles.py $(ARGS)
 
 # Every case of the Triton backend in Triton's interpreter, and its self-test; `make test` runs a part of them.
 triton: $(VENV)/.test
@@ -83,6 +85,7 @@ triton-compile: $(VENV)/.test
 # Run in another folder: in the checkout Python would import the checkout.
 cuda-build: $(CUDA_VENV)/.built
 	$(CUDA_PYTHON) tools/cuda_resources.py --built build/cuda
+	$(CUDA_PYTHON) tools/cuda_cycles.py
 	cd build/cuda && $(CUDA_PYTHON) -c "from consequentialism import ops; assert 'cuda' in ops.device_types, ops.missing_reason"
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism info
 	cd build/cuda && $(CUDA_PYTHON) -m consequentialism check

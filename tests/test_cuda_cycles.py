@@ -1,0 +1,95 @@
+"""The tool that counts cycles in machine code, as far as it needs no compiler."""
+
+from __future__ import annotations
+
+import re
+
+import cuda_cycles
+import pytest
+from cuda_cycles import Clock, Count, Instruction
+
+# What nvcc 13.0 makes for sm_90, some operands shortened.
+DUMP = """
+\t\tFunction : _Z5pieceIfEvPT_Pj
+        /*0000*/                   S2UR UR8, SR_CLOCKLO ;                               /* 0x0000000000087919 */
+                                                                                        /* 0x000e220000005000 */
+        /*0010*/                   LDS.128 R4, [R0+UR4] ;                               /* 0x0000000400047984 */
+                                                                                        /* 0x000e620008000c00 */
+        /*0020*/                   FFMA R5, R4.reuse, R5, R6 ;                          /* 0x0000000504057223 */
+                                                                                        /* 0x042fca0000000006 */
+        /*0030*/              @!P0 BRA 0x10 ;                                           /* 0xfffffffc00f08947 */
+                                                                                        /* 0x000fea000383ffff */
+        /*0040*/                   CS2R.32 R4, SR_CLOCKLO ;                             /* 0x0000000000047805 */
+                                                                                        /* 0x000fe20000005000 */
+        /*0050*/                   EXIT ;                                               /* 0x000000000000794d */
+                                                                                        /* 0x000fea0003800000 */
+"""
+
+
+def test_control_words_are_decoded() -> None:
+    ((_, code),) = cuda_cycles.parse(DUMP).items()
+    assert code[1] == Instruction(0x10, "LDS.128 R4, [R0+UR4]", stall=1, sets=1, sets_read=None, waits=())
+    assert code[2] == Instruction(0x20, "FFMA R5, R4, R5, R6", stall=5, sets=None, sets_read=None, waits=(1,))
+    assert (code[3].guard, code[3].name, code[3].target, code[3].stall) == ("@!P0", "BRA", 0x10, 5)
+
+
+@pytest.mark.parametrize("trips", [1, 2, 7])
+def test_a_region_takes_what_its_instructions_wait_for(trips: int) -> None:
+    ((_, code),) = cuda_cycles.parse(DUMP).items()
+    # The clock's read stalls 1; a pass waits for its load, then stalls 5 for the sum and 5 for the branch.
+    assert cuda_cycles.count_region(code, trips) == Count(
+        1 + trips * (cuda_cycles.LATENCY["LDS.128"] + 5 + 5), 1 + 3 * trips
+    )
+
+
+def test_the_innermost_loop_and_its_pass() -> None:
+    ((_, code),) = cuda_cycles.parse(DUMP).items()
+    (loop,) = cuda_cycles.innermost_loops(code)
+    assert [one.address for one in loop] == [0x10, 0x20, 0x30]
+    assert cuda_cycles.cycles_of_pass(loop) == cuda_cycles.LATENCY["LDS.128"] + 10
+
+
+def instruction(text: str, address: int = 0, stall: int = 1) -> Instruction:
+    return Instruction(address, text, stall, None, None, ())
+
+
+def test_a_unit_that_is_busy_delays_the_next() -> None:
+    clock = Clock()
+    assert [clock.issue(instruction("MUFU.RSQ R0, R1")) for _ in range(3)] == [0, 8, 16]
+    assert clock.issue(instruction("FFMA R0, R0, R0, R0")) == 17
+
+
+def test_a_slow_path_is_passed_by() -> None:
+    code = [
+        instruction("@!P0 BRA 0x30", 0x00),
+        instruction("CALL.REL.NOINC 0x100", 0x10),
+        instruction("BRA 0x40", 0x20),
+        instruction("FMUL R0, R1, R2", 0x30),
+        instruction("@P1 BRA 0x60", 0x40),
+        instruction("FADD R0, R0, R0", 0x50),
+        instruction("EXIT", 0x60),
+    ]
+    assert [one.address for one in cuda_cycles.walk(code, 1)] == [0x00, 0x30, 0x40, 0x50, 0x60]
+    with pytest.raises(ValueError, match="a call that no branch leads around, at 0x10"):
+        list(cuda_cycles.walk(code[1:], 1))
+
+
+def test_a_region_ends_with_the_second_read_of_the_clock() -> None:
+    ((_, code),) = cuda_cycles.parse(DUMP).items()
+    with pytest.raises(ValueError, match="1 reads of the clock, 2 expected"):
+        list(cuda_cycles.region(code[:-2], 1))
+
+
+def test_what_is_slower_than_the_table_is_named() -> None:
+    allowed = {"a": Count(10, 5), "b": Count(10, 5)}
+    assert cuda_cycles.compare({"a": Count(11, 5), "b": Count(9, 7)}, allowed) == ["a: 11 cycles, the table says 10"]
+    assert cuda_cycles.compare({"a": Count(10, 5)}, allowed) == ["b: in the table, but not compiled"]
+    assert cuda_cycles.compare({**allowed, "c": Count(1, 1)}, allowed) == ["c: not in the table"]
+
+
+def test_the_committed_table_has_every_piece() -> None:
+    table, release = cuda_cycles.read_table(cuda_cycles.TABLE.read_text())
+    assert cuda_cycles.read_table(cuda_cycles.write_table(table, release)) == (table, release)
+    kernels = re.findall(r"void __launch_bounds__\(32\) (\w+)\(", cuda_cycles.PIECES.read_text())
+    assert {piece.split("<")[0] for piece in table} == set(kernels)
+    assert {piece.split("<")[1] for piece in table} == {"float>", "double>"}
