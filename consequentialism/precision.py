@@ -17,6 +17,11 @@ MAX_FLOAT32_CONDITION = 2e3
 MAX_FLOAT32_CONDITION_TALL = 6e3
 # Where x and dw have been rounded to half types, which costs more.
 MAX_FLOAT32_CONDITION_HALF = 5e4
+# Of an inverse root's iteration. In float32 its S is right in norm, to 5e-7 at order 64 and 3e-6 at 512 (damping 0.03,
+# a decaying spectrum, p = 2), but its smallest eigenvalues, those of the ridge alone where a Gram has fewer rows than
+# its order, are off by some units of the condition times the type's precision: measured, a step by 5e-4 to 1e-3 at
+# damping 0.03 and orders 64 to 512, by several times its size at 1e-3 with one to five rows.
+MAX_FLOAT32_ROOT_CONDITION = 1e4
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 WITHOUT_FLOAT64 = ("mps",)  # types of device
@@ -30,6 +35,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def emended_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which an emended input of ``dtype`` is kept: float16's range is too small."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def widest_dtype(device_type: str) -> torch.dtype:
+    """The widest type that a device has: float64, or float32."""
+    return torch.float32 if device_type in WITHOUT_FLOAT64 else torch.float64
+
+
+def moment_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the second moments and roots that step weights of ``dtype``: float32, but for float64 weights."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def root_dtype(condition: float, dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type in which an inverse root of ``dtype`` is iterated, of a matrix of at most this condition number."""
+    if dtype == torch.float64 or condition > MAX_FLOAT32_ROOT_CONDITION:
+        return widest_dtype(device_type)
+    return torch.float32
 
 
 def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
@@ -62,9 +84,9 @@ def gram_dtype(
         inputs: ``I``, with the bias's.
         dtype: Of ``x``.
     """
-    if device_type in WITHOUT_FLOAT64 or float32_is_enough(rows, inputs, dtype, damping, damping_mode):
+    if float32_is_enough(rows, inputs, dtype, damping, damping_mode):
         return compute_dtype(dtype)
-    return torch.float64
+    return widest_dtype(device_type)
 
 
 def keeps_digits(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:

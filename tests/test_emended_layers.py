@@ -88,7 +88,7 @@ def test_blocks_of_a_convolution_are_those_of_its_gram(name: str) -> None:
         squares(twin(x)).backward()
         (unit,) = optimizer.units
         assert unit.slot.gram is not None
-        found.append((unit.blocks, unit.slot.gram.clone()))
+        found.append((unit.blocks, unit.slot.gram.matrix.clone()))
     (blocks, own), (_, whole) = found
     assert blocks.count > 1
     assert blocks.aligned == aligned

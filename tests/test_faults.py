@@ -16,7 +16,7 @@ from emended_helpers import mlp, parameters_of, squares, train
 from torch import nn
 
 import consequentialism as cw
-from consequentialism.optim import emended as emended_module
+from consequentialism.solve.gram import Gram
 
 FORMS = ("convert", "emended")
 OPTIONS: dict[str, Any] = {"memory": 0.5, "refresh_every": 2}
@@ -71,7 +71,7 @@ def test_a_root_that_cannot_be_made_leaves_everything(nth: int, monkeypatch: pyt
         train(model, optimizer, randn(20, 6), 2)
         optimizer.zero_grad()
         squares(model(randn(20, 6, seed=2))).backward()
-    own, calls = emended_module.moment_root, []
+    own, calls = Gram.root, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(None)
@@ -80,7 +80,7 @@ def test_a_root_that_cannot_be_made_leaves_everything(nth: int, monkeypatch: pyt
         return own(*arguments)
 
     before = parameters_of(models[0])
-    monkeypatch.setattr(emended_module, "moment_root", failing)
+    monkeypatch.setattr(Gram, "root", failing)
     with pytest.raises(torch.OutOfMemoryError):
         optimizers[0].step()
     monkeypatch.undo()

@@ -26,7 +26,7 @@ from cases import BF16, CONDITION_FACTOR, F16, F32, F64, FACTOR, FLOOR, error_of
 from conv_cases import EMENDED, conv_gradients, conv_oracle
 
 import consequentialism as cw
-from consequentialism.optim.root import eigen_power
+from consequentialism.solve.root import eigen_power
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257)
 LARGE = (513, 1000, 2049, 4097)

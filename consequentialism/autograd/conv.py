@@ -66,7 +66,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
 
     def gram_in(unit: Tensor | None) -> Gram:
         matrix = _matrix_of(backend, x, geometry, bias, plan.form, unit, options.patch_bytes, dtype)
-        gram = Gram(matrix, rank, batch, unit)
+        gram = Gram(matrix, batch, rank, unit)
         return gram if options.process_group is None else gram.all_reduce(distributed.group_of(options))
 
     unknown = _may_overflow(x, dtype) and not _is_looked_at(x)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backend import compiled as ops
 from ..nn.watch import listed
 from ..optim.emended import Emended
+from ..optim.record import gram_of
 from ..options import Options, as_count
 from ..precision import HALF_TYPES
 from .figures import evenly_spaced
@@ -213,11 +214,12 @@ class Monitor:
         state = {} if unit is None else self.optimizer.state.get(unit.weight, {})
         if unit is None or unit.diagonal or float(state.get("emended_steps", 0)) == 0:
             return math.nan
-        gram, rows = unit.kind.gram(taken.input, unit.blocks, unit.slot.dtype)
-        count = unit.kind.scale_count(taken.input, rows, self.optimizer.scale == "nlms")
+        per_sample = self.optimizer.scale == "nlms"
+        gram = gram_of(unit.kind, unit.blocks, taken.input, per_sample, unit.slot.dtype)
         root = state["root"].view(unit.slot.shape)
         metric = root @ root
-        fresh, known = (metric * gram / count).sum(), (metric * state["input_gram"].view(unit.slot.shape)).sum()
+        fresh = (metric * gram.matrix / gram.count).sum()
+        known = (metric * state["input_gram"].view(unit.slot.shape)).sum()
         return (fresh / known).double()
 
     def _warn(self, figures: Mapping[str, Mapping[str, float]], retries: int) -> None:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
+from ..backend import dispatch
 from ..nn.module import EmendedModule
 from ..options import check_choice
+from ..precision import widest_dtype
+from ..solve.gram import Gram
 from . import memory
 from .inside import POSITION, parts_of, standing_in, step_all, step_weight_by_weight
 from .join import JoinHook, notify
 from .record import Hook, Recorder
-from .root import moment_root
 from .rules import decay_of, rule_of
 from .steps import local, rule_for
 from .units import Unit, find_units
@@ -379,16 +381,16 @@ class Emended(torch.optim.Optimizer):
                 stacklevel=6,
             )
 
-    def _roots(self, units: Sequence[Unit], moments: Sequence[Tensor]) -> list[Tensor]:
+    def _roots(self, units: Sequence[Unit], moments: Sequence[Gram]) -> list[Tensor]:
         """``S`` of each ``A``, all of one shape, with the stored shape."""
-        one, divided = units[0], self.scale == "gradient"
-        groups = [moment.view(one.slot.shape) for moment in moments]
+        one, ops = units[0], dispatch.for_coordinates(moments[0].matrix)
+        how = one.blocks.columns, self.damping, self.exponent, self.scale == "gradient"
+        matrices = [moment.matrix.view(one.slot.shape) for moment in moments]
         if one.diagonal:
-            made = [moment_root(g, one.blocks.columns, self.damping, self.exponent, divided) for g in groups]
+            made = [Gram(own, moment.count).root(ops, *how) for own, moment in zip(matrices, moments, strict=True)]
         else:
-            roots = moment_root(torch.cat(groups), one.blocks.columns, self.damping, self.exponent, divided)
-            made = list(roots.split(one.groups))
-        return [root.view(moment.shape) for root, moment in zip(made, moments, strict=True)]
+            made = list(Gram(torch.cat(matrices), moments[0].count).root(ops, *how).split(one.groups))
+        return [root.view(moment.matrix.shape) for root, moment in zip(made, moments, strict=True)]
 
     def _process_groups(self) -> list[Any]:
         """The groups over which Grams are summed, one after the other."""
@@ -539,8 +541,7 @@ def _checked_state(unit: Unit, state: memory.State) -> memory.State:
         raise ValueError(
             f"state_dict: gram_rows of layer {unit.name!r} must be finite and at least 0, got {float(rows)}"
         )
-    wide = torch.float32 if slot.device.type == "mps" else torch.float64
-    own["gram_rows"] = rows.detach().to(slot.device, wide, copy=True).view(())
+    own["gram_rows"] = rows.detach().to(slot.device, widest_dtype(slot.device.type), copy=True).view(())
     own["emended_steps"] = torch.as_tensor(int(state["emended_steps"]))
     return own
 

@@ -15,15 +15,10 @@ from ..backend import dispatch, reference
 from ..nn.module import EmendedModule
 from ..options import Options
 from ..precision import compute_dtype
-from .root import Blocks
+from .blocks import Blocks
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def moment_dtype(weight: Tensor) -> torch.dtype:
-    """The type of second moments and roots: float32, but for float64 weights."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 class Kind:
@@ -77,8 +72,7 @@ class Kind:
     def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
         """``x^T x`` of the rows, ``[groups, n, b, b]`` in ``dtype``, and how many there are."""
         rows = x.reshape(-1, x.shape[-1])
-        if dtype == torch.float64:
-            rows = rows.double()
+        rows = rows.to(dtype) if dtype == torch.float64 else rows
         nothing = rows.new_empty(blocks.count, blocks.order, blocks.order, dtype=compute_dtype(rows.dtype))
         gram = dispatch.for_coordinates(rows).decayed_gram(nothing, rows, blocks.bias, 0.0, 1.0)
         return gram.to(dtype)[None], rows.shape[0]

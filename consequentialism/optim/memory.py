@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .record import Slot
+from ..precision import widest_dtype
+from ..solve.gram import Gram, sum_over
 from .units import Unit
 
 KEYS = ("input_gram", "root", "gram_rows", "emended_steps")
 State = dict[str, Any]
-Roots = Callable[[Sequence[Unit], Sequence[Tensor]], list[Tensor]]
+Roots = Callable[[Sequence[Unit], Sequence[Gram]], list[Tensor]]
 ROOM = 2**22  # entries of moments whose roots are made together, where there are more than one
 
 
@@ -46,7 +46,7 @@ def fresh_state(unit: Unit) -> State:
         root = torch.ones_like(moment)
     else:
         root = torch.eye(shape[-1], dtype=slot.dtype, device=slot.device).expand(shape).clone()
-    rows = torch.zeros((), dtype=torch.float32 if slot.device.type == "mps" else torch.float64, device=slot.device)
+    rows = torch.zeros((), dtype=widest_dtype(slot.device.type), device=slot.device)
     return {"input_gram": moment, "root": root, "gram_rows": rows, "emended_steps": torch.zeros((), dtype=torch.int64)}
 
 
@@ -65,12 +65,15 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
         if all(unit.slot.folded for unit in owners):  # before a failure
             continue
         before = [states[members[0]] for members in batch]
-        fresh = [_folded(unit.slot, state, memory) for unit, state in zip(owners, before, strict=True)]
-        made = roots(owners, [own["input_gram"] for own in fresh])
+        fresh = [
+            Gram(state["input_gram"], state["gram_rows"]).decayed(memory, _window(unit))
+            for unit, state in zip(owners, before, strict=True)
+        ]
+        made = roots(owners, fresh)
         written = []
-        for members, state, own, root in zip(batch, before, fresh, made, strict=True):
+        for members, state, moment, root in zip(batch, before, fresh, made, strict=True):
             usable = root.sum().isfinite()
-            own["root"] = root
+            own = {"input_gram": moment.matrix, "gram_rows": moment.count, "root": root}
             alone = all(i in members for i, other in enumerate(states) if other["root"] is state["root"])
             # In place where nobody else has it, so that a captured step between refreshes sees it.
             places = {key: state[key] if alone else state[key].clone() for key in own}
@@ -98,20 +101,10 @@ def _batches(units: Sequence[Unit], shared: Sequence[list[int]]) -> list[list[li
     return batches
 
 
-def _folded(slot: Slot, state: State, memory: float) -> State:
-    """``A`` and its rows with a window's Gram; both as they were where the window has no row."""
-    assert slot.gram is not None
-    assert slot.count is not None
-    gram, count = slot.gram.view(state["input_gram"].shape), slot.count.view(())
-    before = state["gram_rows"]
-    # The mean over all rows, each forgotten as often as there were refreshes with rows since.
-    kept, new = memory * before, (1 - memory) * count
-    total = kept + new
-    share = new / torch.where(count == 0, 1, total)
-    moment = state["input_gram"]
-    mean = gram / torch.where(count == 0, 1, count).to(gram.dtype)
-    moment = torch.lerp(moment, mean, share.to(gram.dtype))
-    return {"input_gram": moment, "gram_rows": torch.where(count == 0, before, total)}
+def _window(unit: Unit) -> Gram:
+    """What was recorded since the last step."""
+    assert unit.slot.gram is not None
+    return unit.slot.gram
 
 
 def _sharing(units: Sequence[Unit], states: Sequence[State], groups: Sequence[Any]) -> list[list[int]]:
@@ -156,11 +149,7 @@ def _equal(one: Unit, other: Unit, summed: bool) -> bool:
         return True
     if not summed and not first.is_traced() and not second.is_traced():
         return first.calls == second.calls
-    assert first.gram is not None
-    assert second.gram is not None
-    assert first.count is not None
-    assert second.count is not None
-    return bool(torch.equal(first.count, second.count) and torch.equal(first.gram, second.gram))
+    return _window(one).equals(_window(other))
 
 
 def _sum_over(groups: Sequence[Any], units: Sequence[Unit], states: Sequence[State], before: list[list[int]]) -> None:
@@ -175,33 +164,10 @@ def _sum_over(groups: Sequence[Any], units: Sequence[Unit], states: Sequence[Sta
         ],
         dtype=torch.float64,
     )
-    _all_reduce([units[i] for i in (*leaders, *single)], groups, flags)
+    sum_over([_window(units[i]) for i in (*leaders, *single)], groups, flags)
     late = [i for flag, rest in zip(flags.tolist(), followers, strict=True) if flag for i in rest]
     if late:
-        _all_reduce([units[i] for i in late], groups, None)
+        sum_over([_window(units[i]) for i in late], groups, flags[:0])
     for flag, leader, rest in zip(flags.tolist(), leaders, followers, strict=True):
         for i in () if flag else rest:
-            units[i].slot.gram, units[i].slot.count = units[leader].slot.gram, units[leader].slot.count
-
-
-def _all_reduce(units: Sequence[Unit], groups: Sequence[Any], flags: Tensor | None) -> None:
-    """One sum for each type and device, in the order of the units; the counts and flags go along."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Unit]] = {}
-    for unit in units:
-        kinds.setdefault((unit.slot.dtype, unit.slot.device), []).append(unit)
-    for k, ((dtype, device), members) in enumerate(kinds.items()):
-        extra = flags if flags is not None and k == 0 else torch.zeros(0)
-        counts = [unit.slot.count.to(dtype) for unit in members]  # type: ignore[union-attr]
-        parts = [unit.slot.gram.reshape(-1) for unit in members]  # type: ignore[union-attr]
-        flat = torch.cat([*parts, *counts, extra.to(dtype=dtype, device=device)])
-        for group in groups:
-            dist.all_reduce(flat, group=group)
-        begin = 0
-        for unit, part in zip(members, parts, strict=True):
-            unit.slot.gram = flat[begin : begin + part.numel()].view(unit.slot.shape)
-            begin += part.numel()
-        for unit in members:
-            unit.slot.count = flat[begin : begin + 1].to(unit.slot.count.dtype)  # type: ignore[union-attr]
-            begin += 1
-        if extra.numel():
-            extra.copy_(flat[begin:])
+            units[i].slot.gram = units[leader].slot.gram

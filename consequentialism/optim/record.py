@@ -13,15 +13,16 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _torch
 from ..autograd.linear import full_precision
+from ..precision import widest_dtype
+from ..solve.gram import Gram
+from .blocks import Blocks
 from .layers import Kind
-from .root import Blocks
 
 
 class Slot:
-    """The Gram of one weight's inputs since the last step, ``[groups, n, b, b]`` or ``[V]``, and its count.
+    """Where the Grams of one weight's inputs since the last step are added up, ``[groups, n, b, b]`` or ``[V]``.
 
-    A batch whose Gram is not finite enters neither; the device decides that. A refresh that fails in the middle can be
-    taken again: what it has done is noted.
+    A refresh that fails in the middle can be taken again: what it has done is noted.
 
     Attributes:
         summed: Whether the ranks' Grams stand in it.
@@ -31,20 +32,20 @@ class Slot:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.calls: list[int] = []  # the numbers of the Grams that backward has added
-        self.gram: Tensor | None = None
-        self.count: Tensor | None = None
+        self.gram: Gram | None = None
         self.summed = self.folded = False
 
     def open(self) -> None:
         """Make room; before forward, so that torch.compile finds it there."""
         if self.gram is None:
-            self.gram = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            matrix = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
             # One entry, not 0-dimensional: what torch.compile takes for a Python number it does not change.
-            self.count = torch.zeros(1, dtype=torch.float64 if self.device.type != "mps" else None, device=self.device)
+            count = torch.zeros(1, dtype=widest_dtype(self.device.type), device=self.device)
+            self.gram = Gram(matrix, count)
 
     def close(self) -> None:
         """Give the memory back."""
-        self.gram = self.count = None
+        self.gram = None
         self.calls = []
         self.summed = self.folded = False
 
@@ -56,20 +57,11 @@ class Slot:
 
     def changes(self) -> int:
         """How often something was added. It is the only sign that a compiled graph leaves on the host."""
-        return 0 if self.count is None else self.count._version
+        return 0 if self.gram is None else self.gram.count._version  # type: ignore[union-attr]
 
     def is_traced(self) -> bool:
         """Whether a compiled forward has added to it."""
         return self.changes() != len(self.calls)
-
-    def add(self, gram: Tensor, count: Tensor | int) -> None:
-        """Add a batch's."""
-        assert self.gram is not None
-        assert self.count is not None
-        trace = gram.sum() if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1).sum()
-        finite = trace.isfinite()
-        self.gram.add_(torch.where(finite, gram, 0))
-        self.count.add_(torch.where(finite, count, 0))
 
 
 class Recorder:
@@ -86,7 +78,7 @@ class Recorder:
         self.wrapper: weakref.ref[nn.Module] | None = None
         self.handles: list[RemovableHandle] = []
         self.slots: list[Slot] = []
-        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, weakref.ref[Tensor], Any, int]] = {}
+        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, weakref.ref[Gram], int]] = {}
         self._calls = 0
 
     def begin(self) -> None:
@@ -118,42 +110,42 @@ class Recorder:
             handle.remove()
         self.handles.clear()
 
-    def gram(self, kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, slot: Slot) -> tuple[Tensor, Any, int]:
-        """The Gram of ``x``, its count and number; the same ones for layers of one kind with the same input."""
+    def gram(self, kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, slot: Slot) -> tuple[Gram, int]:
+        """The Gram of ``x`` and its number; the same ones for layers of one kind with the same input."""
         key = (id(x), kind.signature(), blocks.count, blocks.columns, slot.dtype)
         known = self._known.get(key)
         if known is not None and known[0]() is x and known[1] == x._version:
             gram = known[2]()
             if gram is not None:
-                return gram, *known[3:]
-        gram, count = gram_of(kind, blocks, x, per_sample, slot.dtype)
-        self._known[key] = (weakref.ref(x), x._version, weakref.ref(gram), count, self.number())
-        return gram, count, self._calls
+                return gram, known[3]
+        gram = gram_of(kind, blocks, x, per_sample, slot.dtype)
+        self._known[key] = (weakref.ref(x), x._version, weakref.ref(gram), self.number())
+        return gram, self._calls
 
     def number(self) -> int:
-        """That of a Gram that is new."""
+        """The number of a Gram that is new."""
         self._calls += 1
         return self._calls
 
 
-def gram_of(kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """``x^T x`` in ``dtype``, and what the mean divides it by."""
+def gram_of(kind: Kind, blocks: Blocks, x: Tensor, per_sample: bool, dtype: torch.dtype) -> Gram:
+    """``x^T x [groups, n, b, b]`` of a layer's input in ``dtype``; it counts samples with ``per_sample``, else rows."""
     with full_precision(x.device.type):
-        gram, rows = kind.gram(x, blocks, dtype)
-    return gram, kind.scale_count(x, rows, per_sample)
+        matrix, rows = kind.gram(x, blocks, dtype)
+    return Gram(matrix, kind.scale_count(x, rows, per_sample))
 
 
-def joined(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """The Grams of several inputs, a group each, and the first one's count, to which the others are scaled."""
-    gram, count = parts[0]
+def joined(parts: Sequence[Gram]) -> Gram:
+    """The Grams of several inputs as one, a group each, scaled to the first one's count."""
     if len(parts) == 1:
-        return gram, count
-    scaled = [own if other is count else own * (count / max(other, 1)) for own, other in parts]
-    return torch.cat(scaled), count
+        return parts[0]
+    count: Any = parts[0].count
+    matrices = [part.matrix if part.count is count else part.matrix * (count / max(part.count, 1)) for part in parts]
+    return Gram(torch.cat(matrices), count)
 
 
 def first_tensor(output: Any) -> Tensor:
-    """Of what a module returns: the tensor itself, or the first of a tuple; of a packed sequence its data."""
+    """The tensor that a module returns, or the first of a tuple; of a packed sequence its data."""
     while isinstance(output, tuple) and not isinstance(output, Tensor):
         output = output[0]
     return output
@@ -193,7 +185,8 @@ class Hook:
         """In a compiled forward the Gram enters at once, for a graph has no hooks on its tensors."""
         with torch.no_grad():
             parts = [gram_of(self.kind, self.blocks, x.detach(), self.per_sample, self.slot.dtype) for x in inputs]
-            self.slot.add(*joined(parts))
+            assert self.slot.gram is not None
+            self.slot.gram.add_(joined(parts))
 
     def _note(self, inputs: Sequence[Tensor], output: Tensor) -> None:
         """Backward enters the Gram: once, whatever checkpointing runs again, and only with its gradient."""
@@ -210,9 +203,9 @@ class Hook:
             parts = [
                 self.recorder.gram(self.kind, self.blocks, whole_input(x), self.per_sample, self.slot) for x in inputs
             ]
-            gram, count = joined([part[:2] for part in parts])
-            call = parts[0][2] if len(parts) == 1 else self.recorder.number()
-        output.register_hook(_Entry(self.slot, gram, count, call))
+            gram = joined([part for part, _ in parts])
+            call = parts[0][1] if len(parts) == 1 else self.recorder.number()
+        output.register_hook(_Entry(self.slot, gram, call))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return _NoHook, ()
@@ -231,15 +224,15 @@ class _NoHook:
 class _Entry:
     """A hook on a layer's output that enters the Gram."""
 
-    def __init__(self, slot: Slot, gram: Tensor, count: Tensor | int, call: int) -> None:
-        self.entry = slot, gram, count, call
+    def __init__(self, slot: Slot, gram: Gram, call: int) -> None:
+        self.entry = slot, gram, call
 
     def __call__(self, grad: Tensor) -> None:
-        slot, gram, count, call = self.entry
+        slot, gram, call = self.entry
         if slot.gram is None:  # a step was taken between forward and backward
             return
         with torch.no_grad():
-            slot.add(gram, count)
+            slot.gram.add_(gram)
         slot.calls.append(call)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _torch
+from ..precision import moment_dtype
+from .blocks import Blocks, right_multiply
 from .composite import composite_kinds
-from .layers import Kind, Lookup, kind_of, moment_dtype
+from .layers import Kind, Lookup, kind_of
 from .record import Slot
-from .root import Blocks, right_multiply
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,7 +44,7 @@ class Unit:
         square = (self.groups, self.blocks.count, self.blocks.order, self.blocks.order)
         shape = (self.blocks.inputs,) if self.diagonal else square
         device = weight.to_local().device if _torch.is_dtensor(weight) else weight.device
-        self.slot = Slot(shape, moment_dtype(weight), device)
+        self.slot = Slot(shape, moment_dtype(weight.dtype), device)
         self.check_sharding()
 
     @property

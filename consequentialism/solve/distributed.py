@@ -222,8 +222,7 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
         emended, column = emended[own], column[own]
     else:
         work = work.to(gram_dtype(total, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type))
-        gram = Gram(backend.input_gram(work, bias, "primal"), max(min(total, inputs), 1), total)
-        inverse = gram.all_reduce(group).inverse(backend, ridge)
+        inverse = Gram.of(work, bias, "primal", backend, total).all_reduce(group).inverse(backend, ridge)
         emended, column = apply_inverse(inverse, work, bias, "primal")
     if options.scale == "nlms":
         emended, column = emended * counts.samples, column * counts.samples

@@ -16,15 +16,14 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
+from ..backend.protocol import CoordinateOps
+from ..precision import root_dtype, widest_dtype
 
 Method = Literal["iteration", "eigenvalues", "cholesky"]
 
 ROOTS = (2, 4, 8)  # orders that the iteration takes: T^p is then a few squarings
-# Up to this bound on the condition number the iteration is in float32. Its S is right in norm, to 5e-7 at order 64 and
-# 3e-6 at 512 (damping 0.03, a decaying spectrum, p = 2), but its smallest eigenvalues, those of the ridge alone where a
-# Gram has fewer rows than its order, are off by some units of the condition times the type's precision: measured, a
-# step by 5e-4 to 1e-3 at damping 0.03 and orders 64 to 512, by several times its size at 1e-3 with one to five rows.
-MAX_FLOAT32_CONDITION = 1e4
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-15}
 NEAR_ONE = 1e-3  # where Taylor's polynomial about the middle is the minimax one but for rounding
 
@@ -40,6 +39,7 @@ def method(exponent: float, device_type: str) -> Method:
     """How ``(B + c I)^-exponent`` is made.
 
     Args:
+        exponent: Above 0 and at most 1.
         device_type: On the host eigenvalues, in float64, are more accurate and as fast on one thread (the iteration in
             float32 takes .59 to 1.20 of their seconds, measured at orders 64 to 1024); they make a GPU's host wait.
     """
@@ -49,10 +49,47 @@ def method(exponent: float, device_type: str) -> Method:
     return "iteration" if device_type != "cpu" and root in ROOTS and 1 / root == exponent else "eigenvalues"
 
 
-def work_dtype(condition: float, dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The type that the iteration runs in."""
-    narrow = condition <= MAX_FLOAT32_CONDITION or device_type == "mps"
-    return torch.float32 if narrow and dtype != torch.float64 else torch.float64
+def power(ops: CoordinateOps, scaled: Tensor, damping: float, exponent: float, columns: int) -> Tensor:
+    """``(B + damping I)^-s [..., b, b]`` of symmetric ``B``, its trace at most ``columns``."""
+    how = method(exponent, scaled.device.type)
+    if how == "eigenvalues":
+        return eigen_power(scaled, damping, exponent)
+    if how == "cholesky":
+        return cholesky_inverse(scaled, damping)
+    return iterated_power(ops, scaled, damping, round(1 / exponent), columns)
+
+
+def eigen_power(scaled: Tensor, damping: float, exponent: float) -> Tensor:
+    """The reference of `power`: eigenvalues in float64. What is not finite is taken for zero."""
+    wide = scaled.to(widest_dtype(scaled.device.type))
+    wide = torch.where(wide.isfinite(), wide, 0)
+    values, vectors = torch.linalg.eigh(wide)
+    powers = (values.clamp(min=0) + damping).pow(-exponent)
+    return ((vectors * powers[..., None, :]) @ vectors.mT).to(scaled.dtype)
+
+
+def cholesky_inverse(scaled: Tensor, damping: float) -> Tensor:
+    """`power` with ``s = 1``, in float64 where the device has it; NaN where a factor breaks down."""
+    wide = scaled.to(widest_dtype(scaled.device.type))
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    lower, info = torch.linalg.cholesky_ex(wide + damping * eye)
+    inverse = torch.cholesky_solve(eye.expand_as(lower), lower)  # waits for nothing, on a GPU either
+    return torch.where((info == 0)[..., None, None], inverse, torch.nan).to(scaled.dtype)
+
+
+def iterated_power(ops: CoordinateOps, scaled: Tensor, damping: float, root: int, columns: int) -> Tensor:
+    """`power` with ``s = 1/root`` by the backend's `inverse_root`: it waits for nothing.
+
+    The ridge bounds the smallest eigenvalue, the trace the largest, and so both fix the steps beforehand.
+    """
+    order = scaled.shape[-1]
+    work = scaled.to(root_dtype(1 + columns / damping, scaled.dtype, scaled.device.type), copy=True)
+    work.diagonal(dim1=-2, dim2=-1).add_(damping)
+    norm = torch.linalg.matrix_norm(work, keepdim=True)  # Frobenius's, at least the largest eigenvalue
+    low = damping / (columns + damping * math.sqrt(order))
+    steps = plan(root, low, work.dtype)
+    result = ops.inverse_root(work.div_(norm), steps.root, steps.coefficients)
+    return result.mul_(norm.pow(-1 / root)).to(scaled.dtype)
 
 
 @functools.lru_cache(maxsize=256)

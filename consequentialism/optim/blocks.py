@@ -1,0 +1,81 @@
+"""`Blocks`: how the inputs of a second moment are cut, and products with the root that is made of it.
+
+``A [groups, n, b, b]`` holds the diagonal blocks of each group's second moment; the trace and the ridge are those of
+the whole group. Blocks of unequal size are padded with zeros, which nothing reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backend.coordinates import block_order, block_spans
+
+
+class Blocks:
+    """How ``I`` inputs are cut into blocks of nearly equal size; a bias's column of ones stands in the last.
+
+    Args:
+        inputs: ``I`` without the bias's.
+        bias: Whether there is a column for it.
+        block: The most inputs of a block.
+        step: Inputs that belong together, as a channel's entries of a convolution's kernel. Where ``I / step`` has a
+            divisor that allows it, blocks are of whole ones and of equal size.
+    """
+
+    def __init__(self, inputs: int, bias: bool, block: int, step: int = 1) -> None:
+        least = max(math.ceil(inputs / block), 1)
+        even = (n for n in range(least, 2 * least + 1) if step > 1 and inputs % (step * n) == 0)
+        aligned = next(even, None)
+        self.count = least if aligned is None else aligned
+        self.aligned = aligned is not None
+        self.bias = bias
+        self.inputs = inputs
+        self.columns = inputs + bias
+        self.spans = block_spans(inputs, self.count)
+        self.order = block_order(inputs, self.count, bias)
+
+    def of(self, gram: Tensor) -> Tensor:
+        """The blocks ``[groups, n, b, b]`` of a whole Gram ``[groups, I, I]``, the bias's column counted."""
+        if self.count == 1:
+            return gram[:, None]
+        cut = gram.new_zeros(gram.shape[0], self.count, self.order, self.order)
+        for i, (begin, end) in enumerate(self.with_bias()):
+            cut[:, i, : end - begin, : end - begin] = gram[:, begin:end, begin:end]
+        return cut
+
+    def with_bias(self) -> list[tuple[int, int]]:
+        """The spans, the last one with the bias's column."""
+        (begin, end), *before = reversed(self.spans)
+        return [*reversed(before), (begin, end + self.bias)]
+
+
+def right_multiply(
+    rows: Tensor, column: Tensor | None, root: Tensor, spans: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor | None]:
+    """``[rows | column] S``, cut again into rows and the bias's column: views of one fresh tensor.
+
+    Args:
+        rows: ``[groups, O, I]``.
+        column: ``[groups, O]``, the bias's, or None.
+        root: ``S [groups, n, b, b]`` or a diagonal ``[I]``.
+        spans: Where each block's inputs begin and end, the bias's column not counted.
+    """
+    if root.ndim == 1:
+        return rows * root, None
+    if len(spans) == 1:
+        whole = rows if column is None else torch.cat([rows, column[..., None]], -1)
+        product = torch.bmm(whole, root[:, 0])
+    else:
+        product = rows.new_empty(*rows.shape[:2], rows.shape[2] + (column is not None))
+        for i, (begin, end) in enumerate(spans):
+            part, size = rows[..., begin:end], end - begin
+            if column is not None and i == len(spans) - 1:
+                part, size = torch.cat([part, column[..., None]], -1), size + 1
+            product[..., begin : begin + size] = torch.bmm(part, root[:, i, :size, :size])
+    if column is None:
+        return product, None
+    return product[..., :-1], product[..., -1]
