@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench import table
 from bench.environment import environment
-from bench.train import recipe_report, recipes, step_cost, whole
+from bench.train import draw, grid_report, head_to_head, recipe_report, recipes, step_cost, whole
 from bench.train.__main__ import main
 from bench.train.images import ARCHIVE, CLASSES, RECORD, cifar
 from bench.train.models import NanoGPT, ViT, cifar_resnet
@@ -138,8 +138,8 @@ def test_every_optimizer_has_eight_different_trials_with_the_package_defaults_fi
 
 def test_a_knob_is_turned_from_the_best_so_far() -> None:
     given = list(trials("muon", lambda some: min(some, key=lambda s: abs(s.lr - 0.016)), 8))
-    assert [s.lr for s in given] == [0.008, 0.004, 0.016, 0.002, 0.016, 0.016, 0.016, 0.016]
-    assert [s.aux_lr for s in given[4:6]] == [0.001, 0.004]
+    assert [s.lr for s in given] == [0.008, 0.004, 0.016, 0.016, 0.016, 0.016, 0.016, 0.0112]
+    assert [s.aux_lr for s in given[3:5]] == [0.001, 0.004]
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
@@ -215,7 +215,8 @@ def test_stages_leave_rows_that_are_not_made_again(bench: whole.Bench, monkeypat
         *[(name, whole.SEARCH_SEED) for name in bench.optimizers for _ in range(2)],
         *[(name, 0) for name in bench.optimizers],
     ]
-    assert all(len(row.curve()) == 21 and row.curve()[-1][0] == row.steps == 20 for row in rows)
+    assert [len(row.curve()) for row in rows] == [2] * 4 + [21] * 2  # of a search's trials only the end counts
+    assert all(row.curve()[-1][0] == row.steps == 20 for row in rows)
     assert {row.ratio for row in table.read(bench.out / whole.TIMES, whole.RecipeTimeRow) if row.optimizer == "adamw"}
 
     def no(*_: object) -> None:
@@ -253,18 +254,71 @@ def test_a_share_is_that_of_the_first_evaluation_as_good_as_the_others_end() -> 
     assert math.isnan(recipe_report.share(recipe, [slow], [row("muon", falling, seed=1)]))
 
 
-def test_the_grid_holds_every_point_once_and_reports_means() -> None:
-    settings = list(whole.grid_settings())
-    head = 2 * len(whole.EXPONENTS) * len(whole.DAMPINGS) * len(recipes.PLACINGS)
-    rest = 2 * (len(whole.REFRESHES) + len(whole.MEMORIES) + len(whole.BLOCKS))
-    assert len(settings) == head + rest
-    assert len(set(settings[:head])) == head
-    points = [row("coordinates-adamw", [2.0, score], seed, placing="before") for seed, score in ((0, 1.0), (1, 1.5))]
-    assert recipe_report.grid_steps(points) == 20
-    assert recipe_report.grid_mean(points, "coordinates-adamw", placing="before") == 1.25
-    assert math.isnan(recipe_report.grid_mean(points, "coordinates-adamw"))
-    text = "\n".join(recipe_report.grid_text(points, "pictures"))
-    assert "| before, 0.5 |  | 1.250 |  |" in text
+def test_the_grid_holds_every_point_once() -> None:
+    settings = list(head_to_head.settings())
+    head = 2 * len(head_to_head.EXPONENTS) * len(head_to_head.DAMPINGS) * len(recipes.PLACINGS)
+    rest = 2 * sum(len(values) - 1 for values in (head_to_head.REFRESHES, head_to_head.MEMORIES, head_to_head.BLOCKS))
+    assert len(settings) == len(set(settings)) == 2 + head + rest
+    assert set(START.values()) >= {s for s in settings if s.placing is None}
+    assert all(START[name] in settings for name in head_to_head.OPTIMIZERS)  # the default is a point of the grid
+
+
+@pytest.mark.parametrize(("lowest", "found"), [(-3.0, 0.0625), (0.2, 0.5), (-0.4, 0.5), (2.4, 2.0)])
+def test_the_walk_ends_in_the_valley(lowest: float, found: float) -> None:
+    tried: dict[float, float] = {}
+
+    def score(lr: float) -> float:
+        tried[lr] = abs(math.log2(lr / 0.5) - lowest)
+        return tried[lr]
+
+    assert head_to_head.walk(0.5, score) == found
+    assert {found / 2, found, found * 2} <= set(tried)
+
+
+def test_the_grid_is_measured_at_its_rates_and_goes_on_where_it_stood(
+    bench: whole.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_to_head, "EXPONENTS", (0.5,))
+    monkeypatch.setattr(head_to_head, "DAMPINGS", (0.03,))
+    for name in ("REFRESHES", "MEMORIES", "BLOCKS"):
+        monkeypatch.setattr(head_to_head, name, ())
+    head_to_head.measure(bench)
+    rows = table.read(bench.out / head_to_head.FILE, RecipeRow)
+    runs = [row for row in rows if row.seed == 0]
+    assert [(row.optimizer, row.placing) for row in runs] == [
+        ("adamw", None),
+        ("muon", None),
+        *itertools.product(head_to_head.OPTIMIZERS, recipes.PLACINGS),
+    ][:2] + [(name, placing) for placing in recipes.PLACINGS for name in head_to_head.OPTIMIZERS]
+    for run in runs:
+        walked = {row.lr: row.score for row in rows if _same_walk(row, run)}
+        assert min(walked, key=lambda lr: walked[lr]) == run.lr
+        assert {run.lr / 2, run.lr, run.lr * 2} <= set(walked)
+    monkeypatch.setattr(whole, "_train", None)
+    head_to_head.measure(bench)
+    assert table.read(bench.out / head_to_head.FILE, RecipeRow) == rows
+
+
+def _same_walk(row: RecipeRow, run: RecipeRow) -> bool:
+    return (row.seed, row.steps, row.optimizer, row.placing) == (whole.SEARCH_SEED, 10, run.optimizer, run.placing)
+
+
+def test_the_report_of_the_grid_gives_means_divergence_and_what_lacks_a_seed(tmp_path: Path) -> None:
+    def point(score: float, seed: int, name: str = "coordinates-adamw", **changes: object) -> RecipeRow:
+        return row(name, [2.0, score], seed, **changes)
+
+    rows = [point(1.4, seed, name) for name in ("adamw", "muon") for seed in (0, 1)]
+    rows += [point(1.0 + 0.5 * seed, seed, placing="before") for seed in (0, 1)]
+    rows += [point(1.3, 0, damping=1.0), point(1.6, 0), point(math.inf, 0, exponent=1.0, lr=0.008)]
+    rows += [point(1.2, 0, "coordinates-muon"), point(0.1, whole.SEARCH_SEED, lr=1.0)]
+    table.write(rows, RecipeRow, tmp_path / head_to_head.FILE)
+    text = "\n".join(grid_report.text(tmp_path, "pictures"))
+    assert "| before, 0.5 | 0.004 |  | 1.250 |  |  |  |" in text
+    assert "| around, 0.5 | 0.004 |  | (1.600) |  |  | (1.300) |" in text
+    assert "| around, 1 | 0.008 |  | (diverged) |" in text
+    assert "AdamW alone: 1.400. Best: before, exponent 0.5, damping 0.03, 1.250, within the grid." in text
+    assert "damping 0.03: 1.600; 2 of the other points are better." in text
+    assert draw.grid(grid_report.rows(tmp_path)).axes
 
 
 def test_the_cost_of_a_step_counts_one_dear_step_in_ten(tmp_path: Path) -> None:

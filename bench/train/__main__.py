@@ -13,7 +13,7 @@ from consequentialism.demo.report import prepare_folder
 from consequentialism.errors import Parser, UserError, need
 
 from ..environment import slug
-from . import recipes, step_cost, whole
+from . import head_to_head, recipes, step_cost, whole
 from .methods import METHODS, NEVER, TRIALS
 from .rows import SkipRow
 from .show import print_tables
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
                     STAGES[stage](plan)
                 if stage in whole.STAGES:
                     whole.STAGES[stage](bench)
+            if "grid" in stages:
+                head_to_head.measure(bench)
             if "step-cost" in stages:
                 step_cost.measure(plan.out, plan.blocks, plan.device)
         finally:
@@ -87,6 +89,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
     add("--data", type=Path, help="folder with tinyshakespeare.txt, and CIFAR-10's binaries or cifar10-jpeg.tar.xz")
     add("--steps", type=_whole, help="of the schedules (default: each task's own)")
     add("--seeds", type=_whole, help="runs with the best trial (default: 3; 1 with --quick)")
+    add("--trials", type=_whole, help=f"of a recipe's search (default: {TRIALS}; 4 with --quick)")
     add("--quick", action="store_true", help=f"tasks {' and '.join(QUICK)}, 4 trials an optimizer, one seed")
     add("--workers", type=_whole, help="processes for grid search and runs (default: the cores; 1 for cuda)")
     add("--out", type=Path, help="folder of the CSV files (default: out/bench/train/DEVICE)")
@@ -121,7 +124,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
         optimizers=tuple(name for name in recipes.START if recipes.chosen_by(name) in plan.optimizers),
         steps=chosen.steps,
         seeds=plan.seeds,
-        most=plan.grid,
+        most=chosen.trials or plan.grid,
         blocks=plan.blocks,
     )
     stages = [stage for stage in ALL_STAGES if (stage in chosen.stage if chosen.stage else stage not in ASKED)]

@@ -14,13 +14,14 @@ from consequentialism.experiments.methods import FACTORIES
 from consequentialism.experiments.settings import PREFIX
 
 from .. import table
-from . import recipe_report
+from . import grid_report
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
+from .head_to_head import DAMPINGS, EXPONENTS, OPTIMIZERS, PLAIN
 from .methods import COORDINATES, METHODS, inside, is_own
-from .recipes import LABELS, PLACINGS
+from .recipes import LABELS, PLACINGS, START
 from .rows import CurveRow
 from .show import TASKS, Line, lines
-from .whole import DAMPINGS, EXPONENTS, GRID_OPTIMIZERS, RecipeRow
+from .whole import RecipeRow
 
 COLOURS = {
     "sgd": "#d62728",
@@ -66,9 +67,9 @@ def draw(source: Path, folder: Path) -> list[Path]:
         "settings.png": settings(sweep),
         "momentum.png": momentum(sweep),
     }
-    found_recipes = recipe_report.rows(source)
-    if recipe_report.grid_steps(found_recipes) is not None:
-        pictures[recipe_report.GRID_PICTURE] = grid(found_recipes)
+    points = grid_report.rows(source)
+    if points:
+        pictures[grid_report.PICTURE] = grid(points)
     paths = []
     for name, figure in pictures.items():
         try:
@@ -200,31 +201,44 @@ def settings(rows: Sequence[SweepRow]) -> Any:
 
 
 def grid(rows: Sequence[RecipeRow]) -> Any:
-    """The head-to-head grid: final validation losses, a panel an optimizer and placing, one scale an optimizer."""
-    steps = recipe_report.grid_steps(rows)
-    own = [row for row in rows if row.steps == steps]
-    figure, panels = _figure(len(GRID_OPTIMIZERS), len(PLACINGS), 11, 3.4 * len(GRID_OPTIMIZERS))
-    for index, (name, placing) in enumerate(itertools.product(GRID_OPTIMIZERS, PLACINGS)):
-        values = {
-            where: [
-                [recipe_report.grid_mean(own, name, placing=where, exponent=s, damping=c) for c in DAMPINGS]
-                for s in EXPONENTS
-            ]
-            for where in PLACINGS
-        }
-        known = [v for table in values.values() for line in table for v in line if math.isfinite(v)]
+    """The head-to-head grid: final validation losses, a panel an optimizer and placing.
+
+    Green is better than the plain optimizer and purple worse; one scale an optimizer, cut at as much on either side.
+    """
+    figure, panels = _figure(len(OPTIMIZERS), len(PLACINGS), 12, 3.6 * len(OPTIMIZERS))
+    for index, (name, placing) in enumerate(itertools.product(OPTIMIZERS, PLACINGS)):
         panel = panels[index]
-        if known:
-            panel.imshow(values[placing], vmin=min(known), vmax=max(known), cmap="viridis_r", aspect="auto")
-        for i, line in enumerate(values[placing]):
-            for j, value in enumerate(line):
-                if math.isfinite(value):
-                    panel.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8)
+        losses = dict(grid_report.points(name, rows))
+        plain = grid_report.mean_loss([row for row in rows if row.optimizer == PLAIN[name]])
+        half = max(abs(plain - min(losses.values())), 1e-3)
+        table_of = [[losses.get((placing, s, c), math.nan) for c in DAMPINGS] for s in EXPONENTS]
+        shown = [[min(max(loss, plain - half), plain + half) for loss in line] for line in table_of]
+        panel.imshow(shown, vmin=plain - half, vmax=plain + half, cmap="PRGn_r", aspect="auto")
+        best = min(losses, key=lambda point: losses[point])
+        for (i, s), (j, c) in itertools.product(enumerate(EXPONENTS), enumerate(DAMPINGS)):
+            loss = table_of[i][j]
+            if math.isnan(loss):
+                continue
+            dark = abs(min(loss, plain + half) - plain) > 0.6 * half
+            panel.text(
+                j, i, f"{loss:.3f}" if math.isfinite(loss) else "diverged",
+                ha="center", va="center", fontsize=9, color="white" if dark else "black",
+                weight="bold" if (placing, s, c) == best else "normal",
+            )  # fmt: skip
+            if (placing, s, c) == (START[name].placing, START[name].exponent, START[name].damping):
+                edge = {"fill": False, "edgecolor": "black", "linewidth": 1.8}
+                panel.add_patch(need("matplotlib.patches").Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, **edge))
         panel.set_xticks(range(len(DAMPINGS)), [f"{damping:g}" for damping in DAMPINGS])
         panel.set_yticks(range(len(EXPONENTS)), [f"{exponent:g}" for exponent in EXPONENTS])
         panel.set_xlabel("damping")
         panel.set_ylabel("exponent")
-        panel.set_title(f"{LABELS[name]}, {placing}", fontsize=10)
+        panel.set_title(f"{LABELS[name]}, {placing} ({LABELS[PLAIN[name]]} alone: {plain:.3f})", fontsize=10)
+    steps = rows[0].steps
+    figure.suptitle(
+        f"nanoGPT, {steps} steps: validation loss. Green: better than the plain optimizer; purple: worse. "
+        "Box: the default; bold: the best.",
+        fontsize=10,
+    )
     return figure
 
 

@@ -9,34 +9,15 @@ from statistics import median
 
 from .. import table
 from ..markdown import markdown, number, where
-from . import step_cost, whole
-from .recipes import LABELS, LEAN, PLACINGS, RECIPES, START, Recipe
+from . import grid_report, step_cost, whole
+from .recipes import EVALUATIONS, LABELS, LEAN, RECIPES, START, Recipe
 from .step_cost import StepCostRow
-from .whole import (
-    BLOCKS,
-    DAMPINGS,
-    EXPONENTS,
-    GRID_OPTIMIZERS,
-    GRID_TASK,
-    MEMORIES,
-    REFRESHES,
-    SEARCH_SEED,
-    RecipeRow,
-    RecipeTimeRow,
-)
-
-GRID_PICTURE = "grid.png"
-
-
-def rows(folder: Path) -> list[RecipeRow]:
-    """Of ``recipes.csv``; none where there is no such file."""
-    path = folder / whole.FILE
-    return table.read(path, RecipeRow) if path.exists() else []
+from .whole import SEARCH_SEED, RecipeRow, RecipeTimeRow
 
 
 def text(folder: Path, pictures: str) -> list[str]:
     """The sections of whatever files there are."""
-    found = rows(folder)
+    found = whole.rows_in(folder)
     parts: list[str] = []
     times: dict[tuple[str, str], RecipeTimeRow] = {}
     if (folder / whole.TIMES).exists():
@@ -56,7 +37,7 @@ def text(folder: Path, pictures: str) -> list[str]:
         for steps in sorted({row.steps for row in found if row.task == task}):
             own = [row for row in found if (row.task, row.steps) == (task, steps)]
             parts += _task(RECIPES[task], steps, own, times)
-    parts += grid_text(found, pictures)
+    parts += grid_report.text(folder, pictures)
     if (folder / step_cost.FILE).exists():
         parts += _costs(table.read(folder / step_cost.FILE, StepCostRow))
     return parts
@@ -65,7 +46,7 @@ def text(folder: Path, pictures: str) -> list[str]:
 def counted(own: Sequence[RecipeRow], name: str) -> list[RecipeRow]:
     """An optimizer's runs that count: those of other seeds than the search's with the setting that won it, or that
     alone."""
-    mine = [row for row in own if row.optimizer == name and row.placing != "before"]
+    mine = [row for row in own if row.optimizer == name]
     searched = [row for row in mine if row.seed == SEARCH_SEED]
     if not searched:
         return []
@@ -76,7 +57,8 @@ def counted(own: Sequence[RecipeRow], name: str) -> list[RecipeRow]:
 def share(recipe: Recipe, mine: Sequence[RecipeRow], other: Sequence[RecipeRow]) -> float:
     """The share of the schedule after which a run is as good as another's end; median over the seeds that both have."""
     ends = {row.seed: row.curve()[-1][1] for row in other}  # rounded as the evaluations are
-    shares = [_reached(recipe, row, ends[row.seed]) / row.steps for row in mine if row.seed in ends]
+    close = [row for row in mine if len(row.curve()) == EVALUATIONS + 1 and row.seed in ends]
+    shares = [_reached(recipe, row, ends[row.seed]) / row.steps for row in close]
     return median(shares) if shares else math.nan
 
 
@@ -132,66 +114,6 @@ def _score(recipe: Recipe, score: float) -> str:
 def _share(recipe: Recipe, mine: Sequence[RecipeRow], other: Sequence[RecipeRow]) -> str:
     found = share(recipe, mine, other)
     return "" if math.isnan(found) else number(found, ".2f")
-
-
-def grid_mean(found: Sequence[RecipeRow], name: str, **chosen: object) -> float:
-    """The mean final loss over the grid's seeds of the runs with these values and the defaults of the rest."""
-    wanted = {field: getattr(START[name], field) for field in ("exponent", "damping", "placing", "refresh_every",
-        "memory", "block", "lr", "aux_lr", "weight_decay")} | chosen  # fmt: skip
-    scores = [
-        row.score
-        for row in found
-        if row.task == GRID_TASK
-        and row.optimizer == name
-        and row.seed in whole.GRID_SEEDS
-        and all(getattr(row, field) == value for field, value in wanted.items())
-    ]
-    return sum(scores) / len(scores) if scores else math.nan
-
-
-def grid_steps(found: Sequence[RecipeRow]) -> int | None:
-    """The schedule's steps of which the grid has the most runs."""
-    counts = [row.steps for row in found if row.placing == "before" and row.seed in whole.GRID_SEEDS]
-    return max(set(counts), key=counts.count) if counts else None
-
-
-def grid_text(found: Sequence[RecipeRow], pictures: str) -> list[str]:
-    """The head-to-head grid: one table an optimizer and placing, and one of the rest."""
-    steps = grid_steps(found)
-    if steps is None:
-        return []
-    own = [row for row in found if row.steps == steps and row.task == GRID_TASK]
-    parts = [
-        "## Exponent, damping and placing, head to head",
-        f'`make bench-train ARGS="--stage grid --task {GRID_TASK} --steps {steps} --data FOLDER"`; '
-        f"{RECIPES[GRID_TASK].title}, {steps:,} steps, at one rate an optimizer: "
-        + ", ".join(f"{LABELS[name]} {START[name].lr:g}" for name in GRID_OPTIMIZERS)
-        + ". Final validation loss, mean of the seeds that were run; empty: not run yet. Around: `g S` goes in and the "
-        "answer is multiplied by `S`; before: `g S` goes in and the answer is applied as it is.",
-    ]
-    for name in GRID_OPTIMIZERS:
-        headings = (f"{LABELS[name]}: placing, exponent", *(f"damping {damping:g}" for damping in DAMPINGS))
-        lines = [
-            (
-                f"{placing}, {exponent:g}",
-                *(_cell(grid_mean(own, name, placing=placing, exponent=exponent, damping=d)) for d in DAMPINGS),
-            )
-            for placing in PLACINGS
-            for exponent in EXPONENTS
-        ]
-        parts.append(markdown(headings, lines))
-    for field, values in (("refresh_every", REFRESHES), ("memory", MEMORIES), ("block", BLOCKS)):
-        lines = [
-            (LABELS[name], *(_cell(grid_mean(own, name, **{field: value})) for value in values))
-            for name in GRID_OPTIMIZERS
-        ]
-        if any(cell for line in lines for cell in line[1:]):
-            parts.append(markdown((f"`{field}`", *(f"{value:g}" for value in values)), lines))
-    return [*parts, f"![Validation loss by exponent, damping and placing]({pictures}/{GRID_PICTURE})"]
-
-
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else number(value, ".3f")
 
 
 def _costs(found: Sequence[StepCostRow]) -> list[str]:

@@ -134,7 +134,7 @@ class Setting:
 
 def _coordinates(name: str, lr: float, exponent: float, **changes: Any) -> Setting:
     """The package's defaults."""
-    defaults = Setting(name, lr, None, 0.1, 0.03, exponent, "around", 10, 0.95, 1024)
+    defaults = Setting(name, lr, None, 0.1, 0.03, exponent, "around", 10, 0.95, 256)
     return dataclasses.replace(defaults, **changes)
 
 
@@ -170,19 +170,22 @@ LABELS = {
     "coordinates-muon-lean": "Muon in coordinates, lean",
 }
 # What is tried after the first setting, one knob after the other, as factors of what was best so far: seven trials for
-# each, the first setting is the eighth.
+# each, the first setting is the eighth. The first four turn the rate, and the second knob where there is one.
 Knob = tuple[str, tuple[float, ...]]
+_RATE: Knob = ("lr", (0.5, 2.0))
+_RATE_FURTHER: Knob = ("lr", (0.5, 2.0, 0.25, 4.0))
+_BETWEEN: Knob = ("lr", (0.7,))
 _DECAY: Knob = ("weight_decay", (0.2, 3.0))
 _AUX: Knob = ("aux_lr", (0.5, 2.0))
 _DAMPING: Knob = ("damping", (10 / 3, 10.0))
 KNOBS: dict[str, tuple[Knob, ...]] = {
-    "nag": (("lr", (0.5, 2.0, 0.25, 4.0, 0.125)), _DECAY),
-    "adamw": (("lr", (0.5, 2.0, 0.25, 4.0, 0.125)), _DECAY),
-    "muon": (("lr", (0.5, 2.0, 0.25)), _AUX, _DECAY),
-    "soap": (("lr", (0.5, 2.0, 0.25, 4.0, 0.125)), _DECAY),
-    "coordinates-nag": (("lr", (0.5, 2.0, 4.0)), _DAMPING, _DECAY),
-    "coordinates-adamw": (("lr", (0.5, 2.0, 0.25)), _DAMPING, _DECAY),
-    "coordinates-muon": (("lr", (0.5, 2.0)), _AUX, (_DAMPING[0], _DAMPING[1][:1]), _DECAY),
+    "nag": (_RATE_FURTHER, _DECAY, _BETWEEN),
+    "adamw": (_RATE_FURTHER, _DECAY, _BETWEEN),
+    "muon": (_RATE, _AUX, _DECAY, _BETWEEN),
+    "soap": (_RATE_FURTHER, _DECAY, _BETWEEN),
+    "coordinates-nag": (_RATE, _DAMPING, _DECAY, _BETWEEN),
+    "coordinates-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
+    "coordinates-muon": (_RATE, _AUX, (_DAMPING[0], _DAMPING[1][:1]), _DECAY),
 }
 
 

@@ -1,4 +1,4 @@
-"""The stages of the recipes: the search, the runs that count, the head-to-head grid and the cost of a step.
+"""The stages of the recipes: the search, the runs that count and the cost of a step.
 
 Every run is a line of ``recipes.csv``, written as it comes; a run that is there is not made again, so that what was cut
 goes on where it stood. Runs go one after the other in this process.
@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 
 import torch
+from torch import Tensor, nn
 
 from consequentialism.errors import need
 from consequentialism.experiments.data import Samples
-from consequentialism.experiments.settings import Schedule, Trial
-from consequentialism.experiments.train import Run, clock_for, step_count, timed_step, training
+from consequentialism.experiments.settings import Schedule
+from consequentialism.experiments.train import batches, class_loss, clock_for, step_count, timed_step
 
 from .. import table
 from ..environment import Environment, environment
-from .recipes import EVALUATIONS, PLACINGS, RECIPES, START, Recipe, Setting, prepare, trials
+from .recipes import EVALUATIONS, RECIPES, START, Recipe, Setting, prepare, trials
 
 SEARCH_SEED = 100
-GRID_SEEDS = (0, 1)
 PROBE = 256  # training samples of which the loss is reported
+PIECE = 64  # samples that are evaluated at once
 FILE = "recipes.csv"
 TIMES = "recipe_times.csv"
-EXPONENTS = (0.125, 0.25, 0.5, 1.0)
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
-REFRESHES = (1, 10, 50, 200)
-MEMORIES = (0.0, 0.9, 0.95, 0.99)
-BLOCKS = (64, 128, 512)  # the widest input of nanoGPT's layers is 512: that is no cut at all
-GRID_TASK = "nanogpt"
-GRID_OPTIMIZERS = ("coordinates-adamw", "coordinates-muon")
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class RecipeRow(Environment):
     steps: int
     score: float  # validation loss, or accuracy, after the last step; infinity or 0 where it diverged
     train_loss: float  # likewise, on training samples
-    scores: str  # of all evaluations, one every twentieth of the steps, the first before any
+    scores: str  # of all evaluations, evenly spread, the first before any step; infinity or 0 once it diverged
 
     @property
     def setting(self) -> Setting:
@@ -67,7 +62,7 @@ class RecipeRow(Environment):
     def curve(self) -> list[tuple[float, float]]:
         """Steps and scores."""
         found = [float(score) for score in self.scores.split()]
-        return [(self.steps * k / EVALUATIONS, score) for k, score in enumerate(found)]
+        return [(self.steps * k / (len(found) - 1), score) for k, score in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -122,47 +117,66 @@ def better(recipe: Recipe, rows: Sequence[RecipeRow]) -> RecipeRow:
     return min(rows, key=lambda row: row.score if recipe.by_loss else -row.score)
 
 
-def row_of(bench: Bench, task: str, setting: Setting, seed: int) -> RecipeRow:
-    """A run's row: the one that is there, or that of a run now, which is added to the file."""
+def rows_in(folder: Path, file: str = FILE) -> list[RecipeRow]:
+    """The lines of a file; none where there is no such file."""
+    path = folder / file
+    return table.read(path, RecipeRow) if path.exists() else []
+
+
+def row_of(
+    bench: Bench,
+    task: str,
+    setting: Setting,
+    seed: int,
+    evaluations: int = EVALUATIONS,
+    steps: int | None = None,
+    file: str = FILE,
+) -> RecipeRow:
+    """A run's row: the one that is there, or that of a run now, which is added to the file.
+
+    Args:
+        bench: See there.
+        task: Its name.
+        setting: The optimizer's.
+        seed: Of the initial weights and the order of the batches.
+        evaluations: After the one before any step; the last is after the last step.
+        steps: Of the schedule; None: ``bench.budget``.
+        file: In ``bench.out``.
+    """
     recipe = RECIPES[task]
-    steps = bench.budget(recipe)
-    path = bench.out / FILE
-    for row in table.read(path, RecipeRow) if path.exists() else []:
+    steps = bench.budget(recipe) if steps is None else steps
+    for row in rows_in(bench.out, file):
         if (row.task, row.setting, row.seed, row.steps) == (task, setting, seed, steps):
             return row
-    row = _train(bench, recipe, setting, seed, steps)
-    table.append(row, RecipeRow, path)
+    row = _train(bench, recipe, setting, seed, steps, evaluations)
+    table.append(row, RecipeRow, bench.out / file)
     return row
 
 
-def _train(bench: Bench, recipe: Recipe, setting: Setting, seed: int, steps: int) -> RecipeRow:
+def _train(bench: Bench, recipe: Recipe, setting: Setting, seed: int, steps: int, evaluations: int) -> RecipeRow:
     data, classes = bench.data(recipe)
-    run = Run(Trial(setting.optimizer, setting.lr, setting.damping), seed)
+    problem = recipe.problem(classes)
+    model = problem.build(seed).to(bench.device)
+    step = prepare(model, setting, problem.loss, recipe, steps, seed)
     epochs = math.ceil(steps / step_count(len(data.train_x), Schedule(1, recipe.batch_size, 1), 1))
-    schedule = Schedule(epochs, recipe.batch_size, steps // EVALUATIONS)
-    losses: list[float] = []
-    progress = training(
-        run,
-        recipe.problem(classes),
-        data,
-        schedule,
-        lambda model, trial, loss: prepare(model, setting, loss, recipe, steps, seed),
-        PROBE,
-    )
-    label = f"{recipe.name} {setting.optimizer} {setting.lr:g}"
-    bar = need("tqdm").tqdm(total=steps, desc=label, mininterval=5.0, leave=False)
-    while len(losses) < steps:
+    order = batches(len(data.train_x), Schedule(epochs, recipe.batch_size, steps), seed)
+    scores = [_score(recipe, model, data.test_x, data.test_y)]
+    bar = need("tqdm").tqdm(total=steps, desc=f"{recipe.name} {setting.optimizer}", mininterval=5.0, leave=False)
+    for taken, rows in enumerate(islice(order, steps), 1):
         try:
-            losses.append(next(progress))
+            loss = step(data.train_x[rows.to(bench.device)], data.train_y[rows.to(bench.device)]).item()
         except torch.linalg.LinAlgError:
-            losses.append(math.inf)
-        bar.update()
-        if not math.isfinite(losses[-1]):
+            loss = math.inf
+        if not math.isfinite(loss):
             break
+        bar.update()
+        if taken * evaluations % steps == 0:
+            scores.append(_score(recipe, model, data.test_x, data.test_y))
     bar.close()
-    scores = run.test_loss if recipe.by_loss else run.test_accuracy
     worst = math.inf if recipe.by_loss else 0.0
-    finished = len(losses) == steps and math.isfinite(losses[-1])
+    finished = len(scores) == evaluations + 1 and math.isfinite(scores[-1])
+    train_loss = _evaluated(model, data.train_x[:PROBE], data.train_y[:PROBE])[0] if finished else math.inf
+    scores += [worst] * (evaluations + 1 - len(scores))
     return RecipeRow(
         **asdict(environment(torch.device(bench.device).type)),
         task=recipe.name,
@@ -170,9 +184,24 @@ def _train(bench: Bench, recipe: Recipe, setting: Setting, seed: int, steps: int
         seed=seed,
         steps=steps,
         score=scores[-1] if finished else worst,
-        train_loss=run.train_loss[-1] if finished else math.inf,
+        train_loss=train_loss,
         scores=" ".join(f"{score:.4g}" for score in scores),
     )
+
+
+def _score(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor) -> float:
+    loss, accuracy = _evaluated(model, x, y)
+    return loss if recipe.by_loss else accuracy
+
+
+@torch.no_grad()
+def _evaluated(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean loss, infinity where it is not finite, and the share of classes that are right."""
+    model.eval()
+    scores = torch.cat([model(piece) for piece in x.split(PIECE)])
+    model.train()
+    loss = class_loss(scores, y).item()
+    return loss if math.isfinite(loss) else math.inf, (scores.argmax(-1) == y).double().mean().item()
 
 
 def tune(bench: Bench) -> None:
@@ -189,17 +218,15 @@ def _search(bench: Bench, task: str, name: str) -> None:
         return better(RECIPES[task], rows).setting
 
     for setting in trials(name, best, bench.most):
-        rows.append(row_of(bench, task, setting, SEARCH_SEED))
+        rows.append(row_of(bench, task, setting, SEARCH_SEED, evaluations=1))
 
 
 def searched(bench: Bench, task: str) -> dict[str, Setting]:
     """The best setting of each optimizer that was searched with these steps."""
-    path = bench.out / FILE
     recipe, found = RECIPES[task], {}
-    rows = table.read(path, RecipeRow) if path.exists() else []
+    rows = rows_in(bench.out)
     for name in bench.optimizers:
         own = [row for row in rows if _is_of(row, task, name, SEARCH_SEED, bench.budget(recipe))]
-        own = [row for row in own if row.placing != "before"]
         if own:
             found[name] = better(recipe, own).setting
     return found
@@ -216,30 +243,6 @@ def run(bench: Bench) -> None:
         for seed in range(bench.seeds):
             for setting in best.values():
                 row_of(bench, task, setting, seed)
-
-
-def grid_settings() -> Iterator[Setting]:
-    """The head-to-head grid: exponent, damping and placing, then what else there is, each with the defaults of the
-    rest."""
-    starts = [START[name] for name in GRID_OPTIMIZERS]
-    change = dataclasses.replace
-    for exponent in EXPONENTS:
-        for damping in DAMPINGS:
-            for placing in PLACINGS:
-                for start in starts:
-                    yield change(start, exponent=exponent, damping=damping, placing=placing)
-    for start in starts:
-        yield from (change(start, refresh_every=refresh) for refresh in REFRESHES)
-        yield from (change(start, memory=memory) for memory in MEMORIES)
-        yield from (change(start, block=block) for block in BLOCKS)
-
-
-def grid(bench: Bench) -> None:
-    """The head-to-head grid on nanoGPT, two seeds."""
-    if GRID_TASK in bench.tasks:
-        for seed in GRID_SEEDS:
-            for setting in grid_settings():
-                row_of(bench, GRID_TASK, setting, seed)
 
 
 def cost(bench: Bench) -> None:
@@ -284,4 +287,4 @@ def _costs(bench: Bench, task: str) -> list[RecipeTimeRow]:
     ]
 
 
-STAGES = {"tune": tune, "run": run, "cost": cost, "grid": grid}
+STAGES = {"tune": tune, "run": run, "cost": cost}

@@ -1,0 +1,102 @@
+"""What the report says of the head-to-head grid, from its CSV file alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from ..markdown import markdown, where
+from . import head_to_head, whole
+from .head_to_head import BLOCKS, DAMPINGS, EXPONENTS, MEMORIES, OPTIMIZERS, PLAIN, REFRESHES, SEEDS, TASK, runs
+from .recipes import LABELS, PLACINGS, RECIPES, START, Placing
+from .whole import RecipeRow
+
+PICTURE = "grid.png"
+Point = tuple[Placing, float, float]  # placing, exponent, damping
+
+
+def rows(folder: Path) -> list[RecipeRow]:
+    """The runs that count, of the longest schedule that was run; none where there is no such file."""
+    found = [row for row in whole.rows_in(folder, head_to_head.FILE) if row.seed in SEEDS]
+    return [row for row in found if row.steps == max(one.steps for one in found)]
+
+
+def points(name: str, found: Sequence[RecipeRow]) -> Iterator[tuple[Point, float]]:
+    """The points of an optimizer's grid that were run and their final losses, means over the seeds."""
+    for placing in PLACINGS:
+        for exponent in EXPONENTS:
+            for damping in DAMPINGS:
+                loss = mean_loss(runs(found, name, placing=placing, exponent=exponent, damping=damping))
+                if not math.isnan(loss):
+                    yield (placing, exponent, damping), loss
+
+
+def mean_loss(some: Sequence[RecipeRow]) -> float:
+    """Infinity where one of the runs diverged, NaN where there are none."""
+    return mean(row.score for row in some) if some else math.nan
+
+
+def text(folder: Path, pictures: str) -> list[str]:
+    """The section: a table an optimizer, one for each of the rest, and the picture."""
+    found = rows(folder)
+    if not found:
+        return []
+    steps, seeds = found[0].steps, len({row.seed for row in found})
+    parts = [
+        "## Exponent, damping and placing, head to head",
+        f'`make bench-train ARGS="--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"`; '
+        f"{RECIPES[TASK].title}, a schedule of {steps:,} steps; {where(found)}. Final validation loss, mean of "
+        f"{seeds} seeds; in brackets those of fewer. Diverged: a loss of one of them was not finite. Around: `g S` "
+        "goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied as it is. The "
+        "rate of each optimizer, placing and exponent comes from a walk over octaves "
+        f"on half of the steps at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same "
+        "walk; auxiliary rate and weight decay are those that the searches above begin with.",
+    ]
+    for name in OPTIMIZERS:
+        headings = (f"{LABELS[name]}: placing, exponent", "lr", *(f"damping {damping:g}" for damping in DAMPINGS))
+        lines = []
+        for placing in PLACINGS:
+            for exponent in EXPONENTS:
+                cells = [runs(found, name, placing=placing, exponent=exponent, damping=d) for d in DAMPINGS]
+                rates = dict.fromkeys(f"{row.lr:g}" for some in cells for row in some)
+                lines.append((f"{placing}, {exponent:g}", ", ".join(rates), *(_cell(some, seeds) for some in cells)))
+        parts += [markdown(headings, lines), _verdict(name, found)]
+    for field, values in (("refresh_every", REFRESHES), ("memory", MEMORIES), ("block", BLOCKS)):
+        lines = [
+            (LABELS[name], *(_cell(runs(found, name, **{field: v}), seeds) for v in values)) for name in OPTIMIZERS
+        ]
+        if any(cell for line in lines for cell in line[1:]):
+            parts.append(markdown((f"`{field}`", *(f"{value:g}" for value in values)), lines))
+    return [*parts, f"![Validation loss by exponent, damping and placing]({pictures}/{PICTURE})"]
+
+
+def _cell(some: Sequence[RecipeRow], seeds: int) -> str:
+    loss = mean_loss(some)
+    if math.isnan(loss):
+        return ""
+    shown = f"{loss:.3f}" if math.isfinite(loss) else "diverged"
+    return shown if len(some) == seeds else f"({shown})"
+
+
+def _verdict(name: str, found: Sequence[RecipeRow]) -> str:
+    """The best point, whether it lies at a border, and where the plain optimizer and the default stand."""
+    start = START[name]
+    all_points = dict(points(name, found))
+    best = min(all_points, key=lambda point: all_points[point])
+    borders = [
+        f"{field} {value:g}"
+        for field, value, values in (("exponent", best[1], EXPONENTS), ("damping", best[2], DAMPINGS))
+        if value in (values[0], values[-1])
+    ]
+    plain = mean_loss([row for row in found if row.optimizer == PLAIN[name]])
+    default = mean_loss(runs(found, name))
+    better = sum(loss < default for loss in all_points.values())
+    return (
+        f"{LABELS[PLAIN[name]]} alone: {plain:.3f}. Best: {best[0]}, exponent {best[1]:g}, damping {best[2]:g}, "
+        f"{all_points[best]:.3f}, "
+        + (f"at the grid's border ({', '.join(borders)})" if borders else "within the grid")
+        + f". The package's default, {start.placing}, exponent {start.exponent:g}, damping {start.damping:g}: "
+        f"{default:.3f}; {better} of the other points are better."
+    )

@@ -1,0 +1,88 @@
+"""The head-to-head grid on nanoGPT: exponent, damping and placing of the coordinates; then how often they are
+refreshed, their memory and their blocks, one at a time.
+
+Everybody's rate is found by a walk over octaves on half of the steps, with a seed of its own: that of a plain
+optimizer, and in coordinates that of each placing and exponent. Every run is a line of ``head_to_head.csv``, written as
+it comes; a run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+from . import whole
+from .recipes import PLACINGS, START, Setting
+from .whole import SEARCH_SEED, Bench, RecipeRow
+
+FILE = "head_to_head.csv"
+TASK = "nanogpt"
+OPTIMIZERS = ("coordinates-adamw", "coordinates-muon")
+PLAIN = {"coordinates-adamw": "adamw", "coordinates-muon": "muon"}
+SEEDS = (0, 1)
+EXPONENTS = (0.125, 0.25, 0.5, 1.0)
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+TUNED_DAMPING = 0.1  # the rates' walk is at the middle one
+REFRESHES = (1, 10, 50, 200)
+MEMORIES = (0.0, 0.9, 0.95, 0.99)
+BLOCKS = (64, 128, 256, 512)  # the widest input of nanoGPT's layers is 512: that is no cut at all
+
+
+def measure(bench: Bench) -> None:
+    """All of it, a seed after the other; the plain optimizers first."""
+    if TASK in bench.tasks:
+        for seed in SEEDS[: bench.seeds]:
+            for setting in settings():
+                whole.row_of(bench, TASK, at_its_rate(bench, setting), seed, evaluations=1, file=FILE)
+
+
+def settings() -> Iterator[Setting]:
+    """What is compared, at the rate that each optimizer's search begins with."""
+    yield from (START[PLAIN[name]] for name in OPTIMIZERS)
+    change = dataclasses.replace
+    starts = [START[name] for name in OPTIMIZERS]
+    seen = {change(start, exponent=s, damping=c, placing=where): None
+            for s in EXPONENTS for c in DAMPINGS for where in PLACINGS for start in starts}  # fmt: skip
+    for start in starts:
+        seen |= dict.fromkeys(change(start, refresh_every=refresh) for refresh in REFRESHES)
+        seen |= dict.fromkeys(change(start, memory=memory) for memory in MEMORIES)
+        seen |= dict.fromkeys(change(start, block=block) for block in BLOCKS)
+    yield from seen
+
+
+def at_its_rate(bench: Bench, setting: Setting) -> Setting:
+    """The setting with the best rate of a walk: halved while that is better, or else doubled while that is better."""
+    start = START[setting.optimizer]
+    if setting.placing is not None:
+        start = dataclasses.replace(start, exponent=setting.exponent, placing=setting.placing, damping=TUNED_DAMPING)
+
+    def score(lr: float) -> float:
+        tried = dataclasses.replace(start, lr=lr)
+        steps = bench.budget(whole.RECIPES[TASK]) // 2
+        return whole.row_of(bench, TASK, tried, SEARCH_SEED, evaluations=1, steps=steps, file=FILE).score
+
+    return dataclasses.replace(setting, lr=walk(start.lr, score))
+
+
+def walk(lr: float, score: Callable[[float], float]) -> float:
+    """The rate with the lowest score among octaves of ``lr``, the first valley downhill from it."""
+    for factor in (0.5, 2.0):
+        moved = False
+        while score(lr * factor) < score(lr):
+            lr, moved = lr * factor, True
+        if moved:
+            break
+    return lr
+
+
+def runs(rows: Iterable[RecipeRow], optimizer: str, **chosen: object) -> list[RecipeRow]:
+    """The runs that count of an optimizer, with these values and the defaults of the rest; whatever their rate."""
+    fields = ("exponent", "damping", "placing", "refresh_every", "memory", "block")
+    wanted = {field: getattr(START[optimizer], field) for field in fields} | chosen
+    return [
+        row
+        for row in rows
+        if row.optimizer == optimizer
+        and row.seed in SEEDS
+        and all(getattr(row, field) == value for field, value in wanted.items())
+    ]
