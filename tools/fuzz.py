@@ -268,6 +268,14 @@ def embedding(config: Configuration) -> list[str]:
     return compared(config, own, bound_of(config, 0, 0) + 1e-6, lambda: {"dw": gradient(errors)})
 
 
+def exact_root(parts: list[Tensor], damping: float) -> Tensor:
+    """``S = (A + c I)^(-1/2)`` in float64, its Gram of batches of rows ``[N, I]`` in their type."""
+    columns = parts[0].shape[1]
+    moment = sum(rows.T @ rows for rows in parts).double() / max(sum(map(len, parts)), 1)
+    t = moment.trace() / columns
+    return eigen_power(moment / t, damping, 0.5) / t.sqrt() if t > 0 else torch.eye(columns, dtype=F64)
+
+
 def emended(config: Configuration) -> list[str]:
     """A step of SGD without memory, over one batch or two, against ``W - lr [g | g_b] S S`` in float64."""
     shape, damping = config.shape, config.options["damping"]
@@ -286,24 +294,22 @@ def emended(config: Configuration) -> list[str]:
         x = torch.randn(*shape["leading"], shape["inputs"], dtype=config.dtype) * (1 + part)
         x = laid_out(x, config.layout).detach().requires_grad_(config.wanted[0])
         ran(config, layer, x)
-        gathered.append(x.detach().reshape(-1, shape["inputs"]).double())
+        gathered.append(x.detach().reshape(-1, shape["inputs"]))
     optimizer.step()
     with_bias = shape["bias"] and config.wanted[2]
-    rows = with_ones(torch.cat(gathered), with_bias)
+    parts = [with_ones(rows, with_bias) for rows in gathered]
     gradient = join(layer.weight.grad, layer.bias.grad if with_bias else None)
-    columns = rows.shape[1]
-    moment = rows.T @ rows / max(len(rows), 1)
-    t = moment.trace() / columns
-    root = eigen_power(moment / t, damping, 0.5) / t.sqrt() if t > 0 else torch.eye(columns, dtype=F64)
+    root = exact_root([rows.double() for rows in parts], damping)
     expected = -0.1 * gradient @ root @ root
-    rounded = root.to(config.dtype)  # the same expression in plain PyTorch at that type
+    # The same expression in plain PyTorch at that type. Of many equal rows the Gram's own rounding is not small.
+    rounded = exact_root(parts, damping).to(config.dtype)
     plain = -0.1 * (gradient.to(config.dtype) @ rounded @ rounded)
     changes = [p.detach().double() - old.double() for p, old in zip(layer.parameters(), before, strict=True)]
     change = join(changes[0], changes[1] if with_bias else None)
     rounding = torch.finfo(config.dtype).eps * sum(old.double().norm().item() for old in before)
     bound = FACTOR * error_of(plain, expected) + 1e-6 + 2 * rounding / max(expected.norm().item(), 1e-30)
     if config.dtype == F32:
-        bound += ROOT_FACTOR * (1 + columns / damping) * torch.finfo(F32).eps
+        bound += ROOT_FACTOR * (1 + len(root) / damping) * torch.finfo(F32).eps
     error = error_of(change, expected)
     return [] if error <= bound else [f"change: relative error {error:.3g}, allowed {bound:.3g}"]
 
