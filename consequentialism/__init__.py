@@ -9,7 +9,6 @@ Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 
 from typing import TYPE_CHECKING, Any
 
-from . import optim
 from .backend import compiled as ops  # noqa: F401  (`consequentialism.ops`, the name that README gives)
 from .backend import reference
 from .backend.dispatch import backends
@@ -27,15 +26,17 @@ from .options import Options
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import optim
     from .insight.diagnose import diagnose
     from .insight.find_damping import find_damping
     from .insight.monitor import Monitor
 
-_INSIGHT = {
-    "Monitor": "monitor",
-    "diagnose": "diagnose",
-    "find_damping": "find_damping",
-}  # imported when first asked for
+_LATE = {  # imported when first asked for
+    "Monitor": ".insight.monitor",
+    "diagnose": ".insight.diagnose",
+    "find_damping": ".insight.find_damping",
+    "optim": ".optim",
+}
 
 __all__ = [
     "Conv1d",
@@ -70,14 +71,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _INSIGHT:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(f".insight.{_INSIGHT[name]}", __name__), name)
-    globals()[name] = value
+    module = importlib.import_module(_LATE[name], __name__)
+    globals()[name] = value = module if name == "optim" else getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_INSIGHT})
+    return sorted({*globals(), *_LATE})

@@ -172,9 +172,11 @@ after = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enable
 assert before == after, (before, after)
 assert torch.equal(state, torch.get_rng_state())
 import sys
-late = [name for name in sys.modules if name.startswith(("consequentialism.insight", "matplotlib"))]
+late = ("consequentialism.insight", "consequentialism.optim", "matplotlib")
+late = [name for name in sys.modules if name.startswith(late)]
 assert not late, late
-assert "diagnose" in dir(consequentialism)
+assert {"diagnose", "optim"} <= set(dir(consequentialism))
+assert consequentialism.optim.Emended.__module__ == "consequentialism.optim.emended"
 """
     finished = run(code, PACKAGE.parent)
     assert finished.returncode == 0, finished.stderr
