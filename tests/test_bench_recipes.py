@@ -126,18 +126,18 @@ def test_nanogpt_sees_no_later_character() -> None:
     assert model.head.weight is model.characters.weight
 
 
-def test_every_optimizer_has_eight_different_trials_with_the_package_defaults_first() -> None:
-    for name in START:
-        given = list(trials(name, lambda some: some[-1], 8))
+def test_every_optimizer_has_eight_different_trials_the_package_defaults_first() -> None:
+    for recipe, name in itertools.product(RECIPES.values(), START):
+        given = list(trials(recipe, name, lambda some: some[-1], 8))
         assert len(given) == 8 == len(set(given))
-        assert given[0] == START[name]
-        assert {field for field, _ in KNOBS[recipes.chosen_by(name)]} >= {"lr", "weight_decay"}
-        assert len(list(trials(name, lambda some: some[0], 3))) == 3
+        assert given[0] == dataclasses.replace(START[name], lr=recipe.rates.get(name, START[name].lr))
+        assert {field for field, _ in KNOBS[name]} >= {"lr", "weight_decay"}
+        assert len(list(trials(recipe, name, lambda some: some[0], 3))) == 3
     assert START.keys() == LABELS.keys()
 
 
 def test_a_knob_is_turned_from_the_best_so_far() -> None:
-    given = list(trials("muon", lambda some: min(some, key=lambda s: abs(s.lr - 0.016)), 8))
+    given = list(trials(RECIPES["nanogpt"], "muon", lambda some: min(some, key=lambda s: abs(s.lr - 0.016)), 8))
     assert [s.lr for s in given] == [0.008, 0.004, 0.016, 0.016, 0.016, 0.016, 0.016, 0.0112]
     assert [s.aux_lr for s in given[3:5]] == [0.001, 0.004]
 

@@ -121,7 +121,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
         out=plan.out,
         device=plan.device,
         tasks=tuple(name for name in asked if name in recipes.RECIPES and name not in without),
-        optimizers=tuple(name for name in recipes.START if recipes.chosen_by(name) in plan.optimizers),
+        optimizers=tuple(name for name in recipes.START if name in plan.optimizers),
         steps=chosen.steps,
         seeds=plan.seeds,
         most=chosen.trials or plan.grid,

@@ -10,7 +10,7 @@ from statistics import median
 from .. import table
 from ..markdown import markdown, number, where
 from . import grid_report, step_cost, whole
-from .recipes import EVALUATIONS, LABELS, LEAN, RECIPES, START, Recipe
+from .recipes import EVALUATIONS, LABELS, RECIPES, START, Recipe
 from .step_cost import StepCostRow
 from .whole import SEARCH_SEED, RecipeRow, RecipeTimeRow
 
@@ -30,7 +30,7 @@ def text(folder: Path, pictures: str) -> list[str]:
             "weight decay, and in coordinates the damping. Steps to another's end are those of the first of twenty "
             "evaluations that is as good, each on the schedule of its own; a shorter schedule would get there sooner. "
             "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "
-            f"Lean: refreshed every {LEAN['refresh_every']} steps, blocks of {LEAN['block']}. CIFAR-10 is 12,000 of "
+            "CIFAR-10 is 12,000 of "
             "its training images, as JPEG, whose pixels differ slightly from the binary release.",
         ]
     for task in dict.fromkeys(row.task for row in found):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class Recipe:
         by_loss: Whether the validation loss counts, else the accuracy.
         flips: Whether images are mirrored at random.
         mark: A published score, and where.
+        rates: That a search begins with, where it is another than `START`'s.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Recipe:
     by_loss: bool = False
     flips: bool = False
     mark: tuple[float, str] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def problem(self, classes: int) -> Problem:
         """The network and its loss."""
@@ -87,7 +89,17 @@ RECIPES: dict[str, Recipe] = {
             by_loss=True,
             mark=(1.88, "nanoGPT's README, 2,000 steps of AdamW"),
         ),
-        Recipe("vit", "ViT, CIFAR-10", find_cifar, _cifar, lambda k: ViT(32, 4, 96, 4, 4, k), 64, 1120, flips=True),
+        Recipe(
+            "vit",
+            "ViT, CIFAR-10",
+            find_cifar,
+            _cifar,
+            lambda k: ViT(32, 4, 96, 4, 4, k),
+            64,
+            1120,
+            flips=True,
+            rates={"adamw": 0.001, "soap": 0.001, "coordinates-adamw": 0.001, "muon": 0.004, "coordinates-muon": 0.004},
+        ),
         Recipe(
             "resnet-cifar",
             "residual network, CIFAR-10",
@@ -138,15 +150,6 @@ def _coordinates(name: str, lr: float, exponent: float, **changes: Any) -> Setti
     return dataclasses.replace(defaults, **changes)
 
 
-LEAN_END = "-lean"
-LEAN: dict[str, Any] = {"refresh_every": 50, "block": 128}  # what makes a step cheaper
-
-
-def chosen_by(name: str) -> str:
-    """The name on the command line: the lean forms go with the others."""
-    return name.removesuffix(LEAN_END)
-
-
 START: dict[str, Setting] = {
     "nag": Setting("nag", 0.1, weight_decay=1e-3),
     "adamw": Setting("adamw", 0.004),
@@ -154,9 +157,7 @@ START: dict[str, Setting] = {
     "soap": Setting("soap", 0.004),
     "coordinates-nag": _coordinates("coordinates-nag", 0.1, 0.5, weight_decay=1e-3),
     "coordinates-adamw": _coordinates("coordinates-adamw", 0.004, 0.5),
-    "coordinates-adamw-lean": _coordinates("coordinates-adamw-lean", 0.004, 0.5, **LEAN),
     "coordinates-muon": _coordinates("coordinates-muon", 0.008, 0.25, aux_lr=0.002),
-    "coordinates-muon-lean": _coordinates("coordinates-muon-lean", 0.008, 0.25, aux_lr=0.002, **LEAN),
 }
 LABELS = {
     "nag": "NAG",
@@ -165,9 +166,7 @@ LABELS = {
     "soap": "SOAP",
     "coordinates-nag": "NAG in coordinates",
     "coordinates-adamw": "AdamW in coordinates",
-    "coordinates-adamw-lean": "AdamW in coordinates, lean",
     "coordinates-muon": "Muon in coordinates",
-    "coordinates-muon-lean": "Muon in coordinates, lean",
 }
 # What is tried after the first setting, one knob after the other, as factors of what was best so far: seven trials for
 # each, the first setting is the eighth. The first four turn the rate, and the second knob where there is one.
@@ -189,23 +188,23 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
 }
 
 
-def trials(name: str, best: Callable[[list[Setting]], Setting], most: int) -> Iterator[Setting]:
+def trials(recipe: Recipe, name: str, best: Callable[[list[Setting]], Setting], most: int) -> Iterator[Setting]:
     """The settings of an optimizer's search; ``best`` is asked for the best of those given so far."""
-    given = [START[name]]
+    given = [dataclasses.replace(START[name], lr=recipe.rates.get(name, START[name].lr))]
     yield given[0]
-    for field, factors in KNOBS[chosen_by(name)]:
+    for knob, factors in KNOBS[name]:
         centre = best(given)
         for factor in factors:
             if len(given) == most:
                 return
-            changed: dict[str, Any] = {field: float(f"{getattr(centre, field) * factor:.3g}")}
+            changed: dict[str, Any] = {knob: float(f"{getattr(centre, knob) * factor:.3g}")}
             given.append(dataclasses.replace(centre, **changed))
             yield given[-1]
 
 
 def optimizers(model: nn.Module, setting: Setting) -> list[Any]:
     """The optimizer, or the two, of a setting: what has ``step``, ``zero_grad`` and ``param_groups``."""
-    name = chosen_by(setting.optimizer).removeprefix("coordinates-")
+    name = setting.optimizer.removeprefix("coordinates-")
     where = coordinates(setting)
     if name == "muon":
         aux = {"lr": setting.aux_lr, "betas": (0.9, 0.99), "weight_decay": 0.0}

@@ -217,7 +217,7 @@ def _search(bench: Bench, task: str, name: str) -> None:
     def best(given: list[Setting]) -> Setting:
         return better(RECIPES[task], rows).setting
 
-    for setting in trials(name, best, bench.most):
+    for setting in trials(RECIPES[task], name, best, bench.most):
         rows.append(row_of(bench, task, setting, SEARCH_SEED, evaluations=1))
 
 
