@@ -18,7 +18,7 @@ from consequentialism.experiments.settings import PREFIX
 from . import table
 from .case import OK, Row
 from .markdown import markdown, number, where
-from .train import draw, recipe_report, show, starts
+from .train import defaults, draw, recipe_report, show, starts
 from .train.claims import (
     BATCH_SIZES,
     LEARNT,
@@ -268,6 +268,7 @@ def _training(folder: Path) -> list[str]:
             f"To {show.target(task)}; batches of {task.batch_size}, at most {task.steps} steps.",
             markdown(show.HEADINGS, [show.cells(line, task) for line in lines]),
         ]
+    parts += defaults.text(folder)
     reasons = dict.fromkeys(f"- {METHODS[s.optimizer].label}, {TASKS[s.task].title}: {s.reason}" for s in skips)
     parts += ["### Who did not take part", "\n".join([*reasons, *(f"- {reason}" for reason in NEVER.values())])]
     if (folder / "sweep.csv").exists():

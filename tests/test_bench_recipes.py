@@ -254,6 +254,16 @@ def test_a_share_is_that_of_the_first_evaluation_as_good_as_the_others_end() -> 
     assert math.isnan(recipe_report.share(recipe, [slow], [row("muon", falling, seed=1)]))
 
 
+def test_a_best_value_at_the_border_of_the_search_is_told() -> None:
+    rows = [
+        row("muon", [2.0, score], whole.SEARCH_SEED, lr=lr, aux_lr=aux)
+        for score, lr, aux in ((1.5, 0.004, 0.002), (1.2, 0.008, 0.002), (1.1, 0.008, 0.004), (1.3, 0.016, 0.002))
+    ]
+    assert recipe_report.borders(rows, "muon") == ["auxiliary lr 0.004"]
+    assert recipe_report.borders(rows[:2], "muon") == ["lr 0.008"]
+    assert recipe_report.borders(rows[:1], "muon") == []
+
+
 def test_the_grid_holds_every_point_once() -> None:
     settings = list(head_to_head.settings())
     head = 2 * len(head_to_head.EXPONENTS) * len(head_to_head.DAMPINGS) * len(recipes.PLACINGS)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from bench import report, table
 from bench.environment import environment
-from bench.train import claims, show, work
+from bench.train import claims, defaults, show, work
 from bench.train.__main__ import main
 from bench.train.methods import METHODS, TRIALS, Method, missing
 from bench.train.rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
 from bench.train.tasks import PROFILES, Task
 from bench.train.text import ALPHABET, python_help
-from bench.train.tune import final_score, first_reached, jump, search, train
+from bench.train.tune import Outcome, final_score, first_reached, jump, search, train
 from bench.train.work import Plan
 from consequentialism.experiments.data import Samples
 from consequentialism.experiments.methods import Loss, Step
@@ -347,6 +347,37 @@ def test_readme_figures_stand_between_the_marks() -> None:
     assert report.with_figures(text, "new") == text
     with pytest.raises(report.UserError, match="marks"):
         report.with_figures("no marks", "new")
+
+
+def test_the_default_damping_is_searched_once_and_told_beside_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = {"emended-sgd": [(0.5, None), (1.0, 30)], "emended-nag": [(0.1, None)]}
+    asked = []
+
+    def found(of: Task, method: Method, data: Samples, trials: list[Trial]) -> tuple[Trial, list[Outcome]]:
+        asked.append(method.name)
+        assert {trial.damping for trial in trials} == {defaults.DAMPING} == {1.0}
+        assert len(trials) == 4
+        return trials[0], [
+            Outcome(
+                Run(Trial(method.name, lr, 1.0), 0, test_accuracy=[0.5]), [1.0], steps, "reached" if steps else "budget"
+            )
+            for lr, steps in outcomes[method.name]
+        ]
+
+    monkeypatch.setattr(defaults, "search", found)
+    plan = Plan(("digits",), ("sgd", *outcomes), "cpu", tmp_path, 1, 8, 1, 1, tmp_path)
+    for _ in range(2):
+        defaults.measure(plan)
+    assert asked == list(outcomes)
+    row = table.read(tmp_path / defaults.FILE, GridRow)[0]
+    won = [dataclasses.replace(row, optimizer=name, damping=0.3, steps=40, end="reached") for name in outcomes]
+    table.write(won, GridRow, tmp_path / "grid.csv")
+    text = "\n".join(defaults.text(tmp_path))
+    assert "| emended SGD | 30 (40, 0.3) |" in text
+    assert "| emended NAG | not reached (40, 0.3) |" in text
+    assert "In 1 of 2 cases the default takes no more steps, in 1 it misses" in text
 
 
 def test_readme_and_report_are_what_the_csv_files_give() -> None:

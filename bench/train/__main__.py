@@ -13,14 +13,14 @@ from consequentialism.demo.report import prepare_folder
 from consequentialism.errors import Parser, UserError, need
 
 from ..environment import slug
-from . import head_to_head, recipes, step_cost, whole
+from . import defaults, head_to_head, recipes, step_cost, whole
 from .methods import METHODS, NEVER, TRIALS
 from .rows import SkipRow
 from .show import print_tables
 from .tasks import PROFILES, QUICK, TASKS
 from .work import STAGES, Plan, skipped
 
-ASKED = ("grid", "step-cost")  # stages that run where they are named only
+ASKED = ("grid", "defaults", "step-cost")  # stages that run where they are named only
 ALL_STAGES = (*STAGES, *ASKED)
 
 
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
                     whole.STAGES[stage](bench)
             if "grid" in stages:
                 head_to_head.measure(bench)
+            if "defaults" in stages:
+                defaults.measure(plan)
             if "step-cost" in stages:
                 step_cost.measure(plan.out, plan.blocks, plan.device)
         finally:
@@ -83,7 +85,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
     add("--optimizer", action="append", choices=list(METHODS), metavar="NAME",
         help="repeatable; default: all of " + ", ".join(METHODS))  # fmt: skip
     add("--stage", action="append", choices=ALL_STAGES,
-        help=f"repeatable; run and cost read --out (default: all but {' and '.join(ASKED)})")  # fmt: skip
+        help=f"repeatable; run and cost read --out (default: all but {', '.join(ASKED)})")  # fmt: skip
     add("--device", choices=list(PROFILES), default="cpu", help="its tasks are larger on cuda (default: cpu)")
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--data", type=Path, help="folder with tinyshakespeare.txt, and CIFAR-10's binaries or cifar10-jpeg.tar.xz")

@@ -26,8 +26,10 @@ def text(folder: Path, pictures: str) -> list[str]:
         parts += [
             "## Tasks that outsiders know",
             '`make bench-train ARGS="--data FOLDER"`; cosine schedules with warm-up, clipping to a norm of 1. '
-            "Everybody may have eight trials, one knob after the other: the rate, the auxiliary rate of Muon's AdamW, "
-            "weight decay, and in coordinates the damping. Steps to another's end are those of the first of twenty "
+            "Everybody may have eight trials, with a seed of their own, one knob after the other: the rate, the "
+            "auxiliary rate of Muon's AdamW, in coordinates the damping, and weight decay; so many as the column says "
+            "were made. "
+            "Steps to another's end are those of the first of twenty "
             "evaluations that is as good, each on the schedule of its own; a shorter schedule would get there sooner. "
             "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "
             "CIFAR-10 is 12,000 of "
@@ -99,12 +101,27 @@ def _task(
             )
         )
     every = [row for some in runs.values() for row in some]
-    mark = "" if recipe.mark is None else f" Published: {recipe.mark[0]:g} ({recipe.mark[1]})."
-    return [
-        f"### {recipe.title}, {steps:,} steps",
-        f"Batches of {recipe.batch_size}; {where(every)}.{mark}",
-        markdown(headings, lines),
-    ]
+    notes = [f"Batches of {recipe.batch_size}; {where(every)}."]
+    if steps < recipe.steps:
+        notes.append(f"A short schedule: the task's own has {recipe.steps:,} steps.")
+    if recipe.mark is not None:
+        notes.append(f"Published: {recipe.mark[0]:g} ({recipe.mark[1]}).")
+    at_border = [f"{LABELS[name]}'s {which}" for name in runs for which in borders(own, name)]
+    if at_border:
+        notes.append(f"At the border of what was tried: {', '.join(at_border)}.")
+    return [f"### {recipe.title}, {steps:,} steps", " ".join(notes), markdown(headings, lines)]
+
+
+def borders(own: Sequence[RecipeRow], name: str) -> list[str]:
+    """Which values of an optimizer's best setting are the lowest or the highest that its search tried."""
+    tried = [row for row in own if row.optimizer == name and row.seed == SEARCH_SEED]
+    best = whole.better(RECIPES[tried[0].task], tried)
+    found = []
+    for knob, label in (("lr", "lr"), ("aux_lr", "auxiliary lr"), ("damping", "damping")):
+        values = {value for row in tried if (value := getattr(row, knob)) is not None}
+        if len(values) > 1 and getattr(best, knob) in (min(values), max(values)):
+            found.append(f"{label} {getattr(best, knob):g}")
+    return found
 
 
 def _score(recipe: Recipe, score: float) -> str:
