@@ -277,7 +277,7 @@ def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) 
 
 
 def damped_inverses_case(op: str, shape: Batch, dtype_name: str, device: Device) -> Case:
-    """Grams and inverses of `MATRICES` inputs ``[n, 2n]``: one by one, batched, and by torch's batches."""
+    """Grams and inverses of `MATRICES` inputs ``[n, 2n]``: one by one, and by torch's batches."""
     n = shape.order
 
     def inputs() -> tuple[Tensor]:
@@ -292,7 +292,7 @@ def damped_inverses_case(op: str, shape: Batch, dtype_name: str, device: Device)
         wide = xs.double()
         return list(_inverse64(wide @ wide.mT))
 
-    case = single_op_case(
+    return single_op_case(
         op,
         shape,
         dtype_name,
@@ -303,16 +303,3 @@ def damped_inverses_case(op: str, shape: Batch, dtype_name: str, device: Device)
         expected,
         Least(MATRICES * 3.0 * DTYPES[dtype_name].itemsize * n * n, MATRICES * 3.0 * n**3),
     )
-
-    def batched() -> Work:
-        (xs,) = inputs()
-        module = kernels("consequentialism", xs[0])
-        lists: tuple[list[bool], list[Form], list[bool]] = ([False] * MATRICES, ["dual"] * MATRICES, [False] * MATRICES)
-
-        def run() -> Any:
-            return module.emended_inputs(list(xs), *lists, *RAW)[0]
-
-        return Work(run, lambda: relative_error(run(), expected(xs)))
-
-    case.providers["batched"] = batched
-    return case

@@ -231,8 +231,6 @@ def network_case(op: str, shape: NetworkShape, dtype_name: str, device: Device) 
         for _, inputs, outputs, _ in shape.layers:
             layers += [kind(inputs, outputs, **make), nn.ReLU()]
         model = nn.Sequential(*layers[:-1])
-        if name == "batched":
-            cw.convert(model, batch_factors=True, backend=device.backend())
         x = torch.randn(shape.rows, shape.widths[0], **make)
         labels = torch.randint(shape.widths[-1], (shape.rows,), device=device.type)
         optimizer = sgd(model, device)
@@ -254,7 +252,6 @@ def network_case(op: str, shape: NetworkShape, dtype_name: str, device: Device) 
 
     kinds = linear_layers(device)
     chosen = {name: kinds[name] for name in ("plain", "consequentialism", "triton", "stock", "isaac")}
-    chosen["batched"] = kinds["plain"]
     size = DTYPES[dtype_name].itemsize
     return Case(
         op,

@@ -102,16 +102,6 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def keeps_graph() -> bool:
-    """Whether another backward through the same graph may follow the one that is running."""
-    return not backward_is_running() or torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def saves_through_hooks() -> bool:
-    """Whether hooks on saved tensors, such as checkpointing's, are set."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def forbid_derivative(gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients, whose own differentiation is an error with respect to whatever ``sources`` were computed from."""
     count = len(gradients) + len(sources)

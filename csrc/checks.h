@@ -58,12 +58,6 @@ inline void check_gram(const at::Tensor& gram) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "gram must be float32 or float64, got ", dtype);
 }
 
-inline void check_lists(size_t xs, size_t biases, size_t forms, size_t applied) {
-  TORCH_CHECK_VALUE(
-      xs == biases && xs == forms && xs == applied, "xs, biases, forms and applied must be equally long, got ", xs,
-      ", ", biases, ", ", forms, " and ", applied);
-}
-
 inline void check_weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
   check_x(rows);
   TORCH_CHECK_VALUE(

@@ -19,10 +19,6 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def(
       "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
       "-> (Tensor, Tensor)");
-  // For each x, where applied the emended input and its column, else the inverse and nothing.
-  m.def(
-      "emended_inputs(Tensor[] xs, bool[] biases, str[] forms, bool[] applied, float damping, str damping_mode, "
-      "str scale) -> (Tensor[], Tensor[])");
   m.def(
       "conv_gram(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool bias, "
       "int patch_bytes, ScalarType dtype, str method) -> Tensor");
@@ -50,7 +46,6 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("damped_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("gram_inverse", torch::autograd::autogradNotImplementedFallback());
   m.impl("emended_input", torch::autograd::autogradNotImplementedFallback());
-  m.impl("emended_inputs", torch::autograd::autogradNotImplementedFallback());
   m.impl("conv_gram", torch::autograd::autogradNotImplementedFallback());
   m.impl("weight_grad", torch::autograd::autogradNotImplementedFallback());
   m.impl("fused_weight_grad", torch::autograd::autogradNotImplementedFallback());

@@ -175,11 +175,6 @@ def test_an_unbatched_image() -> None:
     assert steps_like_eager(cw.Conv2d(2, 3, 2, dtype=F64), [randn(2, 4, 4)], lambda _: None) == 1
 
 
-def test_a_batch_of_factors_goes_on_alone() -> None:
-    model = cw.convert(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double(), batch_factors=True)
-    assert steps_like_eager(model, [randn(4, 6)], lambda _: None) == 1
-
-
 def test_fused_sgd_is_refused_in_a_full_graph() -> None:
     model = cw.Linear(6, 3)
     cw.optim.FusedSGD(model, 0.1)

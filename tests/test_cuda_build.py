@@ -64,9 +64,6 @@ def test_fakes_on_cuda(form: str, bias: bool, dtype: torch.dtype) -> None:
         emended, column = ops.emended_input(x, bias, form, 1.0, "relative", "raw")
         assert (emended.shape, emended.dtype) == (X, torch.float32 if dtype == torch.float16 else dtype)
         assert (column.shape, column.dtype) == ((X[0] if bias else 0,), wide)
-        kept, columns = ops.emended_inputs([x, x], [bias] * 2, [form] * 2, [True, False], 1.0, "relative", "raw")
-        assert (kept[0].shape, kept[0].dtype, columns[0].shape) == (emended.shape, emended.dtype, column.shape)
-        assert (kept[1].shape, kept[1].dtype, columns[1].shape) == ((n, n), wide, (0,))
         dw, db = ops.weight_grad(dy, emended, column)
         assert (dw.shape, dw.dtype, dw.device.type) == ((3, X[1]), dtype, "cuda")
         assert db.shape == (3 if bias else 0,)
@@ -98,8 +95,6 @@ BAD_CALLS = [
         for name in ("gram_inverse", "emended_input")
         for damping in (0.0, -1.0, math.nan, math.inf)
     ),
-    *(("emended_inputs", ([a[0]], [a[1]], [a[2]], [True], *OPTIONS), *rest) for a, *rest in BAD_X),
-    ("emended_inputs", ([ones(5, 7)], [], ["dual"], [True], *OPTIONS), ValueError, "equally long, got 1, 0, 1 and 1"),
     *(
         ("damped_inverse", (torch.eye(4), d, "relative", "nlms", 4, 4), ValueError, "damping must be finite")
         for d in (0.0, math.nan)
@@ -155,7 +150,6 @@ def test_a_tensor_of_the_cpu_is_refused(name: str) -> None:
         "damped_inverse": (torch.eye(4), *OPTIONS, 4, 4),
         "gram_inverse": (ones(5, 7), True, "dual", *OPTIONS),
         "emended_input": (ones(5, 7), True, "dual", *OPTIONS),
-        "emended_inputs": ([ones(5, 7)], [True], ["dual"], [True], *OPTIONS),
         "weight_grad": (ones(5, 3), ones(5, 7), ones(5)),
         "fused_weight_grad": (ones(5, 7), ones(5, 3), True, *OPTIONS),
     }

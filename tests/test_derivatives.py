@@ -25,7 +25,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "eager": {},
     "reference": {"backend": "reference"},
     "cg": {"solver": "cg"},
-    "batch_factors": {"batch_factors": True},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from cases import (
     oracle,
     randn,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import consequentialism as cw
 from consequentialism.backend import compiled as ops
@@ -209,60 +208,6 @@ def test_damped_inverse_of_every_kernel(n: int, dtype: torch.dtype) -> None:
     assert_close("inverse", own, expected, TOLERANCE[dtype])
     if n <= 1024:  # the kernel's; cuSOLVER's is not
         assert_identical("inverse and its mirror", own, own.T.contiguous())
-
-
-def deep(dtype: torch.dtype, layers: int, rows: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """A network of layers on their own and the same batched, and what backward begins with."""
-    torch.manual_seed(0)
-    alone = nn.Sequential(*(cw.Linear(96, 96, bias=i % 2 == 0, device="cuda", dtype=dtype) for i in range(layers)))
-    batched = cw.convert(copy.deepcopy(alone), batch_factors=True)
-    x, dy = randn(rows, 96, dtype=dtype, device="cuda"), randn(rows, 96, seed=1, dtype=dtype, device="cuda")
-    return alone, batched, x, dy
-
-
-@pytest.mark.parametrize("rows", [40, 300])  # dual and primal
-@pytest.mark.parametrize("layers", [3, 40])  # more than one launch takes
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_batched_factors_are_those_of_single_layers(dtype: torch.dtype, layers: int, rows: int) -> None:
-    alone, batched, x, dy = deep(dtype, layers, rows)
-    alone(x).backward(dy)
-    batched(x).backward(dy)
-    batched.zero_grad()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        batched(x).backward(dy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for (name, own), expected in zip(batched.named_parameters(), alone.parameters(), strict=True):
-        assert_identical(name, own.grad, expected.grad)
-
-
-def test_batched_factors_on_two_streams_and_in_a_graph() -> None:
-    alone, batched, x, dy = deep(F32, 4, 40)
-    alone(x).backward(dy)
-    expected = [p.grad for p in alone.parameters()]
-    parameters = list(batched.parameters())
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        hidden = batched[:2](x)
-    torch.cuda.current_stream().wait_stream(side)
-    own = torch.autograd.grad(batched[2:](hidden), parameters, dy)
-    torch.cuda.synchronize()
-    for gradient, one in zip(own, expected, strict=True):
-        assert_identical("dw, two streams", gradient, one)
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            torch.autograd.grad(batched(x), parameters, dy)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        own = torch.autograd.grad(batched(x), parameters, dy)
-    graph.replay()
-    torch.cuda.synchronize()
-    for gradient, one in zip(own, expected, strict=True):
-        assert_identical("dw, in a graph", gradient, one)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])

@@ -21,7 +21,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "eager": {},
     "reference": {"backend": "reference"},
     "cg": {"solver": "cg"},
-    "batch_factors": {"batch_factors": True},
 }
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_": lambda y: y.relu_(),

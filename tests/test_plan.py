@@ -44,13 +44,12 @@ def test_once_in_forward_and_never_in_backward(path: str, shape: tuple[int, int,
     options = dict(PATHS[path])
     dtype = options.pop("dtype", F32)
     x, dy = randn(rows, inputs, dtype=dtype), randn(rows, outputs, seed=1, dtype=dtype)
-    for batched in (False, True):
-        layer = cw.convert(nn.Sequential(nn.Linear(inputs, outputs, dtype=dtype)), batch_factors=batched, **options)
-        y = layer(x)
-        assert len(plans) == 1
-        y.backward(dy)
-        assert len(plans) == 1
-        plans.clear()
+    layer = cw.convert(nn.Sequential(nn.Linear(inputs, outputs, dtype=dtype)), **options)
+    y = layer(x)
+    assert len(plans) == 1
+    y.backward(dy)
+    assert len(plans) == 1
+    plans.clear()
     optimizer = FusedSGD(layer, 0.1)
     optimizer.zero_grad()
     layer(x).backward(dy)

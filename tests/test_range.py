@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # Rows, inputs, outputs: each plan of the cost model.
 SHAPES = ((4, 9, 40), (8, 5, 12), (4, 9, 2), (8, 5, 3))
-PATHS = ("eager", "reference", "cg", "batch_factors", "FusedSGD", "function", "torch.func", "torch.compile")
+PATHS = ("eager", "reference", "cg", "FusedSGD", "function", "torch.func", "torch.compile")
 EXPONENTS = {F32: (-66, -40, 40, 63, 83), BF16: (-66, 63), F64: (-560, -300, 300, 530)}  # of two
 BOUND = {F32: 2e-5, BF16: 1e-2, F64: 1e-10}
 
@@ -37,7 +37,7 @@ def gradient(path: str, x: Tensor, dy: Tensor, bias: bool, **options: Any) -> Te
     )
     layers = nn.Linear(inputs, outputs, bias, dtype=x.dtype), nn.Linear(outputs, 1, dtype=x.dtype)
     nn.init.zeros_(layers[0].weight)
-    model = cw.convert(nn.Sequential(*layers), batch_factors=path == "batch_factors", **options, **more)
+    model = cw.convert(nn.Sequential(*layers), **options, **more)
     layer = model[0]
     if path == "FusedSGD":
         optimizer = FusedSGD(model[:1], 1.0)
@@ -83,7 +83,7 @@ def test_with_a_bias_or_an_absolute_ridge(path: str, damping_mode: str) -> None:
             assert_close("dw", own.double() * 2.0**66, oracle(x, dy, bias, **options)[0] * 2.0**66, BOUND[F32])
 
 
-@pytest.mark.parametrize("path", ["eager", "reference", "batch_factors", "FusedSGD", "function"])
+@pytest.mark.parametrize("path", ["eager", "reference", "FusedSGD", "function"])
 def test_a_large_input_with_a_bias(path: str) -> None:
     for rows, inputs, outputs in SHAPES:
         x, dy = randn(rows, inputs, dtype=F32), randn(rows, outputs, seed=1, dtype=F32)

@@ -8,12 +8,10 @@ import pickle
 from pathlib import Path
 
 from cases import F64, TOLERANCE, assert_close, assert_identical, randn
-from factor_batch_helpers import network
 from torch import Tensor, nn
 
 import consequentialism as cw
 from consequentialism.functional.linear import emended_linear_with
-from consequentialism.nn.factor_batch import FactorBatch
 from consequentialism.optim import FusedSGD, LayerStep
 
 PACKAGE = Path(cw.__file__).parent
@@ -47,16 +45,20 @@ def test_layers_import_no_optimizer_and_there_is_no_circle() -> None:
         graph = {name: used for name, used in graph.items() if name not in free}
 
 
+class Doubled:
+    """A recorder that doubles what the layer returns."""
+
+    label = "doubled=True"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: cw.Options) -> Tensor:
+        return 2 * emended_linear_with(x, weight, bias, options)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4, bias=False)).to(F64)
+
+
 def test_a_recorder_serves_forward_and_is_shown() -> None:
-    class Doubled:
-        label = "doubled=True"
-
-        def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: cw.Options) -> Tensor:
-            return 2 * emended_linear_with(x, weight, bias, options)
-
-        def over(self, below: object) -> Doubled:
-            return self
-
     layer, x = cw.Linear(5, 3, dtype=F64), randn(4, 5)
     plain = layer(x)
     layer.attach(Doubled())
@@ -67,39 +69,35 @@ def test_a_recorder_serves_forward_and_is_shown() -> None:
     assert "recorder" not in layer.__dict__
 
 
-def test_an_optimizer_lies_above_a_batch() -> None:
-    model = cw.convert(network(), batch_factors=True)
-    batch = model[0].recorder
-    assert isinstance(batch, FactorBatch)
+def test_an_optimizer_lies_above_another_recorder() -> None:
+    model, below = cw.convert(network()), Doubled()
+    model[0].attach(below)
     optimizer = FusedSGD(model, 0.1)
     assert isinstance(model[0].recorder, LayerStep)
-    assert "batch_factors=True" in repr(model)
+    assert "doubled=True" in repr(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        (shared,) = {layer.recorder for layer in other if isinstance(layer, cw.Linear)}
-        assert isinstance(shared, FactorBatch)
-        assert shared is not batch
-    cw.convert(model)
+        assert isinstance(other[0].recorder, Doubled)
+        assert other[2].recorder is None
+    cw.convert(model, damping=0.5)
+    assert isinstance(model[0].recorder, LayerStep)
     optimizer.release()
-    assert model[0].recorder is None
-    cw.convert(model, batch_factors=True)
-    optimizer = FusedSGD(model, 0.1)
-    optimizer.release()
-    assert isinstance(model[0].recorder, FactorBatch)
+    assert model[0].recorder is below
+    assert model[2].recorder is None
 
 
 def test_revert_leaves_nothing_of_any() -> None:
-    for batched in (False, True):
-        model = network()
-        before = {name: set(module.__dict__) for name, module in model.named_modules()}
-        cw.convert(model, batch_factors=batched)
-        optimizer = FusedSGD(model, 0.1)
-        cw.revert(model)
-        assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
-        x = randn(8, 12)
-        model(x).sum().backward()
-        twin = nn.Sequential(*[copy.deepcopy(module) for module in model])
-        twin.zero_grad()
-        twin(x).sum().backward()
-        for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
-            assert_close("gradient", own.grad, expected.grad, TOLERANCE[F64])
-        optimizer.release()
+    model = network()
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    cw.convert(model)
+    model[2].attach(Doubled())
+    optimizer = FusedSGD(model, 0.1)
+    cw.revert(model)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+    x = randn(8, 12)
+    model(x).sum().backward()
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    twin(x).sum().backward()
+    for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close("gradient", own.grad, expected.grad, TOLERANCE[F64])
+    optimizer.release()

@@ -150,7 +150,6 @@ def test_one_label_of_many() -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "cg": {"solver": "cg", "iterations": 30},
     "reference": {"backend": "reference"},
-    "batch_factors": {"batch_factors": True},
     "primal in backward": {"damping": 0.3},
 }
 

@@ -281,3 +281,20 @@ def test_threads_of_one_process() -> None:
     with ThreadPoolExecutor(4) as pool:
         for gradient in pool.map(work, range(8)):
             assert_close("dw", gradient, expected, TOLERANCE[F32])
+
+
+def test_threads_share_a_model() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    torch.manual_seed(0)
+    model = cw.convert(torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 5)))
+
+    def gradients(seed: int) -> tuple[Tensor, ...]:
+        loss = model(randn(8, 12, seed=seed, dtype=F32)).square().sum()
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = [gradients(seed) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        for own, alone in zip(pool.map(gradients, range(16)), expected, strict=True):
+            for gradient, other in zip(own, alone, strict=True):
+                assert_identical("gradient", gradient, other)

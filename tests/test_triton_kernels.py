@@ -35,8 +35,7 @@ import consequentialism as cw
 from consequentialism import check, reference
 from consequentialism.backend import compiled as ops
 from consequentialism.backend import dispatch
-from consequentialism.backend import triton as triton_backend
-from consequentialism.backend.triton import conv_gram, emended_inputs, fused_weight_grad, launch, plans, tune
+from consequentialism.backend.triton import conv_gram, fused_weight_grad, launch, plans, tune
 
 pytestmark = pytest.mark.interpreter
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
@@ -134,52 +133,6 @@ def test_a_batch_of_matrices_in_one_launch() -> None:
     assert_close("first", own[0], reference.damped_inverse(grams[0], 0.5, "relative", "raw", 40, 40), 1e-10)
     assert_identical("of nothing", own[1], torch.zeros_like(own[1]))
     assert own[2].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_emended_inputs_are_the_single_ones(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    launches = []
-    inverse_of = launch.inverse_of
-    monkeypatch.setattr(launch, "inverse_of", lambda gram, ridge: launches.append(len(gram)) or inverse_of(gram, ridge))
-    monkeypatch.setattr(plans, "MAX_INVERSE_ORDER", 20)
-    shapes = ((9, 12), (9, 40), (9, 5), (6, 5), (25, 30), (25, 40), (0, 3))
-    xs = [randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
-    biases = [True, False, True, True, True, False, True]
-    forms = ["dual", "dual", "primal", "primal", "dual", "dual", "dual"]
-    applied = [True, False, True, False, False, True, True]
-    every = ((1.0, "relative", "nlms"), (1e-5, "relative", "raw"), (0.5, "absolute", "gradient"))
-    for options in every if dtype == F32 else every[:1]:
-        kept, columns = emended_inputs(xs, biases, forms, applied, *options)
-        # Two of order 9, and of order 6 where the scale does not ask for the rows; those of 25 are alone.
-        assert sorted(launches) == ([1, 1, 1, 1, 1, 2] if options[2] == "nlms" else [1, 1, 1, 2, 2])
-        for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
-            if applied[i]:
-                one, column = launch.emended_input(x, bias, form, *options)
-                assert_identical(f"column {i}", columns[i], column)
-            else:
-                one = launch.gram_inverse(x, bias, form, *options)
-                assert columns[i].shape == (0,)
-                assert kept[i].untyped_storage().nbytes() == kept[i].nbytes
-            assert_identical(f"kept {i}", kept[i], one)
-        launches.clear()
-
-
-def test_layers_are_factored_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    together = triton_backend.emended_inputs
-    monkeypatch.setattr(
-        triton_backend, "emended_inputs", lambda xs, *rest: calls.append(len(xs)) or together(xs, *rest)
-    )
-    gradients = []
-    for batched in (False, True):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((12, 9), (9, 14), (14, 2))))
-        cw.convert(model, batch_factors=batched, backend="triton")
-        model(randn(6, 12, dtype=F32)).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert calls == [3]
-    for own, other in zip(*gradients, strict=True):
-        assert_identical("gradient", own, other)
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -360,8 +313,6 @@ def test_opcheck(form: str, bias: bool, dtype: torch.dtype) -> None:
     arguments = ([2, 2], [1, 1], [1, 0], [1, 1], 1, form == "dual", 1, F32)
     torch.library.opcheck(OPS.conv_gram.default, (randn(2, 3, 4, 4, dtype=F32), *arguments), test_utils=checks)
     torch.library.opcheck(OPS.damped_inverse.default, (torch.eye(5), *options, 5, 9), test_utils=checks)
-    lists = ([randn(5, 7, dtype=F16), randn(3, 2, dtype=F16)], [True, False], [form, "dual"], [True, False])
-    torch.library.opcheck(OPS.emended_inputs.default, (*lists, *options), test_utils=checks)
 
 
 def test_bad_arguments() -> None:
@@ -376,11 +327,6 @@ def test_bad_arguments() -> None:
         (lambda: OPS.damped_inverse(x, 1.0, "relative", "raw", 3, 3), ValueError, ("gram", "[..., n, n]", "[4, 3]")),
         (lambda: OPS.damped_inverse(gram.to(BF16), 1.0, "relative", "raw", 3, 3), TypeError, ("gram", "bfloat16")),
         (lambda: OPS.damped_inverse(gram, 1.0, "relative", "raw", 0, 3), ValueError, ("rank", "0")),
-        (
-            lambda: OPS.emended_inputs([x], [], ["dual"], [True], 1.0, "relative", "raw"),
-            ValueError,
-            ("equally long", "1, 0, 1 and 1"),
-        ),
         (lambda: OPS.weight_grad(x, x[:2], x[:, 0]), ValueError, ("dy", "rows", "[4, 3]", "[2, 3]")),
         (lambda: OPS.weight_grad(x, x, x[:2, 0]), ValueError, ("column", "[2]", "[4, 3]")),
         (lambda: OPS.fused_weight_grad(x, x[:2], True, 1.0, "relative", "raw"), ValueError, ("dy", "[2, 3]")),

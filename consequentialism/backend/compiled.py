@@ -29,7 +29,6 @@ NEEDED = (
     "damped_inverse",
     "gram_inverse",
     "emended_input",
-    "emended_inputs",
     "weight_grad",
     "fused_weight_grad",
 )
@@ -101,7 +100,6 @@ input_gram = _ops.input_gram
 damped_inverse = _ops.damped_inverse
 gram_inverse = _ops.gram_inverse
 emended_input = _ops.emended_input
-emended_inputs = _ops.emended_inputs
 weight_grad = _ops.weight_grad
 fused_weight_grad = _ops.fused_weight_grad
 _coordinate_ops: CoordinateOps = reference if module is None else coordinate_wrappers("consequentialism")

@@ -49,18 +49,6 @@ def emended_input(x: Shape, bias: bool, form: str, *_: Any, **__: Any) -> int:
     return gram_inverse(x, bias, form) + 2 * order**2 * length
 
 
-def emended_inputs(
-    xs: Sequence[Shape],
-    biases: Sequence[bool],
-    forms: Sequence[str],
-    applied: Sequence[bool],
-    *_: Any,
-    **__: Any,
-) -> int:
-    items = zip(xs, biases, forms, applied, strict=True)
-    return sum((emended_input if own else gram_inverse)(x, bias, form) for x, bias, form, own in items)
-
-
 def weight_grad(dy: Shape, rows: Shape, column: Shape, **_: Any) -> int:
     return 2 * dy[0] * dy[1] * (rows[1] + (column[0] > 0))
 
@@ -106,7 +94,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
         damped_inverse,
         gram_inverse,
         emended_input,
-        emended_inputs,
         weight_grad,
         fused_weight_grad,
         emended_linear,

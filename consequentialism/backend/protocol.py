@@ -48,20 +48,6 @@ class Ops(Protocol):
         """The emended input ``[N, I]``, and its column for the bias ``[N]``, empty without one."""
         ...
 
-    def emended_inputs(
-        self,
-        xs: Sequence[Tensor],
-        biases: Sequence[bool],
-        forms: Sequence[Form],
-        applied: Sequence[bool],
-        damping: float,
-        damping_mode: DampingMode,
-        scale: Scale,
-        /,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each ``x``, where ``applied`` its emended input and column, else the inverse and nothing."""
-        ...
-
     def weight_grad(self, dy: Tensor, rows: Tensor, column: Tensor, /) -> tuple[Tensor, Tensor]:
         """``dy^T rows [O, I]`` and ``dy^T column [O]``; one NaN or infinity in ``dy`` poisons both."""
         ...

@@ -187,26 +187,6 @@ def emended_input(
     return emended.to(emended_dtype(x.dtype)).contiguous(), column.to(compute_dtype(x.dtype)).contiguous()
 
 
-def emended_inputs(
-    xs: Sequence[Tensor],
-    biases: Sequence[bool],
-    forms: Sequence[Form],
-    applied: Sequence[bool],
-    damping: float,
-    damping_mode: DampingMode,
-    scale: Scale,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each ``x [N, I]``, where ``applied`` its `emended_input`, else its `gram_inverse` and nothing."""
-    pairs = []
-    for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
-        if is_applied:
-            pairs.append(emended_input(x, bias, form, damping, damping_mode, scale))
-        else:
-            inverse = gram_inverse(x, bias, form, damping, damping_mode, scale)
-            pairs.append((inverse, inverse.new_zeros(0)))
-    return [kept for kept, _ in pairs], [column for _, column in pairs]
-
-
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """``dw = dy^T rows [O, I]`` and ``db = dy^T column [O]`` (empty where ``column`` is), in dy's type.
 

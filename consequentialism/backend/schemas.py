@@ -47,16 +47,6 @@ def _emended(x: Tensor, bias: bool, *_: Any) -> tuple[Tensor, Tensor]:
     return emended, x.new_empty((x.shape[0] if bias else 0,), dtype=compute_dtype(x.dtype))
 
 
-def _emended_each(
-    xs: Sequence[Tensor], biases: Sequence[bool], forms: Sequence[str], applied: Sequence[bool], *_: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = []
-    for x, bias, form, is_applied in zip(xs, biases, forms, applied, strict=True):
-        square = _square(x, bias, form)
-        pairs.append(_emended(x, bias) if is_applied else (square, square.new_empty(0)))
-    return [kept for kept, _ in pairs], [column for _, column in pairs]
-
-
 def _gradients(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     outputs = dy.shape[1]
     return dy.new_empty((outputs, rows.shape[1])), dy.new_empty((0 if column.shape[0] == 0 else outputs,))
@@ -90,9 +80,6 @@ OPS: dict[str, Op] = {
     "damped_inverse": Op(f"(Tensor gram, {_RIDGE}, SymInt rank, SymInt rows) -> Tensor", _like_first),
     "gram_inverse": Op(f"(Tensor x, bool bias, str form, {_RIDGE}) -> Tensor", _square),
     "emended_input": Op(f"(Tensor x, bool bias, str form, {_RIDGE}) -> (Tensor, Tensor)", _emended),
-    "emended_inputs": Op(
-        f"(Tensor[] xs, bool[] biases, str[] forms, bool[] applied, {_RIDGE}) -> (Tensor[], Tensor[])", _emended_each
-    ),
     "weight_grad": Op("(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)", _gradients),
     "fused_weight_grad": Op(f"(Tensor x, Tensor dy, bool bias, {_RIDGE}) -> (Tensor, Tensor)", _fused_gradients),
     "conv_gram": Op(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from ..autograd import traced
 from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
 from ..backend import compiled as ops
 from ..backend import dispatch, reference
-from ..backend.protocol import Backend
 from ..options import Options, OptionsDict, options_from
 from ..samples import counted, ratio, scaled
 from ..solve import cost
@@ -53,32 +52,8 @@ def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **opti
     return emended_linear_with(x, weight, bias, settings)
 
 
-class Deferral(Protocol):
-    """What puts off to backward all that depends on ``x`` alone; see `factor_batch`."""
-
-    def can_defer(self, options: Options) -> bool:
-        """Whether a call may wait."""
-        ...
-
-    def deferred(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        options: Options,
-        need_weight: bool,
-        need_bias: bool,
-        backend: Backend,
-        plan: cost.Plan,
-    ) -> Tensor:
-        """``x W^T + b`` of checked arguments, after `can_defer` has been asked."""
-        ...
-
-
-def emended_linear_with(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, deferral: Deferral | None = None
-) -> Tensor:
-    """`emended_linear` with its options as one object, put off to backward where a ``deferral`` takes it."""
+def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    """`emended_linear` with its options as one object."""
     if options.samples is not None and options.process_group is None and isinstance(x, Tensor):
         weight, bias, options = counted(weight, bias, options, math.prod(x.shape[:-1]))
     x, weight, bias = autocast(x, weight, bias)
@@ -98,9 +73,6 @@ def emended_linear_with(
         return F.linear(x, weight, bias)
     backend = dispatch.select(options.backend, x)
     plan: cost.Plan | None = None
-    if deferral is not None and not transformed and deferral.can_defer(options):
-        plan = cost.plan(x, bias is not None, weight.shape[0], options)
-        return deferral.deferred(x, weight, bias, options, need_weight, need_bias, backend, plan)
     if options.process_group is None:
         fused_rows = backend.LIMITS.fused_rows if need_weight and not transformed else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)

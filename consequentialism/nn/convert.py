@@ -18,8 +18,6 @@ from typing_extensions import Unpack
 from .._torch import is_dtensor
 from ..functional.checks import FLOATING_TYPES
 from ..options import Options, OptionsDict, as_number, options_from
-from .factor_batch import FactorBatch
-from .linear import Linear
 from .module import EmendedModule
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
@@ -32,7 +30,6 @@ def convert(
     model: Model,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    batch_factors: bool = False,
     **options: Unpack[OptionsDict],
 ) -> Model:
     """Make every layer of ``model`` that can be emended an emended one, in place.
@@ -49,10 +46,6 @@ def convert(
     Args:
         model: Any module, also a single layer.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to convert; None, all.
-        batch_factors: Factor the matrices of all linear layers that a backward reaches together, when it begins,
-            instead of each layer's in forward; the gradients are the same. For many small layers. Inputs are then
-            kept until backward. Under torch.compile, torch.func, checkpointing, `optim.FusedSGD` and
-            ``process_group=``, layers go on alone. A second convert without it takes it back.
         **options: The fields of `consequentialism.Options`; every layer takes those that it uses. Layers that are
             emended already, those of classes made at run time (`parametrize`, ``fully_shard``) among them, take those
             that are named, and keep the others as they are.
@@ -67,10 +60,7 @@ def convert(
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
-    if not isinstance(batch_factors, bool):
-        raise TypeError(f"batch_factors must be True or False, got {batch_factors!r} ({type(batch_factors).__name__})")
     settings = options_from(options)
-    batch = FactorBatch() if batch_factors else None
     tied = _tied_parameters(model)
     attention = _inside_attention(model)
     chosen: list[tuple[str, nn.Module, Options]] = []
@@ -106,8 +96,6 @@ def convert(
         module.qualified_name = name  # type: ignore[assignment]
         if not emended_before:
             watch.add(module)  # type: ignore[arg-type]
-        if isinstance(module, Linear):
-            module.attach(batch if module.recorder is None else module.recorder.over(batch))
     if left_alone or not chosen:
         said = [] if chosen else ["consequentialism.convert converted nothing"]
         said += ["consequentialism.convert left alone " + "; ".join(left_alone)] if left_alone else []

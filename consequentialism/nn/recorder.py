@@ -20,7 +20,3 @@ class Recorder(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
         """``x W^T + b`` of a layer's own weight ``[O, I]`` and bias ``[O]``, and what a backward then does."""
         ...
-
-    def over(self, below: Recorder | None) -> Recorder | None:
-        """What a layer is to have when `convert` gives it ``below``: this handing on to it, or ``below`` itself."""
-        ...

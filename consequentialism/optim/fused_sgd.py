@@ -91,11 +91,6 @@ class LayerStep:
         """That of the recorder below."""
         return "" if self.below is None else self.below.label
 
-    def over(self, below: Recorder | None) -> Recorder:
-        """This, above another recorder."""
-        self.below = below
-        return self
-
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
         """``x W^T + b``, and a step in backward where one may follow."""
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -78,11 +78,6 @@ _PLANS = (Plan("dual", "input"), Plan("primal", "input"), Plan("dual", "gradient
 _CG_PLANS = (Plan("primal", "gradient", "cg", "stored"), Plan("primal", "gradient", "cg", "free"))
 
 
-def has_factor(plan: Plan) -> bool:
-    """Whether the plan needs a factor and nothing else that depends on ``x`` alone."""
-    return plan in _PLANS
-
-
 def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
     """The cheapest plan that keeps the digits.
 

@@ -169,37 +169,9 @@ std::tuple<at::Tensor, at::Tensor> emended_input(
   return apply(item, x.scalar_type());
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
-    at::TensorList xs, const c10::List<bool>& biases, const c10::List<std::string>& forms,
-    const c10::List<bool>& applied, double damping, std::string_view damping_mode, std::string_view scale) {
-  check_lists(xs.size(), biases.size(), forms.size(), applied.size());
-  const PlainKernelGuard guard;
-  std::vector<Inversion> items;
-  for (size_t i = 0; i < xs.size(); ++i) {
-    items.push_back(inversion_of(xs[i], biases.get(i), forms.get(i), damping, damping_mode, scale));
-  }
-  std::vector<Inversion*> pointers;
-  for (Inversion& item : items) pointers.push_back(&item);
-  invert_(pointers);
-  std::vector<at::Tensor> kept, columns;
-  for (size_t i = 0; i < xs.size(); ++i) {
-    const at::ScalarType dtype = xs[i].scalar_type();
-    if (applied.get(i)) {
-      auto [emended, column] = apply(items[i], dtype);
-      kept.push_back(emended);
-      columns.push_back(column);
-    } else {
-      kept.push_back(inverse_of(items[i]).to(wide_type(dtype)));
-      columns.push_back(at::empty({0}, kept.back().options()));
-    }
-  }
-  return {kept, columns};
-}
-
 }  // namespace consequentialism::cpu
 
 TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
   m.impl("gram_inverse", consequentialism::cpu::gram_inverse);
   m.impl("emended_input", consequentialism::cpu::emended_input);
-  m.impl("emended_inputs", consequentialism::cpu::emended_inputs);
 }

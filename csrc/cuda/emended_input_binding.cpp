@@ -1,17 +1,13 @@
-// The ops `gram_inverse`, `emended_input` and `emended_inputs` on CUDA: Gram, inverse and its application to x. Nothing
-// here waits for the device.
-#include <ATen/core/List.h>
+// The ops `gram_inverse` and `emended_input` on CUDA: Gram, inverse, its application to x. Nothing waits for the device.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <string>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 #include "../checks.h"
 #include "../guards.h"
@@ -93,44 +89,9 @@ std::tuple<at::Tensor, at::Tensor> emended_input(
   return apply_inverse(invert_input(x, bias, parsed, arguments), x, bias, parsed);
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> emended_inputs(
-    at::TensorList inputs, const c10::List<bool>& biases, const c10::List<std::string>& forms,
-    const c10::List<bool>& applied, double damping, std::string_view damping_mode, std::string_view scale) {
-  check_lists(inputs.size(), biases.size(), forms.size(), applied.size());
-  std::vector<InverseArguments> arguments;
-  std::vector<Form> parsed;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    arguments.push_back(inverse_arguments_of(inputs[i], biases.get(i), damping, damping_mode, scale));
-    parsed.push_back(parse_form(forms.get(i)));
-    TORCH_CHECK_VALUE(
-        inputs[i].device() == inputs[0].device(), "xs must be on one device, got ", inputs[0].device(), " and ",
-        inputs[i].device());
-  }
-  const PlainKernelGuard plain;
-  const c10::cuda::CUDAGuard device(inputs[0].device());
-  std::vector<at::Tensor> xs, grams, kept, columns;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    xs.push_back(with_contiguous_rows(inputs[i]));
-    grams.push_back(gram_to_invert(xs[i], biases.get(i), parsed[i], arguments[i]));
-  }
-  const std::vector<at::Tensor> inverses = inverses_of(grams, arguments);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (applied.get(i)) {
-      auto [emended, column] = apply_inverse(inverses[i], xs[i], biases.get(i), parsed[i]);
-      kept.push_back(emended);
-      columns.push_back(column);
-    } else {
-      kept.push_back(inverses[i].to(wide_type(xs[i].scalar_type())));
-      columns.push_back(at::empty({0}, kept[i].options()));
-    }
-  }
-  return {kept, columns};
-}
-
 }  // namespace consequentialism::cuda
 
 TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
   m.impl("gram_inverse", consequentialism::cuda::gram_inverse);
   m.impl("emended_input", consequentialism::cuda::emended_input);
-  m.impl("emended_inputs", consequentialism::cuda::emended_inputs);
 }

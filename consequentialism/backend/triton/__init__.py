@@ -30,7 +30,6 @@ input_gram = _ops.input_gram
 damped_inverse = _ops.damped_inverse
 gram_inverse = _ops.gram_inverse
 emended_input = _ops.emended_input
-emended_inputs = _ops.emended_inputs
 weight_grad = _ops.weight_grad
 fused_weight_grad = _ops.fused_weight_grad
 conv_gram = _ops.conv_gram

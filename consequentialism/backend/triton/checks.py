@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -27,17 +25,6 @@ def check_x(x: Tensor, name: str = "x", shape: str = "[N, I]") -> None:
 def check_form(form: str) -> None:
     """Raise unless ``form`` is known."""
     check_choice("form", form, FORMS)
-
-
-def check_lists(xs: Sequence[Tensor], biases: Sequence[bool], forms: Sequence[str], applied: Sequence[bool]) -> None:
-    """Raise unless the lists are equally long and the matrices on one device."""
-    lengths = [len(xs), len(biases), len(forms), len(applied)]
-    if len(set(lengths)) > 1:
-        given = f"{lengths[0]}, {lengths[1]}, {lengths[2]} and {lengths[3]}"
-        raise ValueError(f"xs, biases, forms and applied must be equally long, got {given}")
-    for x in xs:
-        if x.device != xs[0].device:
-            raise ValueError(f"xs must be on one device, got {xs[0].device} and {x.device}")
 
 
 def check_options(damping: float, damping_mode: str, scale: str) -> None:

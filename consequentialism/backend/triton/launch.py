@@ -22,7 +22,7 @@ from ...options import DampingMode, Form, Scale
 from ...precision import compute_dtype, emended_dtype, gram_dtype
 from ..reference import RETRIES
 from . import plans, tune
-from .checks import check_form, check_fused, check_gram, check_lists, check_options, check_weight_grad, check_x
+from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
 from .conv_gram import conv_gram_kernel
 from .damped_inverse import damped_inverse_kernel, multiply_kernel
 from .emended_input import emended_input_kernel
@@ -297,41 +297,6 @@ def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, 
     with _on_device(x):
         _tuned(emended_input_kernel, (programs,), candidates, (rows, inputs), arguments, constants)
     return emended, column
-
-
-def emended_inputs(
-    xs: Sequence[Tensor],
-    biases: Sequence[bool],
-    forms: Sequence[Form],
-    applied: Sequence[bool],
-    damping: float,
-    damping_mode: DampingMode,
-    scale: Scale,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Grams of one order, type, rank and number of rows are factored by one launch, where it holds them."""
-    check_lists(xs, biases, forms, applied)
-    damped = [
-        _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
-        for x, bias, form in zip(xs, biases, forms, strict=True)
-    ]
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, (gram, ridge) in enumerate(damped):
-        alone = i if gram.shape[0] > plans.MAX_INVERSE_ORDER else -1  # stock operations batch with other bits
-        alike.setdefault((gram.shape[0], gram.dtype, ridge, alone), []).append(i)
-    inverses: dict[int, Tensor] = {}
-    for group in alike.values():
-        together = inverse_of(torch.stack([damped[i][0] for i in group]), damped[group[0]][1])
-        inverses.update(zip(group, together, strict=True))
-    kept, columns = [], []
-    for i, (x, bias, form) in enumerate(zip(xs, biases, forms, strict=True)):
-        wide = compute_dtype(x.dtype)
-        if applied[i]:
-            pair = _apply(inverses[i], x, bias, form)
-        else:  # a copy, as what is kept must not hold all that was factored with it
-            pair = inverses[i].to(wide, copy=True), x.new_empty(0, dtype=wide)
-        kept.append(pair[0])
-        columns.append(pair[1])
-    return kept, columns
 
 
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
