@@ -313,21 +313,27 @@ def _same_walk(row: RecipeRow, run: RecipeRow) -> bool:
     return (row.seed, row.steps, row.optimizer, row.placing) == (whole.SEARCH_SEED, 10, run.optimizer, run.placing)
 
 
-def test_the_report_of_the_grid_gives_means_divergence_and_what_lacks_a_seed(tmp_path: Path) -> None:
+def test_the_report_of_the_grid_gives_means_over_seeds_that_are_complete_and_divergence(tmp_path: Path) -> None:
     def point(score: float, seed: int, name: str = "coordinates-adamw", **changes: object) -> RecipeRow:
         return row(name, [2.0, score], seed, **changes)
 
     rows = [point(1.4, seed, name) for name in ("adamw", "muon") for seed in (0, 1)]
     rows += [point(1.0 + 0.5 * seed, seed, placing="before") for seed in (0, 1)]
-    rows += [point(1.3, 0, damping=1.0), point(1.6, 0), point(math.inf, 0, exponent=1.0, lr=0.008)]
-    rows += [point(1.2, 0, "coordinates-muon"), point(0.1, whole.SEARCH_SEED, lr=1.0)]
+    rows += [point(1.6, seed) for seed in (0, 1)] + [point(1.3 + seed, seed, damping=1.0) for seed in (0, 1)]
+    rows += [point(math.inf if seed else 1.0, seed, exponent=1.0, lr=0.008) for seed in (0, 1)]
+    rows += [point(1.2, seed, "coordinates-muon") for seed in (0, 1)] + [point(0.1, whole.SEARCH_SEED, lr=1.0)]
     table.write(rows, RecipeRow, tmp_path / head_to_head.FILE)
     text = "\n".join(grid_report.text(tmp_path, "pictures"))
+    assert "mean of 2 seeds" in text
     assert "| before, 0.5 | 0.004 |  | 1.250 |  |  |  |" in text
-    assert "| around, 0.5 | 0.004 |  | (1.600) |  |  | (1.300) |" in text
-    assert "| around, 1 | 0.008 |  | (diverged) |" in text
+    assert "| around, 0.5 | 0.004 |  | 1.600 |  |  | 1.800 |" in text
+    assert "| around, 1 | 0.008 |  | diverged |" in text
     assert "AdamW alone: 1.400. Best: before, exponent 0.5, damping 0.03, 1.250, within the grid." in text
-    assert "damping 0.03: 1.600; 2 of the other points are better." in text
+    assert "damping 0.03: 1.600; 1 of the other points are better." in text
+    table.write(rows[:-2], RecipeRow, tmp_path / head_to_head.FILE)  # a seed that is not complete waits
+    text = "\n".join(grid_report.text(tmp_path, "pictures"))
+    assert "one seed" in text
+    assert "| around, 0.5 | 0.004 |  | 1.600 |  |  | 1.300 |" in text
     assert draw.grid(grid_report.rows(tmp_path)).axes
 
 
@@ -340,6 +346,8 @@ def test_the_cost_of_a_step_counts_one_dear_step_in_ten(tmp_path: Path) -> None:
         assert found.ms == pytest.approx(0.9 * found.ordinary_ms + 0.1 * found.dear_ms, rel=1e-3)
     assert {found.ratio for found in rows if found.optimizer in ("adamw", "muon")} == {1.0}
     assert "N = 64, width 16" in "\n".join(recipe_report.text(tmp_path, ""))
+    step_cost.measure(tmp_path, 1, "cpu", ((64, 16), (64, 8)))
+    assert table.read(tmp_path / step_cost.FILE, StepCostRow)[: len(rows)] == rows  # measured once
 
 
 def test_tasks_without_data_are_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

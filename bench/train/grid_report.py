@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,9 +19,12 @@ Point = tuple[Placing, float, float]  # placing, exponent, damping
 
 
 def rows(folder: Path) -> list[RecipeRow]:
-    """The runs that count, of the longest schedule that was run; none where there is no such file."""
+    """The runs that count, of the longest schedule that was run and of the seeds with the most runs, so that every
+    mean is over the same seeds; none where there is no such file."""
     found = [row for row in whole.rows_in(folder, head_to_head.FILE) if row.seed in SEEDS]
-    return [row for row in found if row.steps == max(one.steps for one in found)]
+    found = [row for row in found if row.steps == max(one.steps for one in found)]
+    counts = Counter(row.seed for row in found)
+    return [row for row in found if counts[row.seed] == max(counts.values())]
 
 
 def points(name: str, found: Sequence[RecipeRow]) -> Iterator[tuple[Point, float]]:
@@ -47,8 +51,9 @@ def text(folder: Path, pictures: str) -> list[str]:
     parts = [
         "## Exponent, damping and placing, head to head",
         f'`make bench-train ARGS="--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"`; '
-        f"{RECIPES[TASK].title}, a schedule of {steps:,} steps; {where(found)}. Final validation loss, mean of "
-        f"{seeds} seeds; in brackets those of fewer. Diverged: a loss of one of them was not finite. Around: `g S` "
+        f"{RECIPES[TASK].title}, a schedule of {steps:,} steps; {where(found)}. Final validation loss, "
+        f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}; empty: not run. Diverged: a loss was not finite. "
+        "Around: `g S` "
         "goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied as it is. The "
         "rate of each optimizer, placing and exponent comes from a walk over octaves "
         f"on half of the steps at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same "
@@ -61,23 +66,20 @@ def text(folder: Path, pictures: str) -> list[str]:
             for exponent in EXPONENTS:
                 cells = [runs(found, name, placing=placing, exponent=exponent, damping=d) for d in DAMPINGS]
                 rates = dict.fromkeys(f"{row.lr:g}" for some in cells for row in some)
-                lines.append((f"{placing}, {exponent:g}", ", ".join(rates), *(_cell(some, seeds) for some in cells)))
+                lines.append((f"{placing}, {exponent:g}", ", ".join(rates), *(_cell(some) for some in cells)))
         parts += [markdown(headings, lines), _verdict(name, found)]
     for field, values in (("refresh_every", REFRESHES), ("memory", MEMORIES), ("block", BLOCKS)):
-        lines = [
-            (LABELS[name], *(_cell(runs(found, name, **{field: v}), seeds) for v in values)) for name in OPTIMIZERS
-        ]
+        lines = [(LABELS[name], *(_cell(runs(found, name, **{field: v})) for v in values)) for name in OPTIMIZERS]
         if any(cell for line in lines for cell in line[1:]):
             parts.append(markdown((f"`{field}`", *(f"{value:g}" for value in values)), lines))
     return [*parts, f"![Validation loss by exponent, damping and placing]({pictures}/{PICTURE})"]
 
 
-def _cell(some: Sequence[RecipeRow], seeds: int) -> str:
+def _cell(some: Sequence[RecipeRow]) -> str:
     loss = mean_loss(some)
     if math.isnan(loss):
         return ""
-    shown = f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-    return shown if len(some) == seeds else f"({shown})"
+    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
 def _verdict(name: str, found: Sequence[RecipeRow]) -> str:

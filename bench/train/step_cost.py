@@ -123,8 +123,10 @@ def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
 
 
 def measure(out: Path, rounds: int, device: str, sizes: tuple[tuple[int, int], ...] = SHAPES) -> None:
-    """Write ``step_cost.csv``, a size after the other."""
-    found: list[StepCostRow] = []
+    """Add to ``step_cost.csv`` the sizes that it has not, one after the other."""
+    path = out / FILE
+    found = table.read(path, StepCostRow) if path.exists() else []
     for rows, width in sizes:
-        found += costs(rows, width, rounds, device)
-        table.write(found, StepCostRow, out / FILE)
+        if not any((row.rows, row.width) == (rows, width) for row in found):
+            found += costs(rows, width, rounds, device)
+            table.write(found, StepCostRow, path)
