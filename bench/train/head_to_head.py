@@ -29,15 +29,15 @@ BLOCKS = (64, 128, 256, 512)  # the widest input of nanoGPT's layers is 512: tha
 
 
 def measure(bench: Bench) -> None:
-    """All of it, a seed after the other; the plain optimizers first."""
+    """What of it is of the optimizers that are asked for, a seed after the other."""
     if TASK in bench.tasks:
         for seed in SEEDS[: bench.seeds]:
-            for setting in settings():
+            for setting in (one for one in settings() if one.optimizer in bench.optimizers):
                 whole.row_of(bench, TASK, at_its_rate(bench, setting), seed, evaluations=1, file=FILE)
 
 
 def settings() -> Iterator[Setting]:
-    """What is compared, at the rate that each optimizer's search begins with."""
+    """What is compared, at the rate that each optimizer's search begins with; the plain optimizers first."""
     yield from (START[PLAIN[name]] for name in OPTIMIZERS)
     change = dataclasses.replace
     starts = [START[name] for name in OPTIMIZERS]
