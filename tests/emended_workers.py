@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import consequentialism as cw
 
 REFRESH_EVERY = 2
+OPTIONS: dict[str, Any] = {}  # of every optimizer here, beside its own
 
 
 def network() -> nn.Sequential:
@@ -24,12 +28,13 @@ def network() -> nn.Sequential:
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {"memory": 0.5, "refresh_every": REFRESH_EVERY, "damping": 0.1}
+    options: dict[str, Any] = {"memory": 0.5, "refresh_every": REFRESH_EVERY, "damping": 0.1, **OPTIONS}
     if name == "Muon":
         return cw.optim.Muon(model, lr=0.02, aux={"lr": 0.01}, **options)
     inner = {
         "SGD": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "AdamW": lambda: torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1),
+        "RMSprop": lambda: torch.optim.RMSprop(model.parameters(), lr=0.01),
     }[name]()
     return cw.optim.Emended(inner, model, **options)
 
@@ -46,39 +51,67 @@ def train(name: str, x: Tensor, target: Tensor, counts: list[list[int]], rank: i
     """A step for each split of the batch over the ranks; a rank of None has the whole batch."""
     model = network()
     wrapped: nn.Module = model
-    if wrap == "fsdp":
+    if wrap in ("fsdp", "hsdp"):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (ranks(),))
+        shape, names = ((2, 2), ("copies", "shards")) if wrap == "hsdp" else ((ranks(),), ("shards",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for layer in (model[0], model[2], model[4], model):
             fully_shard(layer, mesh=mesh)
     elif wrap == "ddp":
         wrapped = DistributedDataParallel(model)
     optimizer = optimizer_of(name, model)
     reduced: list[int] = []
-    own = dist.all_reduce
+    sent: list[int] = []
+    for split in counts:
+        total = sum(split)
+        optimizer.zero_grad()
+        mine = (x[:total], target[:total])
+        if wrap != "one":
+            mine = own_rows(rank, mine[0], split), own_rows(rank, mine[1], split)
+        loss = nn.functional.cross_entropy(wrapped(mine[0]), mine[1], reduction="sum") / total
+        (loss if wrap == "one" else ranks() * loss).backward()  # the mean over ranks is that of the whole batch
+        with counted("all_reduce", reduced), counted("broadcast", sent):
+            optimizer.step()
+    grams = sum(math.prod(unit.slot.shape) + 1 for unit in optimizer.units)  # type: ignore[attr-defined]
+    kept = [state[key].numel() for state in optimizer.state.values() for key in ("input_gram", "root") if key in state]
+    return {
+        "parameters": [full(p) for p in model.parameters()],
+        "reduced": reduced,
+        "sent": sent,
+        "grams": grams,
+        "kept": sum(kept),
+        "largest": 2 * max(math.prod(unit.slot.shape) for unit in optimizer.units),  # type: ignore[attr-defined]
+        "saved": saved(optimizer),
+    }
 
-    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        reduced[-1] += tensor.numel()
+
+@contextlib.contextmanager
+def counted(name: str, totals: list[int]) -> Iterator[None]:
+    """Note how many entries a collective operation gets within the block."""
+    own = getattr(dist, name)
+    totals.append(0)
+
+    def counting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        totals[-1] += tensor.numel()
         return own(tensor, *arguments, **options)
 
-    dist.all_reduce = counted
+    setattr(dist, name, counting)
     try:
-        for split in counts:
-            total = sum(split)
-            optimizer.zero_grad()
-            mine = (x[:total], target[:total])
-            if wrap != "one":
-                mine = own_rows(rank, mine[0], split), own_rows(rank, mine[1], split)
-            loss = nn.functional.cross_entropy(wrapped(mine[0]), mine[1], reduction="sum") / total
-            (loss if wrap == "one" else ranks() * loss).backward()  # the mean over ranks is that of the whole batch
-            reduced.append(0)
-            optimizer.step()
+        yield
     finally:
-        dist.all_reduce = own
-    grams = sum(math.prod(unit.slot.shape) + 1 for unit in optimizer.units)  # type: ignore[attr-defined]
-    return {"parameters": [full(p) for p in model.parameters()], "reduced": reduced, "grams": grams}
+        setattr(dist, name, own)
+
+
+def saved(optimizer: Any) -> dict[int, dict[str, Any]]:
+    """What a checkpoint holds."""
+    optimizer.consolidate_state_dict(to=None)
+    states = optimizer.state_dict()["state"]
+    return {
+        number: {name: full(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        for number, state in states.items()
+    }
 
 
 def job(rank: int, name: str, x: Tensor, target: Tensor, counts: list[list[int]], wrap: str) -> dict[str, Any]:
@@ -129,7 +162,10 @@ def idle(x: Tensor, rank: int | None) -> dict[str, Any]:
 
 
 def rows_of(optimizer: Any, layer: nn.Linear) -> dict[str, Any]:
-    state = optimizer.state[layer.weight]
+    optimizer.consolidate_state_dict(to=None)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    number = next(i for i, p in enumerate(parameters) if p is layer.weight)
+    state = optimizer.state_dict()["state"][number]
     return {name: state[name].clone() for name in ("gram_rows", "input_gram", "root")}
 
 
@@ -211,6 +247,60 @@ def mixed(x: Tensor, rank: int | None, reshard: bool) -> dict[str, Any]:
 def _in_bfloat16(model: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return model(x)
+
+
+def sharded(rank: int, work: Any, *arguments: Any) -> dict[str, Any]:
+    """Some other work here with every state divided among the ranks."""
+    OPTIONS["shard_state"] = True
+    try:
+        return work(rank, *arguments)
+    finally:
+        OPTIONS.clear()
+
+
+def resumed(rank: int, x: Tensor) -> dict[str, Any]:
+    """A run that goes on, and one that begins from its checkpoint, which only rank 0 has written."""
+    runs: list[Any] = []
+    errors = []
+    for _ in range(2):
+        model = network()
+        wrapped = DistributedDataParallel(model)
+        runs.append((model, wrapped, optimizer_of("AdamW", model)))
+
+    def step(model: nn.Module, wrapped: nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        wrapped(own_rows(rank, x, [8, 8])).square().sum().backward()
+        optimizer.step()
+
+    (model, _, optimizer), (other, _, fresh) = runs
+    for _ in range(3):
+        step(*runs[0])
+    optimizer.consolidate_state_dict(to=0)
+    box: list[Any] = [None]
+    try:
+        box = [copy.deepcopy((model.state_dict(), optimizer.state_dict()))]
+    except RuntimeError as error:
+        errors.append(str(error))
+    dist.broadcast_object_list(box, src=0)
+    other.load_state_dict(box[0][0])
+    fresh.load_state_dict(copy.deepcopy(box[0][1]))  # torch's own takes the tensors as they are
+    for run in runs:
+        for _ in range(3):
+            step(*run)
+    errors_after = []
+    try:
+        optimizer.state_dict()
+    except RuntimeError as error:
+        errors_after.append(str(error))
+    roots = sum("root" in state for state in fresh.state.values())
+    return {
+        "first": [full(p) for p in model.parameters()],
+        "second": [full(p) for p in other.parameters()],
+        "errors": errors,
+        "stale": errors_after,
+        "roots": roots,
+        "checkpoint": box[0],
+    }
 
 
 def case(rank: int, name: str, x: Tensor, *arguments: Any) -> dict[str, Any]:

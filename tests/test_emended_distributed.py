@@ -27,6 +27,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "accumulated": (),
     "joined": (),
 }
+SHARDED = [("SGD", "ddp"), ("AdamW", "fsdp"), ("Muon", "fsdp"), ("RMSprop", "ddp")]
 X, TARGET = randn(16, 6), torch.arange(16) % 3
 
 
@@ -38,17 +39,26 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs["tensor parallel"] = (compatibility_workers.tensor_parallel, (X,))
     jobs["spawned"] = (compatibility_workers.spawned, (cw.convert(compatibility_workers.network()), X))
     jobs.update({name: (emended_workers.case, (name, X, *arguments)) for name, arguments in CASES.items()})
+    for name, wrap in SHARDED:
+        jobs[f"sharded {name} {wrap}"] = (
+            emended_workers.sharded,
+            (emended_workers.job, name, X, TARGET, COUNTS, wrap),
+        )
+    for name in CASES:
+        jobs[f"sharded {name}"] = (emended_workers.sharded, (emended_workers.case, name, X))
+    jobs["resumed"] = (emended_workers.sharded, (emended_workers.resumed, X))
     for reshard in (True, False):
         jobs[f"mixed {reshard}"] = (emended_workers.case, ("mixed", X.float(), reshard))
     return workers.launch(jobs, tmp_path_factory.mktemp("processes"))
 
 
+@pytest.mark.parametrize("how", ["", "sharded "])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_that_do_not_do_the_same(found: list[dict[str, Any]], name: str) -> None:
+def test_ranks_that_do_not_do_the_same(found: list[dict[str, Any]], name: str, how: str) -> None:
     """A layer or all of them without rows on one rank; ``no_sync``, with rank 0 evaluating; batches that end early."""
     expected = getattr(emended_workers, name)(X, None, *CASES[name])
     for rank, results in enumerate(found):
-        own = results[name]
+        own = results[how + name]
         assert "error" not in own, own["error"]
         for key in ("gram_rows", "input_gram", "root"):
             assert_close(f"{key} of rank {rank}", own[key], expected[key], 1e-11)
@@ -80,6 +90,8 @@ def test_four_processes_train_as_one(tmp_path: Path) -> None:
         f"{name} {wrap}": (emended_workers.job, (name, X, TARGET, FOUR, wrap))
         for name, wrap in (("AdamW", "ddp"), ("Muon", "fsdp"))
     }
+    # Of a mesh of 2 x 2 the last dimension divides the state, the other has copies.
+    jobs["AdamW hsdp"] = (emended_workers.sharded, (emended_workers.job, "AdamW", X, TARGET, FOUR, "hsdp"))
     results = workers.launch(jobs, tmp_path, ranks=4)
     for key in jobs:
         expected = emended_workers.train(key.split()[0], X, TARGET, FOUR, 0, "one")
@@ -109,6 +121,79 @@ def test_a_step_communicates_its_grams_on_refresh_steps_alone(
         own = results[f"{name} {wrap}"]
         refreshes = [steps_to_refresh(step, emended_workers.REFRESH_EVERY) == 0 for step in range(len(COUNTS))]
         assert own["reduced"] == [own["grams"] * due for due in refreshes]  # entries, with a count of rows each
+
+
+@pytest.mark.parametrize(("name", "wrap"), SHARDED)
+def test_a_sharded_state_is_the_same_one(found: list[dict[str, Any]], name: str, wrap: str) -> None:
+    """The weights and the checkpoint of one process; each moment and root on one rank."""
+    expected = emended_workers.train(name, X, TARGET, COUNTS, 0, "one")
+    everything = [results[f"sharded {name} {wrap}"] for results in found]
+    for rank, own in enumerate(everything):
+        assert "error" not in own, own["error"]
+        for i, (parameter, one) in enumerate(zip(own["parameters"], expected["parameters"], strict=True)):
+            assert_close(f"parameter {i} of rank {rank}", parameter, one, 1e-12)
+        for number, state in expected["saved"].items():
+            assert own["saved"][number].keys() == state.keys()
+            for key in ("input_gram", "root") if "root" in state else ():
+                assert_close(f"{key} of rank {rank}", own["saved"][number][key], state[key], 1e-11)
+    kept = [own["kept"] for own in everything]
+    assert sum(kept) == expected["kept"]
+    assert max(kept) <= expected["kept"] / 2 + expected["largest"] / 2 < expected["kept"]
+
+
+@pytest.mark.parametrize(("name", "wrap"), SHARDED)
+def test_a_sharded_step_sends_each_root_once(found: list[dict[str, Any]], name: str, wrap: str) -> None:
+    """Twice where the optimizer inside takes its own step; sums over all ranks are of numbers of rows alone."""
+    for results in found:
+        own = results[f"sharded {name} {wrap}"]
+        layers = 2 if name == "Muon" else 3
+        roots = own["grams"] - layers
+        assert own["sent"] == [roots * (2 if name == "RMSprop" else 1)] * len(COUNTS)
+        refreshes = [steps_to_refresh(step, emended_workers.REFRESH_EVERY) == 0 for step in range(len(COUNTS))]
+        assert own["reduced"] == [2 * layers * due for due in refreshes]
+
+
+def test_a_sharded_state_resumes(found: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(found):
+        own = results["resumed"]
+        assert "error" not in own, own["error"]
+        for i, (first, second) in enumerate(zip(own["first"], own["second"], strict=True)):
+            assert_identical(f"parameter {i} of rank {rank}", first, second)
+        assert bool(own["errors"]) == (rank == 1)
+        for message in own["errors"] + own["stale"]:
+            assert "call consolidate_state_dict(to=0) on all ranks before state_dict()" in message
+        assert own["stale"]
+    assert sum(results["resumed"]["roots"] for results in found) == 3
+    model = emended_workers.network()
+    optimizer = emended_workers.optimizer_of("AdamW", model)  # one process, that has all
+    weights, state = found[0]["resumed"]["checkpoint"]
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(X).square().sum() / 2).backward()
+        optimizer.step()
+    for i, (parameter, one) in enumerate(zip(model.parameters(), found[0]["resumed"]["first"], strict=True)):
+        assert_close(f"parameter {i}", parameter, one, 1e-11)
+
+
+def test_where_a_state_cannot_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = emended_workers.network()
+    inner = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="shard_state must be True or False, got 2"):
+        cw.optim.Emended(inner, model, shard_state=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="process_group=None has one"):
+        cw.optim.Emended(inner, model, shard_state=True, process_group=None)
+    with pytest.raises(ValueError, match="which is not initialised"):
+        cw.optim.Muon(model, 0.1, aux={"lr": 0.1}, shard_state=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    class Positions(torch.optim.SGD):
+        pass
+
+    cw.optim.declare(Positions, decay="none", reads="position")
+    with pytest.raises(ValueError, match=r"Positions moves the weights in train\(\) and eval\(\)"):
+        cw.optim.Emended(Positions(model.parameters()), model, shard_state=True)
 
 
 def test_tensor_parallel(found: list[dict[str, Any]]) -> None:

@@ -214,6 +214,8 @@ class Monitor:
         state = {} if unit is None else self.optimizer.state.get(unit.weight, {})
         if unit is None or unit.diagonal or float(state.get("emended_steps", 0)) == 0:
             return math.nan
+        if "root" not in state:  # with shard_state another rank has it
+            return math.nan
         per_sample = self.optimizer.scale == "nlms"
         gram = gram_of(unit.kind, unit.blocks, taken.input, per_sample, unit.slot.dtype)
         root = state["root"].view(unit.slot.shape)

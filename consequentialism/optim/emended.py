@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,13 +18,14 @@ from .. import _torch
 from ..backend import dispatch
 from ..nn.module import EmendedModule
 from ..options import check_choice
-from ..precision import widest_dtype
 from ..solve.gram import Gram
 from . import memory
-from .inside import POSITION, parts_of, standing_in, step_all, step_weight_by_weight
+from .checks import check_numbers, check_optimizer, check_process_group, check_shard_state
+from .inside import POSITION, Part, Rooted, parts_of, standing_in, step_all, step_weight_by_weight
 from .join import JoinHook, notify
 from .record import Hook, Recorder
 from .rules import decay_of, rule_of
+from .sharding import Sharding
 from .steps import local, rule_for
 from .units import Unit, find_units
 
@@ -81,6 +81,13 @@ class Emended(torch.optim.Optimizer):
             group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
             summed over it, and nothing else ever is. Ranks whose batches end before others' take
             `torch.distributed.algorithms.Join` over DDP and this optimizer.
+        shard_state: Whether each ``A`` and ``S`` is kept by one rank of the group (of a mesh of several dimensions, of
+            the last one), which alone makes the root, as Shampoo's are distributed. On refresh steps each Gram is then
+            summed to its owner; in every step each ``S`` is sent to all, at most two on a rank beside its own (twice
+            for an optimizer other than torch's SGD, Adam, AdamW and Muon and `Muon`: before and after its own step), so
+            all ranks step together. The Grams of a refresh step are added up where their rows are: from forward to that
+            step they stand on every rank. The weights are those of ``shard_state=False``. A checkpoint holds the whole
+            state, and resumes with any number of ranks, sharded or not: see `consolidate_state_dict`.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
 
     Raises:
@@ -102,16 +109,18 @@ class Emended(torch.optim.Optimizer):
         refresh_every: int = 10,
         block: int = 256,
         process_group: Any = "auto",
+        shard_state: bool = False,
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
-        _check_numbers(damping, exponent, memory, refresh_every, block)
+        check_numbers(damping, exponent, memory, refresh_every, block)
         check_choice("scale", scale, SCALES)
         if filter_fn is not None and not callable(filter_fn):
             raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
-        _check_process_group(process_group)
+        check_process_group(process_group)
+        check_shard_state(shard_state, process_group, optimizer)
         rule = rule_of(optimizer)
         if exponent is None:
             exponent = 0.25 if rule.orthogonalises else 0.5
@@ -122,6 +131,7 @@ class Emended(torch.optim.Optimizer):
         self._rule, self._name = rule, type(optimizer).__name__
         self._model, self._filter_fn = model, filter_fn
         self._own_step = rule_for(optimizer)
+        self._sharding = Sharding(self._process_groups) if shard_state else None
         self._recorder = Recorder()
         self._steps = torch.zeros((), dtype=torch.int64)
         self._unseen_named = False
@@ -279,8 +289,9 @@ class Emended(torch.optim.Optimizer):
         states = []
         for unit in self.units:
             state = self.state[unit.weight]
-            if "root" not in state:
-                state.update(memory.fresh_state(unit), emended_steps=self._steps)
+            if "emended_steps" not in state:
+                fresh = memory.fresh_state if self._sharding is None else self._sharding.fresh_state
+                state.update(fresh(unit), emended_steps=self._steps)
             states.append(state)
         return states
 
@@ -322,10 +333,13 @@ class Emended(torch.optim.Optimizer):
             self._name_unseen(unseen)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         parts = parts_of(self.units, states, groups, self._rule, self._name)
+        rooted: Rooted = iter
+        if self._sharding is not None:
+            parts, rooted = self._sharding.in_order(parts), self._rooted
         if self._own_step is not None:
-            step_weight_by_weight(self.optimizer, parts, self._own_step)
+            step_weight_by_weight(self.optimizer, parts, self._own_step, rooted)
         else:
-            step_all(self.optimizer, parts, states, self._rule)
+            step_all(self.optimizer, parts, states, self._rule, rooted)
         if due and not refreshes:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
             return loss
         if not capturing:
@@ -351,11 +365,22 @@ class Emended(torch.optim.Optimizer):
         """What a rank does whose batches have ended, while others step: it takes part in a refresh, and counts."""
         if self._recorder.recording:
             self._refresh(self._states())
+        if self._sharding is not None:
+            for _ in range(2 if self._own_step is None else 1):
+                list(self._rooted([]))
         self._count(1)
 
     def _refresh(self, states: Sequence[memory.State]) -> None:
-        memory.refresh(self.units, states, self.memory, self._roots, self._process_groups())
+        if self._sharding is not None:
+            self._sharding.refresh(self.units, states, self.memory, self._roots)
+        else:
+            memory.refresh(self.units, states, self.memory, self._roots, self._process_groups())
         self._recorder.end()
+
+    def _rooted(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """With ``shard_state``, the parts with their roots, as they come from the ranks that keep them."""
+        assert self._sharding is not None
+        return self._sharding.rooted(self.units, self._states(), parts)
 
     def _rates_count(self) -> bool:
         """Whether this is a step that somebody wants: a checkpoint's place is made by one with all rates 0."""
@@ -425,11 +450,34 @@ class Emended(torch.optim.Optimizer):
         if recording and not self._recorder.recording:
             self._recorder.begin()
 
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """With ``shard_state``, bring the whole state to the CPU of rank ``to`` of the group, None: of every rank.
+
+        All ranks call it, before `state_dict` on that rank, or on all, as `torch.distributed.checkpoint` does; it
+        holds until the next step. (The name is that of `torch.distributed.optim.ZeroRedundancyOptimizer`.) All ranks
+        then load what was saved. Without ``shard_state`` every rank has all, and nothing happens.
+
+        Raises:
+            ValueError: There is no such rank.
+        """
+        if self._sharding is None:
+            return
+        if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < self._sharding.ranks()):
+            raise ValueError(f"to must be a rank from 0 to {self._sharding.ranks() - 1}, or None, got {to!r}")
+        self._sharding.consolidate(self.units, self._states(), to)
+
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, with ours in each weight's state."""
+        """The optimizer's, with ours in each weight's state.
+
+        Raises:
+            RuntimeError: With ``shard_state``, `consolidate_state_dict` was not called since the last step.
+        """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.optimizer.state_dict()
+        if self._sharding is not None:
+            own = [p for group in self.param_groups for p in group["params"]]
+            self._sharding.complete(state_dict, self.units, own)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -471,7 +519,7 @@ class Emended(torch.optim.Optimizer):
             if not all(key in state for key in memory.KEYS):
                 missing.append(unit.name)
                 continue
-            loaded.append(_checked_state(unit, state))
+            loaded.append(memory.checked_state(unit, state))
         if missing and loaded:
             raise ValueError(
                 f"state_dict has no coordinates of layers {', '.join(map(repr, missing))}: an optimizer with other "
@@ -490,10 +538,12 @@ class Emended(torch.optim.Optimizer):
         self._steps = torch.tensor(max(int(state["emended_steps"]) for state in loaded), dtype=torch.int64)
         known: list[memory.State] = []
         for unit, state in zip(self.units, loaded, strict=True):
-            same = next((other for other in known if _same(state, other)), state)
+            same = next((other for other in known if memory.same(state, other)), state)
             if same is state:
                 known.append(state)
             self.state[unit.weight].update(same, emended_steps=self._steps)
+        if self._sharding is not None:
+            self._sharding.keep(self.units, self._states())
         self._recorder.end()
         if self._is_due():
             self._recorder.begin()
@@ -514,73 +564,3 @@ def step_outside_graphs(optimizer: Emended, closure: Callable[[], Any] | None) -
 
 
 _torch.never_inlined(step_outside_graphs, FULL_GRAPH)
-
-
-def _same(one: memory.State, other: memory.State) -> bool:
-    names = ("input_gram", "root", "gram_rows")
-    return all(one[n].shape == other[n].shape and one[n].dtype == other[n].dtype for n in names) and all(
-        one[n].device == other[n].device and torch.equal(one[n], other[n]) for n in names
-    )
-
-
-def _checked_state(unit: Unit, state: memory.State) -> memory.State:
-    """Copies in the unit's type on its device."""
-    slot, own = unit.slot, {}
-    for key in ("input_gram", "root"):
-        value = local(state[key])
-        if tuple(value.shape) != unit.stored_shape():
-            raise ValueError(
-                f"state_dict: {key} of layer {unit.name!r} must have the shape {list(unit.stored_shape())}, got "
-                f"{list(value.shape)}: it was saved with another block, bias or layer"
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
-        own[key] = value.detach().to(slot.device, slot.dtype, copy=True)
-    rows = local(state["gram_rows"])
-    if not bool(rows.isfinite()) or float(rows) < 0:
-        raise ValueError(
-            f"state_dict: gram_rows of layer {unit.name!r} must be finite and at least 0, got {float(rows)}"
-        )
-    own["gram_rows"] = rows.detach().to(slot.device, widest_dtype(slot.device.type), copy=True).view(())
-    own["emended_steps"] = torch.as_tensor(int(state["emended_steps"]))
-    return own
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
-    reason = rule_of(optimizer).refused
-    if reason is not None:
-        raise ValueError(f"optimizer: {type(optimizer).__name__} cannot be stepped in coordinates, for {reason}")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError("optimizer: differentiable=True cannot be stepped in coordinates")
-
-
-def _check_numbers(damping: Any, exponent: Any, memory: Any, refresh_every: Any, block: Any) -> None:
-    for name, value in (
-        ("damping", damping),
-        ("memory", memory),
-        *([("exponent", exponent)] if exponent is not None else []),
-    ):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not damping > 0:
-        raise ValueError(f"damping must be above 0, got {damping!r}")
-    if exponent is not None and not 0 < exponent <= 1:
-        raise ValueError(f"exponent must be above 0 and at most 1, or None, got {exponent!r}")
-    if not 0 <= memory < 1:
-        raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
-    for name, value in (("refresh_every", refresh_every), ("block", block)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an integer of at least 1, got {value!r} ({type(value).__name__})")
-        if value < 1:  # type: ignore[operator]
-            raise ValueError(f"{name} must be at least 1, got {value!r}")
-
-
-def _check_process_group(group: Any) -> None:
-    if group is None or (isinstance(group, str) and group == "auto"):
-        return
-    if isinstance(group, str) or not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(
-            f"process_group must be 'auto', None or a process group, got {group!r} ({type(group).__name__})"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ class Part(NamedTuple):
     """A weight with a gradient, the bias beside it, and their groups."""
 
     unit: Unit
-    root: Tensor
+    root: Any  # S; None where another rank keeps it, until it is fetched
     parameters: list[Any]  # the weight and, where it has a gradient, the bias
     groups: list[dict[str, Any]]
     decays: list[str]
@@ -63,6 +63,9 @@ class Part(NamedTuple):
             own.add_(change)
 
 
+Rooted = Callable[[Sequence[Part]], Iterable[Part]]  # the parts, each with its root
+
+
 def parts_of(
     units: Sequence[Unit], states: Sequence[State], groups: dict[int, Any], rule: Rule, name: str
 ) -> list[Part]:
@@ -82,12 +85,14 @@ def parts_of(
         if bias is not None and bias.grad is not None and id(bias) in groups:
             parameters.append(bias)
         own = [groups[id(parameter)] for parameter in parameters]
-        root = state["root"].view(unit.slot.shape)
+        root = state["root"].view(unit.slot.shape) if "root" in state else None
         parts.append(Part(unit, root, parameters, own, [decay_of(rule, group, name) for group in own]))
     return parts
 
 
-def step_weight_by_weight(optimizer: torch.optim.Optimizer, parts: Sequence[Part], step: Step) -> None:
+def step_weight_by_weight(
+    optimizer: torch.optim.Optimizer, parts: Sequence[Part], step: Step, rooted: Rooted = iter
+) -> None:
     """Our own step for the weights in coordinates, the optimizer's for the rest."""
     hidden = [(parameter, parameter.grad) for part in parts for parameter in part.parameters]
     try:
@@ -97,7 +102,7 @@ def step_weight_by_weight(optimizer: torch.optim.Optimizer, parts: Sequence[Part
     finally:
         for parameter, gradient in hidden:
             parameter.grad = gradient
-    for part in parts:
+    for part in rooted(parts):
         changes = [
             step(parameter, gradient, optimizer.state[parameter], group)
             for parameter, gradient, group in zip(part.parameters, part.gradients(), part.groups, strict=True)
@@ -105,13 +110,19 @@ def step_weight_by_weight(optimizer: torch.optim.Optimizer, parts: Sequence[Part
         part.apply(changes, part.shares())
 
 
-def step_all(optimizer: torch.optim.Optimizer, parts: Sequence[Part], states: Sequence[State], rule: Rule) -> None:
+def step_all(
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[Part],
+    states: Sequence[State],
+    rule: Rule,
+    rooted: Rooted = iter,
+) -> None:
     """The optimizer's own step, on values that stand for places in the coordinates.
 
     Most optimizers only add to a parameter: it is then zero and becomes the change, and rounding takes nothing of it.
     """
     # Contiguous, as fused optimizers take them for granted.
-    gradients = [gradient.contiguous() for part in parts for gradient in part.gradients()]
+    gradients = [gradient.contiguous() for part in rooted(parts) for gradient in part.gradients()]
     if rule.reads == "weights":  # the optimizer will add the coupled decay once more
         again = [decay for part in parts for decay in part.coupled()]
         gradients = [gradient - decay for gradient, decay in zip(gradients, again, strict=True)]
@@ -122,7 +133,7 @@ def step_all(optimizer: torch.optim.Optimizer, parts: Sequence[Part], states: Se
         optimizer.step()
         done = changes()
     begin = 0
-    for part in parts:
+    for part in rooted(parts):
         end = begin + len(part.parameters)
         shares: list[Any] = [1] * len(part.parameters) if positions else part.shares()
         if memory is not None:

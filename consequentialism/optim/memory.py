@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..precision import widest_dtype
 from ..solve.gram import Gram, sum_over
+from .steps import local
 from .units import Unit
 
 KEYS = ("input_gram", "root", "gram_rows", "emended_steps")
@@ -60,7 +61,14 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
         roots: Each ``S`` of units alike and their ``A``.
         groups: The process groups that the weights' replicas and shards belong to, one after the other.
     """
-    for batch in _batches(units, _sharing(units, states, groups)):
+    take_in(units, states, _sharing(units, states, groups), memory, roots)
+
+
+def take_in(
+    units: Sequence[Unit], states: Sequence[State], shared: Sequence[list[int]], memory: float, roots: Roots
+) -> None:
+    """Fold the slots of the units named, by what they share, into their ``A``, and make their ``S`` anew."""
+    for batch in _batches(units, shared):
         owners = [units[members[0]] for members in batch]
         if all(unit.slot.folded for unit in owners):  # before a failure
             continue
@@ -74,7 +82,7 @@ def refresh(units: Sequence[Unit], states: Sequence[State], memory: float, roots
         for members, state, moment, root in zip(batch, before, fresh, made, strict=True):
             usable = root.sum().isfinite()
             own = {"input_gram": moment.matrix, "gram_rows": moment.count, "root": root}
-            alone = all(i in members for i, other in enumerate(states) if other["root"] is state["root"])
+            alone = all(i in members for i, other in enumerate(states) if other.get("root") is state["root"])
             # In place where nobody else has it, so that a captured step between refreshes sees it.
             places = {key: state[key] if alone else state[key].clone() for key in own}
             values = [torch.where(usable, value, places[key]) for key, value in own.items()]
@@ -114,32 +122,44 @@ def _sharing(units: Sequence[Unit], states: Sequence[State], groups: Sequence[An
     that: over several, what is equal is found after the sum; a rank on which a member has seen something else says so
     beside the sum, and the members' own Grams are then summed too.
     """
-    before = _before(states, units)
+    before = together(units, [id(state["input_gram"]) if int(state["emended_steps"]) else None for state in states])
     if groups and not units[0].slot.summed:
         _sum_over(groups, units, states, before)
         for unit in units:
             unit.slot.summed = True
+    return seen_alike(units, before, bool(groups))
+
+
+def together(units: Sequence[Unit], moments: Sequence[Any]) -> list[list[int]]:
+    """Units that share a moment until now; those that begin are together where their shapes are the same.
+
+    Args:
+        moments: Equal for units that share one; None for a unit that begins.
+    """
+    classes: dict[Any, list[int]] = {}
+    for i, (unit, moment) in enumerate(zip(units, moments, strict=True)):
+        alike = (unit.kind.layout(), unit.stored_shape(), unit.blocks.columns, unit.slot.dtype, unit.slot.device)
+        classes.setdefault(alike if moment is None else moment, []).append(i)
+    return list(classes.values())
+
+
+def seen_alike(units: Sequence[Unit], before: Sequence[list[int]], summed: bool) -> list[list[int]]:
+    """Of units that were together, those that have seen the same rows since the last step.
+
+    Args:
+        summed: Whether the ranks' rows stand in the slots.
+    """
     shared: list[list[int]] = []
     for members in before:
         classes: list[list[int]] = []
         for member in members:
-            own = next((c for c in classes if _equal(units[c[0]], units[member], bool(groups))), None)
+            own = next((c for c in classes if _equal(units[c[0]], units[member], summed)), None)
             if own is None:
                 classes.append([member])
             else:
                 own.append(member)
         shared += classes
     return shared
-
-
-def _before(states: Sequence[State], units: Sequence[Unit]) -> list[list[int]]:
-    """Units that share a moment until now; those without rows are together where their shapes are the same."""
-    classes: dict[Any, list[int]] = {}
-    for i, (unit, state) in enumerate(zip(units, states, strict=True)):
-        begins = int(state["emended_steps"]) == 0
-        alike = (unit.kind.layout(), unit.stored_shape(), unit.blocks.columns, unit.slot.dtype, unit.slot.device)
-        classes.setdefault(alike if begins else id(state["input_gram"]), []).append(i)
-    return list(classes.values())
 
 
 def _equal(one: Unit, other: Unit, summed: bool) -> bool:
@@ -171,3 +191,34 @@ def _sum_over(groups: Sequence[Any], units: Sequence[Unit], states: Sequence[Sta
     for flag, leader, rest in zip(flags.tolist(), leaders, followers, strict=True):
         for i in () if flag else rest:
             units[i].slot.gram = units[leader].slot.gram
+
+
+def same(one: State, other: State) -> bool:
+    """Whether two loaded states are of one moment."""
+    names = ("input_gram", "root", "gram_rows")
+    return all(one[n].shape == other[n].shape and one[n].dtype == other[n].dtype for n in names) and all(
+        one[n].device == other[n].device and torch.equal(one[n], other[n]) for n in names
+    )
+
+
+def checked_state(unit: Unit, state: State) -> State:
+    """Copies in the unit's type on its device."""
+    slot, own = unit.slot, {}
+    for key in ("input_gram", "root"):
+        value = local(state[key])
+        if tuple(value.shape) != unit.stored_shape():
+            raise ValueError(
+                f"state_dict: {key} of layer {unit.name!r} must have the shape {list(unit.stored_shape())}, got "
+                f"{list(value.shape)}: it was saved with another block, bias or layer"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
+        own[key] = value.detach().to(slot.device, slot.dtype, copy=True)
+    rows = local(state["gram_rows"])
+    if not bool(rows.isfinite()) or float(rows) < 0:
+        raise ValueError(
+            f"state_dict: gram_rows of layer {unit.name!r} must be finite and at least 0, got {float(rows)}"
+        )
+    own["gram_rows"] = rows.detach().to(slot.device, widest_dtype(slot.device.type), copy=True).view(())
+    own["emended_steps"] = torch.as_tensor(int(state["emended_steps"]))
+    return own

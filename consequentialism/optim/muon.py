@@ -37,7 +37,8 @@ class Muon(Emended):
         ns_coefficients, ns_steps, eps, adjust_lr_fn: As `torch.optim.Muon`.
         qkv: The last parts of the names of layers whose matrix holds those of queries, keys and values, one over the
             other, as ``("c_attn",)``: each is orthogonalised on its own. Without, it is one matrix.
-        damping, exponent, scale, memory, refresh_every, block, process_group: As `Emended`; the exponent is 1/4.
+        damping, exponent, scale, memory, refresh_every, block, process_group, shard_state: As `Emended`; the exponent
+            is 1/4.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers' weights are hidden matrices;
             None: as above.
 
@@ -66,6 +67,7 @@ class Muon(Emended):
         refresh_every: int = 10,
         block: int = 256,
         process_group: Any = "auto",
+        shard_state: bool = False,
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -94,6 +96,7 @@ class Muon(Emended):
             refresh_every=refresh_every,
             block=block,
             process_group=process_group,
+            shard_state=shard_state,
             filter_fn=lambda module, _: id(module) in chosen,
         )
 
