@@ -3,16 +3,21 @@
 Counts, not measurements. For each weight ``[O, I]`` that is stepped in coordinates, with blocks of ``b`` inputs, ``A``
 and ``S`` have ``I b`` numbers each in float32; a Gram of ``N`` rows costs ``N I b`` multiplications and additions,
 symmetry used, a root ``2 R b^2 I``, and a step two products, ``4 O I b`` in all. Gram and root are divided by
-``refresh_every``. The ranks sum their Grams then: a ring sends ``2 (W - 1) / W`` of them.
+``refresh_every``. The ranks sum their Grams then: a ring sends ``2 (W - 1) / W`` of them. With ``shard_state=True`` a
+rank keeps its share, or the largest moment, receives every root in every step, and its Grams are summed once.
 """
 
 from __future__ import annotations
 
+import csv
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+GLOO = (
+    Path(__file__).parent.parent / "bench" / "results" / "cpu-2-threads" / "gloo.csv"
+)  # tools/scale_gloo.py writes it
 BLOCK = 256
 ROOT_PRODUCTS = 40  # products of order b that a root takes: assumed, meant to be too many
 BYTES = 4  # of a float32
@@ -46,6 +51,7 @@ class Cost(NamedTuple):
 
     Attributes:
         moments: Bytes of all ``A`` and ``S``.
+        share: Those of a rank with ``shard_state=True``.
         parameters: In coordinates.
         gram, root, apply: Multiplications and additions.
         step: Those of forward and backward.
@@ -53,6 +59,7 @@ class Cost(NamedTuple):
     """
 
     moments: int
+    share: float
     parameters: int
     gram: float
     root: float
@@ -64,11 +71,12 @@ class Cost(NamedTuple):
 def cost(model: Model, ranks: int, refresh: int, wrap: str) -> Cost:
     """Under ``"ddp"``, ``"fsdp2"`` (rows of W over all ranks) or ``"tp"`` (outputs over 8, data over the rest)."""
     parts = {"ddp": 1, "fsdp2": ranks, "tp": min(ranks, 8)}[wrap]
-    moments = parameters = 0
+    moments = parameters = largest = 0
     gram = root = apply = 0.0
     for outputs, inputs in model.weights():
         block = min(BLOCK, inputs)
         moments += 2 * BYTES * inputs * block
+        largest = max(largest, 2 * BYTES * inputs * block)
         parameters += outputs * inputs
         gram += 2 * ROWS_A_RANK * inputs * block / 2 / refresh
         root += 2 * ROOT_PRODUCTS * block**2 * inputs / refresh
@@ -78,6 +86,7 @@ def cost(model: Model, ranks: int, refresh: int, wrap: str) -> Cost:
     ring = {"ddp": ranks, "fsdp2": ranks, "tp": ranks // parts}[wrap]
     return Cost(
         moments * layers,
+        max(moments * layers / (parts if wrap == "tp" else ranks), largest),  # of a mesh over its last dimension
         parameters * layers,
         gram * layers,
         root * layers,
@@ -89,9 +98,9 @@ def cost(model: Model, ranks: int, refresh: int, wrap: str) -> Cost:
 
 def table() -> list[str]:
     lines = [
-        "| model | ranks | wrap | refresh | A and S a rank, MB | AdamW's state a rank, MB | Gram, % | roots, % | "
-        "products, % | Grams sent a step, MB |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | ranks | wrap | refresh | A and S a rank, MB | sharded, MB | AdamW's state a rank, MB | Gram, % | "
+        "roots, % | products, % | Grams sent a step, MB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model in MODELS:
         for ranks in RANKS:
@@ -107,9 +116,38 @@ def table() -> list[str]:
                         wrap,
                         str(refresh),
                         f"{own.moments / 1e6:.0f}",
+                        f"{own.share / 1e6:.0f}",
                         f"{adam / 1e6:.0f}",
                     ]
                     lines.append("| " + " | ".join([*cells, *shares, f"{own.sent / 1e6:.1f}"]) + " |")
+    return lines
+
+
+def least_rows(model: Model, refresh: int, most: float) -> int:
+    """The tokens of a rank at which Gram, roots and products are that share of the step's arithmetic, under DDP."""
+    own = cost(model, 8, refresh, "ddp")
+    fixed, gram = own.root + own.apply, own.gram / own.step  # the Gram's share does not depend on the rows
+    return round(fixed / (most - gram) / (own.step / ROWS_A_RANK))
+
+
+def measured() -> list[str]:
+    """The table of what `tools/scale_gloo.py` has measured; of each kind the rank that took longest."""
+    with GLOO.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| processes | state | a refresh step | a step between | Grams, forward and backward | sent in a refresh step, "
+        "MB | in a step between, MB | A and S a rank, MB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for ranks, sharded in dict.fromkeys((row["ranks"], row["sharded"]) for row in rows):
+        own = [row for row in rows if (row["ranks"], row["sharded"]) == (ranks, sharded)]
+        most = {
+            name: max(float(row[name]) for row in own) for name in own[0] if name not in ("ranks", "sharded", "rank")
+        }
+        cells = [ranks, "sharded" if sharded == "True" else "on every rank"]
+        cells += [f"{most[name]:.2f}" for name in ("refresh_step", "step", "grams")]
+        cells += [f"{most[name] / 1e6:.1f}" for name in ("refresh_bytes", "step_bytes", "state_bytes")]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -117,26 +155,49 @@ def page() -> str:
     seven, small = cost(MODELS[-1], 1024, 10, "fsdp2"), cost(MODELS[0], 8, 10, "ddp")
     state, own = 2 * BYTES * small.parameters / 1e6, 2 * BYTES * seven.parameters / 1024 / 1e6
     share = 100 * (small.gram + small.root + small.apply) / small.step
+    roots, passed = seven.moments / 2, 3 * BYTES * seven.parameters
+    least = "; ".join(
+        f"{model.name}: " + " and ".join(f"{least_rows(model, refresh, 0.1):,}" for refresh in REFRESH)
+        for model in MODELS
+    )
     said = [
-        f"Predictions, not measurements: what `optim.Emended` adds to a training step of a transformer, counted by "
-        f"`tools/scale.py` (which writes this page) for blocks of {BLOCK} inputs, {ROWS_A_RANK:,} tokens a rank and "
-        f"float32 moments. Shares are of the arithmetic of forward and backward on that rank, 6 a token and parameter. "
-        f"A Gram is counted once a weight, though layers of one input share it; a root as {ROOT_PRODUCTS} products of "
-        f"its order, which is assumed, and meant to be too many. Tensor parallelism is over 8 ranks, by outputs; "
-        f"weights split by inputs are refused today, and are counted as if they were served.",
+        f"Predictions, not measurements, but for the last table: what `optim.Emended` adds to a training step of a "
+        f"transformer, counted by `tools/scale.py` (which writes this page) for blocks of {BLOCK} inputs, "
+        f"{ROWS_A_RANK:,} tokens a rank and float32 moments. Shares are of the arithmetic of forward and backward on "
+        f"that rank, 6 a token and parameter. A Gram is counted once a weight, though layers of one input share it; a "
+        f"root as {ROOT_PRODUCTS} products of its order, which is assumed, and meant to be too many. Tensor "
+        f"parallelism is over 8 ranks, by outputs; weights split by inputs are refused today, and are counted as if they were "
+        f"served. *Sharded*: A and S a rank with `shard_state=True`.",
         f"Data parallel, GPT-2 124M on 8 ranks: A and S are {small.moments / 1e6:.0f} MB beside {state:.0f} MB of "
         f"AdamW's own state; Grams, roots and products together are {share:.1f} % of the step's arithmetic.",
-        f"FSDP2, 7B on 1,024 ranks: A and S are on every rank, {seven.moments / 1e9:.1f} GB, where AdamW's own sharded "
-        f"state is {own:.0f} MB. Here the state has to be sharded: each rank makes and keeps the roots of some "
-        f"weights, as Shampoo distributes them, and the others fetch a root when they need it. Nothing of that is "
-        f"written yet; until then `filter_fn`, or a smaller `block`, bounds it.",
-        "Every rank makes every root: their share falls with the tokens of a rank and with `refresh_every`, not with "
-        "the number of ranks.",
-        "Not in the counts: how far from its peak a kernel runs, the latency of collectives, stragglers. Those only "
-        "several machines can show; none was there, and no curve over gloo was measured.",
+        f"FSDP2, 7B on 1,024 ranks: on every rank A and S are {seven.moments / 1e9:.1f} GB, where AdamW's own sharded "
+        f"state is {own:.0f} MB. With `shard_state=True` a rank keeps {seven.share / 1e6:.0f} MB, and receives all "
+        f"roots in every step, {roots / 1e9:.2f} GB, beside the {passed / 1e9:.0f} GB of float32 weights, twice, and "
+        f"gradients that FSDP2 itself moves: {100 * roots / passed:.1f} %. On refresh steps the Grams, "
+        f"{roots / 1e9:.2f} GB, stand on every rank from forward to the step all the same: `filter_fn` or a smaller "
+        f"`block` bounds them.",
+        "Without it every rank makes every root: their share falls with the tokens of a rank and with "
+        "`refresh_every`, not with the number of ranks. With it a rank makes its own.",
+        f"Where it stops paying: at few tokens a rank, for roots and products do not shrink with them. All three "
+        f"together are a tenth of the step's arithmetic under DDP at so many tokens a rank, with `refresh_every` "
+        f"{REFRESH[0]} and {REFRESH[1]}: {least}.",
     ]
-    paragraphs = [textwrap.fill(text, 119) for text in said]
-    return "\n\n".join(["# Scale, on paper", paragraphs[0], "\n".join(table()), *paragraphs[1:]]) + "\n"
+    gloo = (
+        "Measured with gloo (`tools/scale_gloo.py`): DDP with AdamW over 4 times the four weights of a transformer 256 "
+        "wide, float32, 1,024 rows a rank, a thread a process. Processor time of the rank that took longest, as a "
+        "multiple of its own forward and backward without Grams, so that waiting is not in it; bytes that are handed "
+        "to collectives."
+    )
+    last = (
+        "Not in these counts: how far from its peak a kernel runs, the latency of collectives, stragglers, and what of "
+        "the sending hides behind arithmetic. Those only several machines can show."
+    )
+    paragraphs = [textwrap.fill(text, 119) for text in (*said, gloo, last)]
+    tables = ["\n".join(table()), "\n".join(measured())]
+    return (
+        "\n\n".join(["# Scale, on paper", paragraphs[0], tables[0], *paragraphs[1:-1], tables[1], paragraphs[-1]])
+        + "\n"
+    )
 
 
 if __name__ == "__main__":
