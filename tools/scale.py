@@ -166,8 +166,8 @@ def page() -> str:
         f"{ROWS_A_RANK:,} tokens a rank and float32 moments. Shares are of the arithmetic of forward and backward on "
         f"that rank, 6 a token and parameter. A Gram is counted once a weight, though layers of one input share it; a "
         f"root as {ROOT_PRODUCTS} products of its order, which is assumed, and meant to be too many. Tensor "
-        f"parallelism is over 8 ranks, by outputs; weights split by inputs are refused today, and are counted as if they were "
-        f"served. *Sharded*: A and S a rank with `shard_state=True`.",
+        f"parallelism is over 8 ranks, by outputs; weights split by inputs are refused today, and are counted as if "
+        f"they were served. *Sharded*: A and S a rank with `shard_state=True`.",
         f"Data parallel, GPT-2 124M on 8 ranks: A and S are {small.moments / 1e6:.0f} MB beside {state:.0f} MB of "
         f"AdamW's own state; Grams, roots and products together are {share:.1f} % of the step's arithmetic.",
         f"FSDP2, 7B on 1,024 ranks: on every rank A and S are {seven.moments / 1e9:.1f} GB, where AdamW's own sharded "
