@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,6 +63,35 @@ def test_attention_steps_as_three_linear_layers(case: str, name: str) -> None:
     assert_close("weight", attention.in_proj_weight, torch.cat([part.weight for part in apart.parts]), EXACT)
     assert_close("bias", attention.in_proj_bias, torch.cat([part.bias for part in apart.parts]), EXACT)
     assert_close("out", attention.out_proj.weight, apart.out.weight, EXACT)
+
+
+@pytest.mark.parametrize("case", ["self", "all apart"])
+def test_muon_takes_an_attention_as_its_matrices(case: str) -> None:
+    """Queries', keys' and values' by Muon in coordinates, the output's by Muon without; the last layer is the head."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True, dtype=F64)
+    apart, inputs = Apart(attention), inputs_of(case)
+    head = nn.Linear(WIDTH, 3, dtype=F64)
+    for inner in (attention, apart):
+        model = nn.ModuleList([inner, copy.deepcopy(head)])
+        hidden = {"filter_fn": lambda module, name: "parts" in name} if inner is apart else {}
+        optimizer = cw.optim.Muon(model, 0.02, aux={"lr": 1e-3}, **OPTIONS, **hidden)
+        out = inner(*inputs)
+        squares(model[1](out[0] if isinstance(out, tuple) else out)).backward()
+        optimizer.step()
+        if inner is attention:
+            assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 4]
+            assert [group.get("parts") for group in optimizer.param_groups] == [3, 1, 1]
+            assert optimizer.param_groups[1]["params"][0] is attention.out_proj.weight
+            assert "out_proj" in optimizer.left_alone["0"]
+    assert_close("weight", attention.in_proj_weight, torch.cat([part.weight for part in apart.parts]), EXACT)
+
+
+def test_muon_leaves_recurrent_layers_to_adamw() -> None:
+    model = nn.ModuleList([nn.LSTM(WIDTH, 4), nn.Linear(4, 4), nn.Linear(4, 3)])
+    optimizer = cw.optim.Muon(model, 0.02, aux={"lr": 1e-3})
+    muon = [p for group in optimizer.param_groups if group["use_muon"] for p in group["params"]]
+    assert [id(p) for p in muon] == [id(model[1].weight)]
 
 
 def test_attention_with_widths_of_its_own() -> None:

@@ -12,6 +12,7 @@ import torch
 from cases import F64, assert_close, assert_identical, randn
 from emended_helpers import EXACT, squares, train
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import consequentialism as cw
 
@@ -215,6 +216,59 @@ def test_a_weight_that_two_layers_use_differently() -> None:
     cw.optim.Emended(inner, nn.Sequential(model, nn.Linear(6, 6)), filter_fn=lambda _, name: name == "0.second")
 
 
+class Experts(nn.Module):
+    """Weights of three dimensions that a product of batches takes: ``[E, N, I] -> [E, N, O]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(2, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight)
+
+
+class OwnLinear(nn.Module):
+    """A user's own linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.offset = nn.Parameter(randn(6, 4)), nn.Parameter(randn(4, seed=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel + self.offset
+
+
+class OwnConv(nn.Module):
+    """A user's own convolution, with a stride and no other setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.stride = nn.Parameter(randn(4, 3, 2)), 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight, stride=self.stride)
+
+
+def test_registered_classes_step_as_torchs_own() -> None:
+    cw.register(OwnLinear, like=nn.Linear, weight="kernel", bias="offset", transposed=True)
+    cw.register(OwnConv, like=nn.Conv1d)
+    linear, conv = nn.Linear(6, 4, dtype=F64), nn.Conv1d(3, 4, 2, stride=2, bias=False, dtype=F64)
+    own_linear, own_conv = OwnLinear(), OwnConv()
+    with torch.no_grad():
+        linear.weight.copy_(own_linear.kernel.T)
+        linear.bias.copy_(own_linear.offset)
+        conv.weight.copy_(own_conv.weight)
+    for model, x in (((linear, own_linear), randn(20, 6)), ((conv, own_conv), randn(5, 3, 9))):
+        for layer in model:
+            inner = torch.optim.AdamW(layer.parameters(), 0.1)
+            train(layer, cw.optim.Emended(inner, layer, refresh_every=1, damping=0.1), x, 3)
+    assert_close("weight", own_linear.kernel.T, linear.weight, EXACT)
+    assert_close("bias", own_linear.offset, linear.bias, EXACT)
+    assert_close("convolution", own_conv.weight, conv.weight, EXACT)
+    with pytest.raises(ValueError, match=r"are emended by consequentialism\.convert already"):
+        cw.optim.Emended(torch.optim.SGD(own_linear.parameters(), 0.1), cw.convert(own_linear))
+
+
 def test_what_is_left_alone_is_stepped_plainly() -> None:
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -232,12 +286,14 @@ def test_what_is_left_alone_is_stepped_plainly() -> None:
             "attention": nn.MultiheadAttention(6, 1, dtype=F64),
             "sparse": nn.Embedding(6, 6, sparse=True, dtype=F64),
             "lazy": nn.LazyLinear(6, dtype=F64),
+            "experts": Experts(),
         }
     )
     dense = [p for name, p in model.named_parameters() if not name.startswith(("lazy", "sparse"))]
     optimizer = cw.optim.Emended(torch.optim.SGD(dense, 0.1, weight_decay=0.1), model, refresh_every=1)
     assert [unit.name for unit in optimizer.units] == ["same", "attention"]  # its input projection
-    assert set(optimizer.left_alone) == {"own", "parametrised", "attention", "sparse", "lazy"}
+    assert set(optimizer.left_alone) == {"own", "parametrised", "attention", "sparse", "lazy", "experts"}
+    assert optimizer.left_alone["experts"].startswith("weight of Experts: no layer is called whose input could be seen")
     x = randn(20, 6)
     loss = squares(model["parametrised"](model["norm"](model["own"](model["same"](x)))))
     loss.backward()

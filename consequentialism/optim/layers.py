@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from ..autograd.geometry import Geometry, normalized, normalized_transposed
 from ..backend import dispatch, reference
 from ..nn.module import EmendedModule
+from ..nn.registry import DEFAULTS, Form, form_of
 from ..options import Options
 from ..precision import compute_dtype
 from .blocks import Blocks
@@ -36,8 +38,8 @@ class Kind:
     weight_name = "weight"
     bias_name = "bias"
 
-    def __init__(self, module: nn.Module) -> None:
-        """Of a layer; the kind keeps nothing of it."""
+    def __init__(self, module: Any) -> None:
+        """Of a layer, or something with its settings; the kind keeps nothing of it."""
 
     def weight(self, module: nn.Module) -> Any:
         return module._parameters.get(self.weight_name)
@@ -93,9 +95,8 @@ class Convolution(Kind):
 
     name = "a convolution"
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        own: Any = module
+    def __init__(self, own: Any) -> None:
+        super().__init__(own)
         self.groups = own.groups
         self.geometry = (own.stride, own.padding, own.dilation, own.groups)
         self.kernel = tuple(own.kernel_size)
@@ -144,9 +145,8 @@ class TransposedConvolution(Convolution):
     name = "a transposed convolution"
     outputs_first = False
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        own: Any = module
+    def __init__(self, own: Any) -> None:
+        super().__init__(own)
         self.output_padding = tuple(own.output_padding)
 
     def signature(self) -> tuple[Any, ...]:
@@ -168,9 +168,8 @@ class Lookup(Kind):
     name = "an embedding"
     outputs_first = False
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        own: Any = module
+    def __init__(self, own: Any) -> None:
+        super().__init__(own)
         self.padding_idx = own.padding_idx
 
     def bias(self, module: nn.Module) -> Any:
@@ -187,29 +186,53 @@ class Lookup(Kind):
         return counts.to(dtype), x.numel()
 
 
+KINDS: dict[type[nn.Module], type[Kind]] = {
+    nn.Linear: Kind,
+    nn.Embedding: Lookup,
+    **dict.fromkeys(CONVOLUTIONS, Convolution),
+    **dict.fromkeys(TRANSPOSED, TransposedConvolution),
+}
+
+
 def kind_of(module: nn.Module) -> Kind | str | None:
     """How a layer makes rows; why it cannot be stepped in coordinates; or None, where it is no such layer."""
-    forward = type(module).forward
-    kinds: list[tuple[Any, type[Kind]]] = [(nn.Linear, Kind), (nn.Embedding, Lookup)]
-    kinds += [(plain, Convolution) for plain in CONVOLUTIONS]
-    kinds += [(plain, TransposedConvolution) for plain in TRANSPOSED]
-    for plain, kind in kinds:
-        if not isinstance(module, plain):
-            continue
-        if "forward" in module.__dict__:
-            return "its forward is replaced on the instance"
-        if forward is not plain.forward and not _is_converted(module):
+    converted = isinstance(module, EmendedModule)
+    form: Form | None = getattr(type(module), "form", None) if converted else form_of(type(module))
+    plain = next((plain for plain in KINDS if isinstance(module, plain)), None)
+    if form is None and plain is None:
+        return None
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if form is None:
+        assert plain is not None
+        if not _is_converted(module):
             return f"{type(module).__name__} is a subclass of {plain.__name__} with code of its own"
-        if isinstance(module, nn.Embedding) and module.sparse:
-            return "its gradient is sparse"
-        if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
-            return "scale_grad_by_freq already divides by the counts"
-        return kind(module)
-    if any(
-        f"{base.__module__}.{base.__qualname__}" == "transformers.pytorch_utils.Conv1D" for base in type(module).__mro__
-    ):
-        return TransposedLinear(module)
-    return None
+        form = Form(plain)
+    own = _settings(module, form)
+    if form.like is nn.Embedding and own.sparse:
+        return "its gradient is sparse"
+    if form.like is nn.Embedding and own.scale_grad_by_freq:
+        return "scale_grad_by_freq already divides by the counts"
+    if getattr(own, "padding_mode", "zeros") != "zeros" and plain is None:
+        return f"padding_mode={own.padding_mode!r} of a class that is none of torch's"
+    kind = (TransposedLinear if form.transposed else KINDS[form.like])(own)
+    kind.weight_name, kind.bias_name = form.weight, form.bias
+    return kind
+
+
+def _settings(module: nn.Module, form: Form) -> Any:
+    """What says how a layer maps its input: the layer itself, or, of a registered class, what it has of that."""
+    if isinstance(module, form.like):
+        return module
+    own = SimpleNamespace(**{name: getattr(module, name, value) for name, value in DEFAULTS[form.like].items()})
+    weight = module._parameters.get(form.weight)
+    if form.dimensions() > 2 and weight is not None:
+        own.kernel_size = tuple(weight.shape[2:])
+        for name in ("stride", "padding", "dilation", "output_padding"):
+            value = getattr(own, name, None)
+            if isinstance(value, int):
+                setattr(own, name, (value,) * len(own.kernel_size))
+    return own
 
 
 def _is_converted(module: nn.Module) -> bool:

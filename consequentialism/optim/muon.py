@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..options import as_number
 from . import steps
+from .composite import AttentionInput, composite_kinds
 from .emended import Emended
 from .layers import Kind, Lookup, kind_of
 from .rules import kept_share
@@ -21,9 +22,11 @@ _ADAM_ONLY = {"maximize": False, "capturable": False, "fused": False}
 class Muon(Emended):
     """Muon in emended coordinates for the hidden matrices of a model, AdamW for its other parameters.
 
-    The hidden matrices are the weights of linear layers and convolutions, those of a convolution as a matrix with a row
-    an output; not the last such layer of several, which is taken for the head, and none that an embedding shares.
-    Embeddings, the head, biases and norms go to AdamW, plainly.
+    The hidden matrices are the weights of linear layers, convolutions and `torch.nn.MultiheadAttention`: of a
+    convolution as a matrix with a row an output, of an attention ``in_proj_weight`` as its three and ``out_proj``
+    without coordinates, for its input arises inside (`left_alone` names it). Not the last such layer of several, which
+    is taken for the head, and none that an embedding shares. Embeddings, the head, recurrent layers, biases, norms and
+    parameters of no known layer go to AdamW, plainly.
 
         optimizer = cw.optim.Muon(model, lr=0.02, aux=dict(lr=1e-3))
 
@@ -108,9 +111,13 @@ def hidden_matrices(
     found: dict[str, tuple[nn.Module, Kind]] = {}
     looked_up: set[int] = set()
     for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            kinds, _ = composite_kinds(module)
+            found.update({f"{name}.{own.weight_name}".lstrip("."): (module, own) for own in kinds})
+            continue
         kind = kind_of(module)
         if isinstance(kind, Lookup) or isinstance(module, nn.Embedding):
-            looked_up.add(id(module.weight))
+            looked_up.add(id(module.weight) if kind is None or isinstance(kind, str) else id(kind.weight(module)))
         elif isinstance(kind, Kind) and isinstance(kind.weight(module), nn.Parameter):
             found[name] = module, kind
     wanted = {name: pair for name, pair in found.items() if pair[1].weight(pair[0]).requires_grad}
@@ -143,7 +150,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 continue
             taken.add(id(weight))
             count = 3 if any(name == end or name.endswith("." + end) for end in qkv) else 1
-            if count == 3 and (weight.shape[0] % 3 or not kind.outputs_first):
+            if isinstance(kind, AttentionInput):
+                count = 3
+            elif count == 3 and (weight.shape[0] % 3 or not kind.outputs_first):
                 raise ValueError(
                     f"qkv: layer {name!r} has no three matrices one over the other in a weight {list(weight.shape)}"
                 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import _torch
 from ..precision import moment_dtype
@@ -181,6 +182,11 @@ def find_units(
             continue
         if rest is not None:
             left_alone[name] = rest
+        elif not found and id(module) not in inside and (matrices := _unknown_matrices(module, owned)):
+            left_alone[name] = (
+                f"{', '.join(matrices)} of {type(module).__name__}: no layer is called whose input could be seen; "
+                "consequentialism.register says which of torch's layers its forward computes, if one"
+            )
         for own in found:
             reason = own if isinstance(own, str) else _obstacle(own.weight(module), owned)
             if reason is not None or isinstance(own, str):
@@ -197,6 +203,14 @@ def find_units(
         with_bias = with_biases and alone and id(bias) in owned and bias.requires_grad and bias.ndim == 1
         units.append(Unit(names, layers, with_bias, block))
     return units, left_alone
+
+
+def _unknown_matrices(module: nn.Module, owned: set[int]) -> list[str]:
+    """A module's own parameters that the optimizer has, with two dimensions or more."""
+    if isinstance(module, ParametrizationList):  # the parametrised module is named
+        return []
+    own = module._parameters.items()
+    return [name for name, p in own if p is not None and id(p) in owned and not is_lazy(p) and p.ndim >= 2]
 
 
 def _obstacle(weight: Any, owned: set[int]) -> str | None:
