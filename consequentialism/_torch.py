@@ -153,3 +153,38 @@ def never_inlined(function: Any, reason: str) -> None:
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def fused_adamw_(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[list[Tensor]],
+    steps: list[Tensor],
+    group: dict[str, Any],
+    decay: float,
+) -> None:
+    """AdamW's step on weights of one type and device, by one kernel.
+
+    Args:
+        moments: The first and second ones and, with ``amsgrad``, the largest second ones.
+        steps: How many there are, this one counted.
+        group: Adam's options.
+        decay: Instead of the group's ``weight_decay``.
+    """
+    beta1, beta2 = group["betas"]
+    mean, square, *largest = moments
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        mean,
+        square,
+        largest[0] if group["amsgrad"] else [],
+        steps,
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        weight_decay=decay,
+        eps=float(group["eps"]),
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+    )

@@ -56,26 +56,62 @@ class Blocks:
 def right_multiply(
     rows: Tensor, column: Tensor | None, root: Tensor, spans: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, Tensor | None]:
-    """``[rows | column] S``, cut again into rows and the bias's column: views of one fresh tensor.
+    """``[rows | column] S``, cut again into rows and the bias's column, both fresh.
 
     Args:
         rows: ``[groups, O, I]``.
-        column: ``[groups, O]``, the bias's, or None.
+        column: ``[groups, O]``, the bias's; None: zeros, of which nothing is wanted.
         root: ``S [groups, n, b, b]`` or a diagonal ``[I]``.
         spans: Where each block's inputs begin and end, the bias's column not counted.
     """
     if root.ndim == 1:
         return rows * root, None
     if len(spans) == 1:
-        whole = rows if column is None else torch.cat([rows, column[..., None]], -1)
-        product = torch.bmm(whole, root[:, 0])
+        size = rows.shape[2]
+        product = torch.bmm(rows, root[:, 0, :size, :size])
     else:
-        product = rows.new_empty(*rows.shape[:2], rows.shape[2] + (column is not None))
+        product = rows.new_empty(rows.shape)
         for i, (begin, end) in enumerate(spans):
-            part, size = rows[..., begin:end], end - begin
-            if column is not None and i == len(spans) - 1:
-                part, size = torch.cat([part, column[..., None]], -1), size + 1
-            product[..., begin : begin + size] = torch.bmm(part, root[:, i, :size, :size])
+            product[..., begin:end] = torch.bmm(rows[..., begin:end], root[:, i, : end - begin, : end - begin])
     if column is None:
         return product, None
-    return product[..., :-1], product[..., -1]
+    begin, end = spans[-1]
+    beside, corner = _edge(root, end - begin)
+    product[..., begin:].addcmul_(column[..., None], beside[:, None])
+    return product, (column * corner).add_(torch.bmm(rows[..., begin:], beside[..., None])[..., 0])
+
+
+def add_right_multiplied_(
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    column: Tensor | None,
+    root: Tensor,
+    spans: Sequence[tuple[int, int]],
+    share: float,
+) -> None:
+    """``[weight | bias] <- [share * weight | bias] + [rows | column] S`` in place, all of one type.
+
+    Args:
+        weight: ``[groups, O, I]``, a view.
+        bias: ``[groups, O]``, a view, where there is a column.
+        rows, column, root, spans: As `right_multiply`.
+        share: What decay leaves.
+    """
+    if root.ndim == 1:
+        weight.mul_(share).addcmul_(rows, root)
+        return
+    for i, (begin, end) in enumerate(spans):
+        square = root[:, i, : end - begin, : end - begin]
+        weight[..., begin:end].baddbmm_(rows[..., begin:end], square, beta=share)
+    if column is None or bias is None:
+        return
+    begin, end = spans[-1]
+    beside, corner = _edge(root, end - begin)
+    weight[..., begin:].addcmul_(column[..., None], beside[:, None])
+    bias.addcmul_(column, corner).add_(torch.bmm(rows[..., begin:], beside[..., None])[..., 0])
+
+
+def _edge(root: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The bias's row of S: what is the last block's inputs' ``[groups, size]``, and its own ``[groups, 1]``."""
+    return root[:, -1, size, :size], root[:, -1, size, size:]

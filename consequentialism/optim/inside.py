@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import _torch
 from .memory import KEYS, State
 from .rules import Rule, decay_of, kept_share
+from .steps import Entry, local
 from .steps import Rule as Step
-from .steps import local
 from .units import Unit
 
 POSITION = "position"  # the state of optimizers that keep a place in the coordinates
@@ -56,11 +56,7 @@ class Part(NamedTuple):
 
     def apply(self, changes: Sequence[Tensor], shares: Sequence[Any]) -> None:
         """``W <- share * W + change S``."""
-        for parameter, change, share in zip(self.parameters, self.multiplied(changes), shares, strict=True):
-            own = local(parameter)
-            if isinstance(share, Tensor) or share != 1:
-                own.mul_(share)
-            own.add_(change)
+        self.unit.add_product_(self.root, self.parameters, changes, shares)
 
 
 Rooted = Callable[[Sequence[Part]], Iterable[Part]]  # the parts, each with its root
@@ -103,10 +99,8 @@ def step_weight_by_weight(
         for parameter, gradient in hidden:
             parameter.grad = gradient
     for part in rooted(parts):
-        changes = [
-            step(parameter, gradient, optimizer.state[parameter], group)
-            for parameter, gradient, group in zip(part.parameters, part.gradients(), part.groups, strict=True)
-        ]
+        triples = zip(part.parameters, part.gradients(), part.groups, strict=True)
+        changes = step([Entry(p, gradient, optimizer.state[p], group) for p, gradient, group in triples])
         part.apply(changes, part.shares())
 
 

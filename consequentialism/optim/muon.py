@@ -16,7 +16,7 @@ from .layers import Kind, Lookup, kind_of
 from .rules import kept_share
 
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False}
-_ADAM_ONLY = {"maximize": False, "capturable": False, "fused": False}
+_ADAM_ONLY = {"maximize": False, "capturable": False, "fused": None}
 
 
 class Muon(Emended):
@@ -166,10 +166,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"use_muon": True, "parts": 1, **options})
 
     @staticmethod
-    def emended_rule(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """The step of one parameter without its decay."""
-        own = steps.muon if group["use_muon"] else steps.adam
-        return own(parameter, gradient, state, group)
+    def emended_rule(entries: Sequence[steps.Entry]) -> list[Tensor]:
+        """The steps of some parameters without their decay."""
+        rule = steps.muon if entries[0].group["use_muon"] else steps.adam  # a bias has the weight's
+        return rule(entries)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -179,11 +179,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    gradient = steps.local(parameter.grad).clone()
-                    change = self.emended_rule(parameter, gradient, self.state[parameter], group)
-                    steps.local(parameter).mul_(kept_share(group)).add_(change)
+            chosen = [parameter for parameter in group["params"] if parameter.grad is not None]
+            entries = [steps.Entry(p, steps.local(p.grad), self.state[p], group) for p in chosen]
+            for entry in entries if group["use_muon"] else steps.adamw_(entries):
+                (change,) = self.emended_rule([entry._replace(gradient=entry.gradient.clone())])
+                steps.local(entry.parameter).mul_(kept_share(group)).add_(change)
         return loss
 
 

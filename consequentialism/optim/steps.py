@@ -1,14 +1,14 @@
-"""The optimizer inside, one weight at a time: steps of our own with torch's numbers and less memory.
+"""The optimizer inside, a few weights at a time: steps of our own with torch's numbers and less memory.
 
-A rule takes what the optimizer sees, ``g S``, keeps torch's own state, and gives what it wants to add
-to the coordinates.
+A rule takes what the optimizer sees of some parameters, ``g S``, keeps torch's own state, and gives what it wants to
+add to their coordinates. It may write to the gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from torch import Tensor
 from .. import _torch
 
 Group = dict[str, Any]
-Rule = Callable[[Tensor, Tensor, dict[str, Any], Group], Tensor]  # parameter, gradient, state, group
+
+
+class Entry(NamedTuple):
+    """A parameter, its gradient as the optimizer sees it, torch's state of it and its group."""
+
+    parameter: Tensor
+    gradient: Tensor
+    state: dict[str, Any]
+    group: Group
+
+
+Rule = Callable[[Sequence[Entry]], list[Tensor]]
 
 
 def local(tensor: Any) -> Tensor:
@@ -32,7 +43,12 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule | None:
     return plain.get(type(optimizer), getattr(optimizer, "emended_rule", None))
 
 
-def sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+def sgd(entries: Sequence[Entry]) -> list[Tensor]:
+    """SGD's steps."""
+    return [_sgd(*entry) for entry in entries]
+
+
+def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
     """``-lr * m`` with torch's momentum, dampening and Nesterov's form; without momentum ``-lr * g``."""
     if group["maximize"]:
         gradient.neg_()
@@ -48,16 +64,63 @@ def sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group
     return gradient * -group["lr"]
 
 
-def adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-    """Adam's and AdamW's step without its decay."""
+def adam(entries: Sequence[Entry]) -> list[Tensor]:
+    """Adam's and AdamW's steps without their decay: by torch's fused kernel where it serves."""
+    return [_adam(*entry) for entry in entries]
+
+
+def adamw_(entries: Sequence[Entry]) -> list[Entry]:
+    """AdamW's steps on the parameters of one group; those are left that torch's fused kernel does not serve."""
+    for entry in entries:
+        _begin_adam(*entry)
+    served = [entry for entry in entries if _is_fused(*entry)]
+    if served:
+        decay = float(served[0].group["weight_decay"])
+        _fused_adamw_([local(entry.parameter) for entry in served], served, decay)
+    return [entry for entry in entries if not _is_fused(*entry)]
+
+
+def _begin_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> None:
+    """Torch's state, where there is none."""
+    if "step" in state:
+        return
+    on_device = group["capturable"] or group["fused"]
+    wide = torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
+    state["step"] = torch.zeros((), dtype=wide, device=gradient.device if on_device else "cpu")
+    state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in _moments(group)})
+
+
+def _moments(group: Group) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
+
+
+def _is_fused(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> bool:
+    """Whether torch's fused kernel for the CPU serves: it keeps scalars in float32, and knows no strides."""
+    if gradient.device.type != "cpu" or gradient.dtype != torch.float32 or group["fused"] is False:
+        return False
+    tensors = [local(parameter), gradient, *(local(state[name]) for name in _moments(group))]
+    alike = all(own.dtype == torch.float32 and own.is_contiguous() for own in tensors)
+    return alike and state["step"].dtype == torch.float32 and not group["capturable"]
+
+
+def _fused_adamw_(weights: list[Tensor], entries: Sequence[Entry], decay: float) -> None:
+    """Steps of ``weights`` with the states, gradients and group of the entries."""
+    group = entries[0].group
+    gradients, steps = [entry.gradient for entry in entries], [entry.state["step"] for entry in entries]
+    torch._foreach_add_(steps, 1)
+    moments = [[local(entry.state[name]) for entry in entries] for name in _moments(group)]
+    _torch.fused_adamw_(weights, gradients, moments, steps, group, decay)
+
+
+def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+    entry = Entry(parameter, gradient, state, group)
+    _begin_adam(*entry)
+    if _is_fused(*entry):
+        change = torch.zeros_like(gradient)
+        _fused_adamw_([change], [entry], 0.0)
+        return change
     if group["maximize"]:
         gradient.neg_()
-    on_device = group["capturable"] or group["fused"]
-    if "step" not in state:
-        wide = torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
-        state["step"] = torch.zeros((), dtype=wide, device=gradient.device if on_device else "cpu")
-        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
-        state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names})
     state["step"] += 1
     on_host = state["step"].device.type == "cpu" and not group["capturable"]
     step = state["step"].item() if on_host else state["step"]
@@ -72,8 +135,13 @@ def adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Grou
     return torch.div(mean, denominator, out=denominator).mul_(-group["lr"] / first)
 
 
-def muon(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-    """Muon's step without its decay: ``-lr * orthogonalised(m)``, of a matrix or a convolution's as a matrix."""
+def muon(entries: Sequence[Entry]) -> list[Tensor]:
+    """Muon's steps without their decay."""
+    return [_muon(*entry) for entry in entries]
+
+
+def _muon(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+    """A step without its decay: ``-lr * orthogonalised(m)``, of a matrix or a convolution's as a matrix."""
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     momentum = group["momentum"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .. import _torch
 from ..precision import moment_dtype
-from .blocks import Blocks, right_multiply
+from .blocks import Blocks, add_right_multiplied_, right_multiply
 from .composite import composite_kinds
 from .layers import Kind, Lookup, kind_of
 from .record import Slot
+from .steps import local
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,14 +89,41 @@ class Unit:
         assert column is not None
         return shard.own(product), beside.own(column)
 
+    def add_product_(
+        self, root: Tensor, parameters: Sequence[Any], changes: Sequence[Tensor], shares: Sequence[Any]
+    ) -> None:
+        """``W <- share * W + change S`` of the weight, and of the bias where there are two parameters."""
+        own = [local(parameter) for parameter in parameters]
+        rows = None if own[0] is not parameters[0] else self._rows(own[0], root, changes)
+        in_product = rows is not None and not isinstance(shares[0], Tensor)
+        for value, share in list(zip(own, shares, strict=True))[in_product:]:
+            if isinstance(share, Tensor) or share != 1:
+                value.mul_(share)
+        if rows is None:
+            product, column = self.multiply(root, changes[0], changes[1] if len(changes) > 1 else None)
+            own[0].add_(product)
+            if column is not None:
+                own[1].add_(column)
+            return
+        bias, column = (x[1].view(self.groups, -1) if len(x) > 1 else None for x in (own, changes))
+        change, share = self.kind.view(changes[0]).flatten(2), shares[0] if in_product else 1
+        add_right_multiplied_(rows, bias, change, column, root, self.blocks.spans, share)
+
+    def _rows(self, weight: Tensor, root: Tensor, changes: Sequence[Tensor]) -> Tensor | None:
+        """A weight as a view ``[groups, O, I]``, where there is one and products need no other type."""
+        if weight.numel() == 0 or any(value.dtype != root.dtype for value in (weight, *changes)):
+            return None
+        view = self.kind.view(weight)
+        if view.ndim == 3:
+            return view
+        return view.flatten(2) if self.kind.outputs_first and weight.is_contiguous() else None
+
     def _multiplied(self, root: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if weight.numel() == 0:
             return weight.to(root.dtype), None if bias is None else bias.to(root.dtype)
         view = self.kind.view(weight)
         rows = view.to(root.dtype).flatten(2)
         column = None if bias is None else bias.to(root.dtype).view(self.groups, -1)
-        if self.with_bias and column is None:
-            column = rows.new_zeros(rows.shape[:2])
         product, column = right_multiply(rows, column, root, self.blocks.spans)
         column = None if bias is None or column is None else column.reshape(-1)
         if self.kind.outputs_first:
@@ -116,8 +144,6 @@ class Unit:
             places = torch.arange(shard.begin, shard.begin + weight.shape[0], device=weight.device)
             root = root[places // (shard.size // self.groups)]
             rows, column = rows.movedim(0, 1), None if column is None else column.mT
-        if self.with_bias and column is None:
-            column = rows.new_zeros(rows.shape[:2])
         product, column = right_multiply(rows, column, root, self.blocks.spans)
         return product.reshape(weight.shape), None if bias is None or column is None else column.reshape(-1)
 
