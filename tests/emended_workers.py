@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
+import signal
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -301,6 +304,43 @@ def resumed(rank: int, x: Tensor) -> dict[str, Any]:
         "roots": roots,
         "checkpoint": box[0],
     }
+
+
+def bereft(rank: int, x: Tensor, folder: str) -> None:
+    """Rank 1 is killed before a step that refreshes; rank 0 writes what it then sees, and what it still has."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timedelta(seconds=20), rank=rank, world_size=2)
+    runs: dict[str, tuple[nn.Module, Any]] = {}
+    for name in ("whole", "sharded"):
+        OPTIONS["shard_state"] = name == "sharded"
+        model = network()
+        runs[name] = model, optimizer_of("AdamW", model)
+    layer = cw.Linear(6, 4, process_group=dist.group.WORLD, dtype=x.dtype)
+    layer(x)
+    for step in range(5):
+        for model, optimizer in runs.values():
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            if step < 4:
+                optimizer.step()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found: dict[str, Any] = {}
+    for name, (model, optimizer) in runs.items():
+        before = copy.deepcopy((model.state_dict(), list(optimizer.state.values())))
+        found[name] = error_of_a_call(optimizer.step), before, (model.state_dict(), list(optimizer.state.values()))
+    weights = copy.deepcopy(layer.state_dict())
+    found["convert"] = error_of_a_call(lambda: layer(x)), weights, layer.state_dict()
+    torch.save(found, f"{folder}/0.pt")
+
+
+def error_of_a_call(call: Any) -> str:
+    """What it raises."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
 
 
 def case(rank: int, name: str, x: Tensor, *arguments: Any) -> dict[str, Any]:

@@ -69,6 +69,25 @@ def test_ranks_that_do_not_do_the_same(found: list[dict[str, Any]], name: str, h
             assert "use torch.distributed.algorithms.Join([model, optimizer])" in own["refused"]
 
 
+def test_a_killed_rank_is_an_error_for_the_others(tmp_path: Path) -> None:
+    """In the step that would refresh, and in a forward that exchanges Grams; weights and states are as before."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=emended_workers.bereft, args=(rank, X, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, -9]
+    found = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert set(found) == {"whole", "sharded", "convert"}
+    for name, (error, before, after) in found.items():
+        assert "gloo" in error, f"{name}: {error}"
+        own, expected = (torch.utils._pytree.tree_leaves(state) for state in (after, before))
+        assert len(own) == len(expected) > 1
+        for one, other in zip(own, expected, strict=True):
+            assert_identical(name, torch.as_tensor(one), torch.as_tensor(other))
+
+
 @pytest.mark.parametrize("reshard", [True, False])
 def test_fsdp_in_bfloat16(found: list[dict[str, Any]], reshard: bool) -> None:
     """Moments, roots and weights are float32, of the rows as they were computed with."""
