@@ -1,17 +1,18 @@
 """The policy of types: what a Gram, its inverse, an emended input and the sums over errors are computed in.
 
-Half types are computed in float32, float32 and float64 as they are; a Gram whose inverse would lose digits is float64.
-The compiled kernels know the same limits (``csrc/inverse_arguments.h``): on the CPU they look at the Gram of an
-absolute damping first, and stay in float32 where its condition allows that.
+Half-precision types are computed in float32, float32 and float64 as they are; a Gram whose inverse would lose digits is
+float64. It is decided here alone: the ops are told (`GramType`).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from .options import DampingMode
 
-# Up to these condition numbers Gram and factor are float32 (kMaxFloat32Condition in csrc/inverse_arguments.h).
+# Up to these condition numbers Gram and factor are float32.
 MAX_FLOAT32_CONDITION = 2e3
 # With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
 MAX_FLOAT32_CONDITION_TALL = 6e3
@@ -77,9 +78,22 @@ def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float
     return min(rows, inputs) <= max_float32_condition(rows, inputs, dtype) * damping
 
 
-def gram_dtype(
+class GramType(NamedTuple):
+    """The type of a Gram and its inverse; two arguments of the ops that make them.
+
+    Attributes:
+        dtype: float32 or float64; None, that of sums over ``x``.
+        narrow_up_to: Where ``dtype`` is wider than that, a backend that can look at the Gram without waiting takes the
+            narrower one if ``trace(G) / c`` is at most this.
+    """
+
+    dtype: torch.dtype | None = None
+    narrow_up_to: float = 0.0
+
+
+def gram_type(
     rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode, device_type: str
-) -> torch.dtype:
+) -> GramType:
     """The type of the Gram of ``x [N, I]`` and of its inverse.
 
     Args:
@@ -88,8 +102,29 @@ def gram_dtype(
         dtype: Of ``x``.
     """
     if float32_is_enough(rows, inputs, dtype, damping, damping_mode):
-        return compute_dtype(dtype)
-    return widest_dtype(device_type)
+        return GramType(compute_dtype(dtype))
+    wide = widest_dtype(device_type)
+    looks = damping_mode == "absolute" and wide != compute_dtype(dtype)  # a relative damping has told its condition
+    return GramType(wide, max_float32_condition(rows, inputs, dtype) if looks else 0.0)
+
+
+def gram_dtype(
+    rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode, device_type: str
+) -> torch.dtype:
+    """`gram_type` of a backend that does not look."""
+    chosen = gram_type(rows, inputs, dtype, damping, damping_mode, device_type).dtype
+    assert chosen is not None
+    return chosen
+
+
+def told_dtype(dtype: torch.dtype, gram_dtype: torch.dtype | None) -> torch.dtype:
+    """The type of the Gram of an ``x`` of ``dtype``, as an op is told; None, that of sums over ``x``."""
+    least = compute_dtype(dtype)
+    if gram_dtype is not None and gram_dtype not in (least, torch.float64):
+        raise TypeError(
+            f"gram_dtype must be float64, or float32 for an x that is not, got {gram_dtype} for an x of {dtype}"
+        )
+    return least if gram_dtype is None else gram_dtype
 
 
 def keeps_digits(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:

@@ -29,23 +29,26 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using SavedData = decltype(AutogradContext::saved_data);
 
+using GramType = std::optional<at::ScalarType>;
+
 at::Tensor gram_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view mode,
-    std::string_view scale) {
-  using Call = at::Tensor(const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view);
+    std::string_view scale, GramType gram_dtype, double narrow_up_to) {
+  using Call = at::Tensor(
+      const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view, GramType, double);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::gram_inverse", "").typed<Call>();
-  return op.call(x, bias, form, damping, mode, scale);
+  return op.call(x, bias, form, damping, mode, scale, gram_dtype, narrow_up_to);
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view mode,
-    std::string_view scale) {
+    std::string_view scale, GramType gram_dtype, double narrow_up_to) {
   using Call = std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view);
+      const at::Tensor&, bool, std::string_view, double, std::string_view, std::string_view, GramType, double);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::emended_input", "").typed<Call>();
-  return op.call(x, bias, form, damping, mode, scale);
+  return op.call(x, bias, form, damping, mode, scale, gram_dtype, narrow_up_to);
 }
 
 std::tuple<at::Tensor, at::Tensor> weight_grad(const at::Tensor& dy, const at::Tensor& rows, const at::Tensor& column) {
@@ -59,10 +62,10 @@ std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
     const at::Tensor& x, const at::Tensor& dy, bool bias, double damping, std::string_view mode,
     std::string_view scale) {
   using Call = std::tuple<at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, bool, double, std::string_view, std::string_view);
+      const at::Tensor&, const at::Tensor&, bool, double, std::string_view, std::string_view, GramType, double);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("consequentialism::fused_weight_grad", "").typed<Call>();
-  return op.call(x, dy, bias, damping, mode, scale);
+  return op.call(x, dy, bias, damping, mode, scale, std::nullopt, 0);  // only a Gram in its own type is fused
 }
 
 constexpr const char* kSecondDerivative =  // consequentialism/_torch.py says the same
@@ -141,7 +144,7 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
       std::string_view form, std::string_view applied_to, double damping, std::string_view damping_mode,
-      std::string_view scale) {
+      std::string_view scale, GramType gram_dtype, double narrow_up_to) {
     const Side side = parse_side(applied_to);
     at::Tensor y = at::linear(x, weight, bias);  // not below autograd: it takes other products there
     if (y.is_view()) y = at::_unsafe_view_symint(y, y.sym_sizes());  // a view could not be changed in place
@@ -153,14 +156,16 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
     const bool primal = parse_form(form) == Form::kPrimal;
     at::Tensor inverse, emended, column;
     if (side == Side::kInput) {
-      std::tie(emended, column) = emended_input(rows, has_bias, form, damping, damping_mode, scale);
+      std::tie(emended, column) =
+          emended_input(rows, has_bias, form, damping, damping_mode, scale, gram_dtype, narrow_up_to);
       if (!needs_weight) emended = at::Tensor();
       if (!needs_bias) column = at::Tensor();
     } else if (side == Side::kGradient) {
-      inverse = gram_inverse(rows, has_bias, form, damping, damping_mode, scale);
+      inverse = gram_inverse(rows, has_bias, form, damping, damping_mode, scale, gram_dtype, narrow_up_to);
       if (!in_range(inverse)) {
         inverse = at::Tensor();
-        std::tie(emended, column) = emended_input(rows, has_bias, form, damping, damping_mode, scale);
+        std::tie(emended, column) =
+            emended_input(rows, has_bias, form, damping, damping_mode, scale, gram_dtype, narrow_up_to);
         if (!needs_weight) emended = at::Tensor();
         if (!needs_bias) column = at::Tensor();
       } else if (!needs_weight) {
@@ -186,7 +191,7 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
     const at::Tensor& dy = grads[0];
     const bool twice = at::GradMode::is_enabled();           // even where dy has no history: dx has a factor W
     const variable_list saved = ctx->get_saved_variables();  // a checkpoint runs its forward again in here
-    variable_list result(8);
+    variable_list result(10);
     {
       const at::NoGradGuard no_grad;
       const PlainKernelGuard plain;
@@ -239,8 +244,10 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
 
 at::Tensor emended_linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::string_view form,
-    std::string_view applied_to, double damping, std::string_view damping_mode, std::string_view scale) {
-  return EmendedLinear::apply(x, weight, bias, form, applied_to, damping, damping_mode, scale);
+    std::string_view applied_to, double damping, std::string_view damping_mode, std::string_view scale,
+    GramType gram_dtype, double narrow_up_to) {
+  return EmendedLinear::apply(
+      x, weight, bias, form, applied_to, damping, damping_mode, scale, gram_dtype, narrow_up_to);
 }
 
 }  // namespace

@@ -10,6 +10,11 @@
 
 namespace consequentialism {
 
+// The type in which sums over tensors of a type are computed.
+inline at::ScalarType wide_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 enum class Form { kDual, kPrimal };
 enum class Scale { kNlms, kRaw, kGradient };
 

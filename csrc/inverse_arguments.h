@@ -3,22 +3,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "checks.h"
 
 namespace consequentialism {
-
-// Above these trace(G) / c, the largest the condition number can be, a float32 Gram has lost the digits that its
-// inverse needs and the work is done in float64. reference.py knows the same numbers, and the reasons.
-constexpr double kMaxFloat32Condition = 2e3;
-constexpr double kMaxFloat32ConditionTall = 6e3;  // more rows than inputs
-constexpr double kMaxFloat32ConditionHalf = 5e4;  // float16, bfloat16
-
-inline double max_float32_condition(int64_t rows, int64_t rank, at::ScalarType dtype) {
-  if (dtype == at::kHalf || dtype == at::kBFloat16) return kMaxFloat32ConditionHalf;
-  return rows > rank ? kMaxFloat32ConditionTall : kMaxFloat32Condition;
-}
 
 // (G + c I)^-1 times the scale's multiplier; what `damped_inverse` returns.
 struct InverseArguments {
@@ -27,11 +17,11 @@ struct InverseArguments {
   Scale scale;
   int64_t rank;  // min(N, I), what a relative damping is relative to
   int64_t rows;  // N, the multiplier of Scale::kNlms
-  double max_float32_condition = kMaxFloat32Condition;
+  // The type of the Gram of x and its inverse, float32 or float64, as precision.py decides. Where that is float64, a
+  // device whose Gram can be looked at may take float32 if trace(G) / c, which bounds the condition, is at most this.
+  at::ScalarType gram_dtype = at::kFloat;
+  double narrow_up_to = 0;
   double excess = 1;  // by which the inverse is too large where the damping has been limited
-
-  // A relative damping tells the condition before the Gram is there.
-  bool float32_is_enough() const { return relative && static_cast<double>(rank) <= max_float32_condition * damping; }
 };
 
 // A damping whose ridge stays in the range of a Gram's type: `limited_damping` in reference.py, with the same numbers.
@@ -51,13 +41,20 @@ inline InverseArguments inverse_arguments(
   return {damping, parse_relative(damping_mode), parse_scale(scale), rank, rows};
 }
 
-// For the Gram of x [N, I].
+// For the Gram of x [N, I], in the type that is given or, without one, in that of sums over x.
 inline InverseArguments inverse_arguments_of(
-    const at::Tensor& x, bool bias, double damping, std::string_view damping_mode, std::string_view scale) {
+    const at::Tensor& x, bool bias, double damping, std::string_view damping_mode, std::string_view scale,
+    std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
   check_x(x);
+  const at::ScalarType least = wide_type(x.scalar_type());
+  const at::ScalarType chosen = gram_dtype.value_or(least);
+  TORCH_CHECK_TYPE(
+      chosen == at::kDouble || chosen == least, "gram_dtype must be float64, or float32 for an x that is not, got ",
+      chosen, " for x ", x.scalar_type());
   const int64_t rank = std::max<int64_t>(1, std::min(x.size(0), x.size(1) + bias));
   InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, x.size(0));
-  arguments.max_float32_condition = max_float32_condition(x.size(0), rank, x.scalar_type());
+  arguments.gram_dtype = chosen;
+  arguments.narrow_up_to = narrow_up_to;
   return arguments;
 }
 

@@ -14,21 +14,21 @@ TORCH_LIBRARY(consequentialism, m) {
       "damped_inverse(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) "
       "-> Tensor");
   m.def(
-      "gram_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
-      "-> Tensor");
+      "gram_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale, "
+      "ScalarType? gram_dtype=None, float narrow_up_to=0) -> Tensor");
   m.def(
-      "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale) "
-      "-> (Tensor, Tensor)");
+      "emended_input(Tensor x, bool bias, str form, float damping, str damping_mode, str scale, "
+      "ScalarType? gram_dtype=None, float narrow_up_to=0) -> (Tensor, Tensor)");
   m.def(
       "conv_gram(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool bias, "
       "int patch_bytes, ScalarType dtype, str method) -> Tensor");
   m.def("weight_grad(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)");
   m.def(
       "emended_linear(Tensor x, Tensor weight, Tensor? bias, str form, str applied_to, float damping, "
-      "str damping_mode, str scale) -> Tensor");
+      "str damping_mode, str scale, ScalarType? gram_dtype=None, float narrow_up_to=0) -> Tensor");
   m.def(
-      "fused_weight_grad(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale) "
-      "-> (Tensor, Tensor)");
+      "fused_weight_grad(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale, "
+      "ScalarType? gram_dtype=None, float narrow_up_to=0) -> (Tensor, Tensor)");
   m.def(
       "fused_weight_grad.by(Tensor x, Tensor dy, bool bias, float damping, str damping_mode, str scale, str variant) "
       "-> (Tensor, Tensor)");

@@ -103,7 +103,7 @@ def test_error_is_within_its_bounds(
     found = []
     for k in (iterations, iterations + 1):
         options = cw.Options(damping=damping, scale="raw", solver="cg", iterations=k)
-        system = conjugate.System(bias, options.ridge, k)
+        system = conjugate.System(bias, options.ridge, k, x.dtype)
         stored = system.gram(x, reference) if gram == "stored" else None
         found.append(join(*conjugate.weight_grad(system, stored, x, dy, reference)))
     ratio = min(rows, inputs + bias) / damping

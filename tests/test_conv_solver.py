@@ -96,7 +96,7 @@ def test_compile_full_graph(case: str) -> None:
 def test_auto() -> None:
     def chosen(outputs: int = 64, **options: float) -> str:
         settings = cw.Options(**{"iterations": 32, "damping": 200, **options})
-        return cost.conv_plan(50_000, 4608, outputs, F32, settings).solver
+        return cost.conv_plan(50_000, 4608, outputs, F32, "cpu", settings).solver
 
     assert chosen() == "cg"
     assert chosen(damping=1) == "cholesky"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import product
 from pathlib import Path
 
@@ -50,16 +49,6 @@ def test_the_inverse_is_applied_to_the_input_where_rounding_would_be_amplified(
 ) -> None:
     assert cost.choose(128, 1024, 16, dtype, options).applied_to == "input"
     assert cost.choose(8192, 256, 16, dtype, options).applied_to == "input"
-
-
-def test_the_kernels_know_the_same_condition_limits() -> None:
-    header = (ROOT / "csrc/inverse_arguments.h").read_text()
-    limits = dict(re.findall(r"kMaxFloat32Condition(\w*) = ([\d.e+]+);", header))
-    assert {name: float(limit) for name, limit in limits.items()} == {
-        "": reference.MAX_FLOAT32_CONDITION,
-        "Tall": reference.MAX_FLOAT32_CONDITION_TALL,
-        "Half": reference.MAX_FLOAT32_CONDITION_HALF,
-    }
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ BAD_X = [
     ((ones(5, 7, dtype=torch.complex64), True, "dual"), TypeError, "x must be float16"),
     ((ones(5, 7), True, "both"), ValueError, "form must be 'dual' or 'primal', got 'both'"),
 ]
+BAD_TYPES = ((ones(5, 7, dtype=torch.float64), torch.float32), (ones(5, 7), torch.float16))
 BAD_CALLS = [
     *(("input_gram", *case) for case in BAD_X),
     *((name, (*a, *OPTIONS), *rest) for name in ("gram_inverse", "emended_input") for a, *rest in BAD_X),
@@ -94,6 +95,11 @@ BAD_CALLS = [
         (name, (ones(5, 7), True, "dual", damping, "relative", "nlms"), ValueError, "damping must be finite")
         for name in ("gram_inverse", "emended_input")
         for damping in (0.0, -1.0, math.nan, math.inf)
+    ),
+    *(
+        (name, (x, True, "dual", *OPTIONS, gram_dtype), TypeError, "gram_dtype must be float64, or float32 for an x")
+        for name in ("gram_inverse", "emended_input")
+        for x, gram_dtype in BAD_TYPES
     ),
     *(
         ("damped_inverse", (torch.eye(4), d, "relative", "nlms", 4, 4), ValueError, "damping must be finite")
@@ -137,8 +143,6 @@ def test_bad_arguments_of_a_named_variant() -> None:
     x, dy = ones(5, 7), ones(5, 3)
     with pytest.raises(ValueError, match="variant must be 'recompute' or 'cooperative', got 'both'"):
         cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "both", overload="by")
-    with pytest.raises(ValueError, match="needs a Gram in float64"):
-        cuda_kernel("fused_weight_grad", x, dy, True, 1.0, "absolute", "nlms", "recompute", overload="by")
     with pytest.raises(RuntimeError, match="non-CUDA"):
         cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "recompute", overload="by")
 

@@ -197,9 +197,7 @@ def test_where_the_op_is_chosen() -> None:
     def fused(rows: int, inputs: int, outputs: int, dtype: torch.dtype = F32, device: str = "cuda", **o: Any) -> bool:
         with torch._subclasses.FakeTensorMode():
             x = torch.empty(rows, inputs, dtype=dtype, device=device)
-        options = Options(**o)
-        plan = cost.choose(rows, inputs + 1, outputs, dtype, options)
-        return cost.is_fused(plan, x, True, outputs, options)
+        return cost.plan(x, True, outputs, Options(**o), 128).applied_to == "fused"
 
     assert fused(64, 784, 1600)
     assert fused(128, 1024, 1024)

@@ -286,6 +286,8 @@ def test_bad_arguments_of_ops() -> None:
         (lambda: own.fused_weight_grad(x, x[:2], True, *OPTIONS), ValueError, ("dy", "x", "[2, 3]", "[4, 3]")),
         (lambda: own.fused_weight_grad(x, x.float(), True, *OPTIONS), TypeError, ("dy", "x", "Float", "Double")),
         (lambda: own.fused_weight_grad(x, x, True, 0.0, "relative", "raw"), ValueError, ("damping", "0")),
+        (lambda: own.emended_input(x, True, "dual", *OPTIONS, F32), TypeError, ("gram_dtype", "float64", "Float")),
+        (lambda: reference.emended_input(x, True, "dual", *OPTIONS, F32), TypeError, ("gram_dtype", "float32")),
         (lambda: own.weight_grad(x, x, x[:2, 0]), ValueError, ("column", "[2]", "[4, 3]")),
     ):
         with pytest.raises(error) as caught:

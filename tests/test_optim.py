@@ -29,7 +29,7 @@ from consequentialism.solve import cost
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(plan[:4]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_plan(backend: str, plan: cost.Plan, dtype: torch.dtype, bias: bool) -> None:
     rows, inputs, outputs = PLANS[plan]
@@ -41,7 +41,7 @@ def test_every_plan(backend: str, plan: cost.Plan, dtype: torch.dtype, bias: boo
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(plan[:4]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_weights(backend: str, plan: cost.Plan, dtype: torch.dtype, bias: bool) -> None:
     # Weights near zero, so that their own rounding does not hide the update; one step, for it is rounded again.
@@ -172,7 +172,7 @@ def test_checkpointing(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "dy"])
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "-".join(plan[:4]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_bad_entry_does_what_it_does_to_sgd(backend: str, plan: cost.Plan, where: str, value: float) -> None:
     rows, inputs, outputs = PLANS[plan]

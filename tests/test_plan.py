@@ -27,13 +27,13 @@ PATHS: dict[str, dict[str, Any]] = {
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[cost.Plan]:
     """The plans that are chosen, in order."""
     chosen: list[cost.Plan] = []
-    choose = cost.choose
+    plan = cost.plan
 
     def counted(*arguments: Any) -> cost.Plan:
-        chosen.append(choose(*arguments))
+        chosen.append(plan(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr(cost, "choose", counted)
+    monkeypatch.setattr(cost, "plan", counted)
     return chosen
 
 
@@ -74,5 +74,8 @@ def test_one_place_knows_which_types_keep_the_digits() -> None:
     assert precision.gram_dtype(100, 100, F32, 1e-3, "relative", "mps") == F32
     assert precision.gram_dtype(100, 100, torch.bfloat16, 1.0, "absolute", "cuda") == torch.float64
     assert precision.gram_dtype(100, 100, torch.bfloat16, 1.0, "relative", "cuda") == F32
+    assert precision.gram_type(9, 12, F32, 1e-3, "absolute", "cpu") == (torch.float64, precision.MAX_FLOAT32_CONDITION)
+    assert precision.gram_type(9, 12, torch.float64, 1e-3, "absolute", "cpu") == (torch.float64, 0)
+    assert precision.gram_type(9, 12, F32, 1e-3, "absolute", "mps") == (F32, 0)
     assert not precision.keeps_digits(100, 100, torch.bfloat16, 1.0, "relative")
     assert precision.keeps_digits(100, 100, torch.float64, 1e-9, "relative")

@@ -19,7 +19,6 @@ from ..backend import dispatch, reference
 from ..backend.protocol import Backend
 from ..backend.reference import conv_errors
 from ..options import Form, Options, Scale
-from ..precision import gram_dtype
 from ..solve import conjugate, cost, distributed
 from ..solve.gram import Gram
 from . import traced
@@ -60,9 +59,8 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
         rows = sum(counts.rows)
         if ridge.scale == "nlms":
             ridge, samples = ridge._replace(scale="raw"), counts.samples  # which need not be a whole number
-    plan = cost.conv_plan(rows, inputs, outputs // geometry.groups, x.dtype, options)
-    dtype = gram_dtype(rows, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type)
-    rank = max(min(rows, inputs), 1)
+    plan = cost.conv_plan(rows, inputs, outputs // geometry.groups, x.dtype, x.device.type, options)
+    dtype, rank = plan.dtype, max(min(rows, inputs), 1)
 
     def gram_in(unit: Tensor | None) -> Gram:
         matrix = _matrix_of(backend, x, geometry, bias, plan.form, unit, options.patch_bytes, dtype)
@@ -74,7 +72,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
     if _is_looked_at(gram.matrix) and not _in_range(gram.matrix):
         gram = gram_in(_unit_of(x, geometry, bias, options, dtype))
     if plan.solver == "cg":
-        return Conjugate(conjugate.System(bias, ridge, options.iterations), gram.matrix, gram.unit)
+        return Conjugate(conjugate.System(bias, ridge, options.iterations, dtype), gram.matrix, gram.unit)
     inverse = gram.inverse(backend, ridge)
     return Inverse(inverse if samples == 1 else inverse * samples, plan.form, gram.unit)
 

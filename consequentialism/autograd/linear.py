@@ -71,11 +71,11 @@ def prepare(
     if plan is None:
         plan = cost.plan(x, bias, outputs, options)
     if plan.solver == "cg":
-        system = conjugate.System(bias, options.ridge, options.iterations)
+        system = conjugate.System(bias, options.ridge, options.iterations, plan.dtype)
         return Conjugate(system, system.gram(x, backend) if plan.gram == "stored" else None)
     if plan.applied_to == "fused":
         return FusedCall(bias, options.ridge)
-    arguments = (x, bias, plan.form, *options.ridge)
+    arguments = (x, bias, plan.form, *options.ridge, *plan.type)
     if plan.applied_to == "input":
         emended, column = backend.emended_input(*arguments)
         return keep_emended(emended, column, need_weight, need_bias)

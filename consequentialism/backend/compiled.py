@@ -144,11 +144,15 @@ def emended_linear(
     damping: float,
     damping_mode: DampingMode,
     scale: Scale,
+    gram_dtype: torch.dtype | None,
+    narrow_up_to: float,
 ) -> Tensor:
     """`autograd.EmendedLinear` with what precedes it, for eager mode: the same bits without Python in between.
 
     Args:
         x: ``[..., I]``, at least one row.
         applied_to: ``"input"`` or ``"gradient"``, as `cost.Plan` says, or ``"fused"``, as `cost.is_fused` does.
+        gram_dtype, narrow_up_to: A `precision.GramType`.
     """
-    return torch.ops.consequentialism.emended_linear(x, weight, bias, form, applied_to, damping, damping_mode, scale)
+    arguments = (form, applied_to, damping, damping_mode, scale, gram_dtype, narrow_up_to)
+    return torch.ops.consequentialism.emended_linear(x, weight, bias, *arguments)

@@ -37,13 +37,31 @@ class Ops(Protocol):
         ...
 
     def gram_inverse(
-        self, x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale, /
+        self,
+        x: Tensor,
+        bias: bool,
+        form: Form,
+        damping: float,
+        damping_mode: DampingMode,
+        scale: Scale,
+        gram_dtype: torch.dtype | None = None,
+        narrow_up_to: float = 0.0,
+        /,
     ) -> Tensor:
         """The damped inverse ``[n, n]`` of the Gram of ``x [N, I]``."""
         ...
 
     def emended_input(
-        self, x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale, /
+        self,
+        x: Tensor,
+        bias: bool,
+        form: Form,
+        damping: float,
+        damping_mode: DampingMode,
+        scale: Scale,
+        gram_dtype: torch.dtype | None = None,
+        narrow_up_to: float = 0.0,
+        /,
     ) -> tuple[Tensor, Tensor]:
         """The emended input ``[N, I]``, and its column for the bias ``[N]``, empty without one."""
         ...
@@ -53,7 +71,16 @@ class Ops(Protocol):
         ...
 
     def fused_weight_grad(
-        self, x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale, /
+        self,
+        x: Tensor,
+        dy: Tensor,
+        bias: bool,
+        damping: float,
+        damping_mode: DampingMode,
+        scale: Scale,
+        gram_dtype: torch.dtype | None = None,
+        narrow_up_to: float = 0.0,
+        /,
     ) -> tuple[Tensor, Tensor]:
         """The emended ``dw [O, I]`` and ``db [O]``, empty without a bias."""
         ...

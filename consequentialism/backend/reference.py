@@ -24,8 +24,9 @@ from ..precision import MAX_FLOAT32_CONDITION_TALL as MAX_FLOAT32_CONDITION_TALL
 from ..precision import compute_dtype as compute_dtype
 from ..precision import emended_dtype as emended_dtype
 from ..precision import float32_is_enough as float32_is_enough
-from ..precision import gram_dtype
+from ..precision import gram_dtype as precise_dtype
 from ..precision import max_float32_condition as max_float32_condition
+from ..precision import told_dtype
 from .coordinates import add_root_product_ as add_root_product_
 from .coordinates import decayed_gram as decayed_gram
 from .coordinates import inverse_root as inverse_root
@@ -136,22 +137,40 @@ def inverse_with(gram: Tensor, c: Tensor, scale: Scale, rows: int) -> Tensor:
     return torch.where(trace.isfinite(), inverse, torch.full_like(inverse, torch.nan))
 
 
-def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal)."""
-    inverse, _, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale))
+def gram_inverse(
+    x: Tensor,
+    bias: bool,
+    form: Form,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    gram_dtype: torch.dtype | None = None,
+    narrow_up_to: float = 0.0,
+) -> Tensor:
+    """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal).
+
+    Args:
+        gram_dtype: Of the Gram and the inverse until it is returned: float64 where float32 would lose its digits, as
+            `precision.gram_type` decides; None, the type of sums over ``x``.
+        narrow_up_to: For backends that look at the Gram; see `precision.GramType`.
+    """
+    inverse, _, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype)
     if scale != "gradient":  # there c and the Gram have the same unit
         inverse = inverse / unit / unit
     return inverse.to(compute_dtype(x.dtype))
 
 
-def _wide_inverse(x: Tensor, bias: bool, form: Form, own: Ridge) -> tuple[Tensor, Tensor, Tensor]:
+def _wide_inverse(
+    x: Tensor, bias: bool, form: Form, own: Ridge, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gram_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
 
-    In the type that Gram and factor need: float64 where float32 would lose the inverse's digits.
+    Args:
+        dtype: In which all are computed; None, that of sums over ``x``.
     """
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)
-    x = x.to(gram_dtype(rows, inputs, x.dtype, own.damping, own.damping_mode, x.device.type))
+    x = x.to(told_dtype(x.dtype, dtype))
     unit = unit_of(x, bias, own.damping_mode)
     scaled = _rows(x, bias) / unit
     gram = input_gram(scaled, False, form)
@@ -173,14 +192,21 @@ def apply_inverse(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[T
 
 
 def emended_input(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+    x: Tensor,
+    bias: bool,
+    form: Form,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    gram_dtype: torch.dtype | None = None,
+    narrow_up_to: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``y = scale * (x x^T + c I)^-1 x`` ``[N, I]`` and its column for the bias ``[N]``.
 
     ``dw = dy^T y`` and ``db = dy^T u`` are then the emended gradients. bfloat16 gives a bfloat16 ``y``,
     float16 a float32 one (its range is too small); ``u`` is always in the type computed in.
     """
-    inverse, rows, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale))
+    inverse, rows, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype)
     emended = out_of_unit(inverse @ rows if form == "dual" else rows @ inverse, unit, scale)
     column = emended[:, -1] if bias else emended.new_zeros(0)
     emended = emended[:, :-1] if bias else emended
@@ -200,13 +226,20 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
 
 
 def fused_weight_grad(
-    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
+    x: Tensor,
+    dy: Tensor,
+    bias: bool,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    gram_dtype: torch.dtype | None = None,
+    narrow_up_to: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``dw [O, I]`` and ``db [O]`` (empty without a bias) of ``x [N, I]`` and ``dy [N, O]``: all in one."""
     if x.shape[0] == 0:
         return dy.new_zeros(dy.shape[1], x.shape[1]), dy.new_zeros(dy.shape[1] if bias else 0)
     form: Form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
-    return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
+    return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale, gram_dtype))
 
 
 def poison_of(tensor: Tensor) -> Tensor:
@@ -239,7 +272,8 @@ def emended_weight_grad(
         return zeros, dy.new_zeros(dy.shape[1]) if bias else None
     if form is None:
         form = "dual" if x.shape[0] <= x.shape[1] + bias else "primal"
-    inverse, rows, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale))
+    dtype = precise_dtype(x.shape[0], x.shape[1] + bias, x.dtype, damping, damping_mode, x.device.type)
+    inverse, rows, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), dtype)
     errors = poisoned(dy).to(rows.dtype)
     dw = errors.T @ (inverse @ rows) if form == "dual" else (errors.T @ rows) @ inverse
     dw = out_of_unit(dw, unit, scale).to(dy.dtype)

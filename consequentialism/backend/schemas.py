@@ -74,14 +74,17 @@ def _conv_square(
 
 
 _RIDGE = "float damping, str damping_mode, str scale"
+_TYPE = "ScalarType? gram_dtype=None, float narrow_up_to=0"
 
 OPS: dict[str, Op] = {
     "input_gram": Op("(Tensor x, bool bias, str form) -> Tensor", _square),
     "damped_inverse": Op(f"(Tensor gram, {_RIDGE}, SymInt rank, SymInt rows) -> Tensor", _like_first),
-    "gram_inverse": Op(f"(Tensor x, bool bias, str form, {_RIDGE}) -> Tensor", _square),
-    "emended_input": Op(f"(Tensor x, bool bias, str form, {_RIDGE}) -> (Tensor, Tensor)", _emended),
+    "gram_inverse": Op(f"(Tensor x, bool bias, str form, {_RIDGE}, {_TYPE}) -> Tensor", _square),
+    "emended_input": Op(f"(Tensor x, bool bias, str form, {_RIDGE}, {_TYPE}) -> (Tensor, Tensor)", _emended),
     "weight_grad": Op("(Tensor dy, Tensor rows, Tensor column) -> (Tensor, Tensor)", _gradients),
-    "fused_weight_grad": Op(f"(Tensor x, Tensor dy, bool bias, {_RIDGE}) -> (Tensor, Tensor)", _fused_gradients),
+    "fused_weight_grad": Op(
+        f"(Tensor x, Tensor dy, bool bias, {_RIDGE}, {_TYPE}) -> (Tensor, Tensor)", _fused_gradients
+    ),
     "conv_gram": Op(
         "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool bias, "
         "int patch_bytes, ScalarType dtype) -> Tensor",

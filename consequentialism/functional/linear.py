@@ -77,7 +77,7 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         fused_rows = backend.LIMITS.fused_rows if need_weight and not transformed else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
     if backend.LIMITS.derivative and not transformed and plan is not None and plan.solver == "cholesky":
-        return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *options.ridge)
+        return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *options.ridge, *plan.type)
     with torch.no_grad(), full_precision(x.device.type):
         prepared = prepare(
             x.detach().reshape(rows, x.shape[-1]),

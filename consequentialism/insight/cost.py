@@ -58,7 +58,7 @@ def _predicted(seen: Seen, found: Figures, options: Options) -> float | None:
     if seen.form.like is nn.Linear:
         plan = cost.choose(rows, inputs, outputs, dtype, options)
     else:
-        plan = cost.conv_plan(rows, inputs, outputs, dtype, options)
+        plan = cost.conv_plan(rows, inputs, outputs, dtype, seen.errors[0].device.type, options)
     extra = cost.flops(plan, rows, inputs, outputs, options.iterations if plan.solver == "cg" else 0)
     return 1 + extra / max(6 * rows * inputs * outputs, 1)
 

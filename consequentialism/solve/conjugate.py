@@ -32,7 +32,6 @@ from torch import Tensor
 from ..backend.protocol import Ops
 from ..backend.reference import limited_damping, out_of_unit, separate, unit_of
 from ..options import Ridge, Scale
-from ..precision import gram_dtype
 
 
 def error_bound(ratio: float, iterations: int) -> float:
@@ -174,15 +173,11 @@ class System(NamedTuple):
     bias: bool  # whether the Gram has one; its gradient may still not be wanted
     ridge: Ridge
     iterations: int
-
-    def wide(self, x: Tensor) -> Tensor:
-        """``x [N, I]`` in the type that Gram and iterates need: float64 where the direct solution would take it too."""
-        rows, inputs = x.shape[0], x.shape[1] + self.bias
-        return x.to(gram_dtype(rows, inputs, x.dtype, self.ridge.damping, self.ridge.damping_mode, x.device.type))
+    dtype: torch.dtype  # of the Gram and the iterates, as the plan says
 
     def scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x / unit [N, I]``, wide, and the unit, as `reference.unit_of`."""
-        x = self.wide(x)
+        """``x / unit [N, I]`` in the Gram's type, and the unit, as `reference.unit_of`."""
+        x = x.to(self.dtype)
         unit = unit_of(x, self.bias, self.ridge.damping_mode)
         return x / unit, unit
 
@@ -206,7 +201,7 @@ def weight_grad(
         x: ``[N, I]``.
         dy: ``[N, O]``. One infinity or NaN makes every entry NaN.
     """
-    bias, ridge, iterations = system
+    bias, ridge, iterations, _ = system
     dtype = dy.dtype
     x, unit = system.scaled(x)
     plain, plain_bias = backend.weight_grad(dy.to(x.dtype), x, x.new_ones(x.shape[0] if bias else 0))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..options import ConvMethod, Form, Options
-from ..precision import compute_dtype, gram_dtype, keeps_digits
+from ..precision import GramType, compute_dtype, gram_type, keeps_digits
 from .conjugate import error_bound
 
 Side = Literal["input", "gradient", "fused"]  # the last: to neither, one launch in backward does all; see `is_fused`
@@ -48,12 +48,27 @@ FUSED_WEIGHTS = 4 * 2**20
 
 
 class Plan(NamedTuple):
-    """``form`` of the Gram, the side that the inverse is ``applied_to``, and what stands for the inverse."""
+    """How a call is emended, decided once in a forward.
+
+    Attributes:
+        form: Of the Gram.
+        applied_to: The side on which the inverse is applied.
+        solver: What stands for the inverse.
+        gram: Whether conjugate gradients have a stored one.
+        type: The Gram's.
+    """
 
     form: Form
     applied_to: Side
     solver: Literal["cholesky", "cg"] = "cholesky"
-    gram: Literal["stored", "free"] = "stored"  # conjugate gradients can do without
+    gram: Literal["stored", "free"] = "stored"
+    type: GramType = GramType()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The Gram's type where nobody looks at it first."""
+        assert self.type.dtype is not None
+        return self.type.dtype
 
 
 def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0, factor: int = 1) -> int:
@@ -79,17 +94,11 @@ _CG_PLANS = (Plan("primal", "gradient", "cg", "stored"), Plan("primal", "gradien
 
 
 def choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
-    """The cheapest plan that keeps the digits.
+    """The cheapest plan that keeps the digits, its Gram's type left open.
 
-    Half types and ill-conditioned Grams with a factor are applied to the input only: there the result is rounded
-    once, after the inverse; on the gradient's side the rounding would be amplified by the condition number.
+    Half-precision types and ill-conditioned Grams with a factor are applied to the input only: there the result is
+    rounded once, after the inverse; on the gradient's side the rounding would be amplified by the condition number.
     """
-    # A tracer's symbols have no hash, and the cache must not keep a batch's own count alive.
-    known = type(rows) is type(inputs) is type(outputs) is int and options.samples is None
-    return (_known_plan if known else _choose)(rows, inputs, outputs, dtype, options)
-
-
-def _choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
     sizes = (rows, inputs, outputs)
     if options.solver == "cg":
         return _cheapest(_CG_PLANS, sizes, options.iterations)
@@ -99,9 +108,6 @@ def _choose(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: O
         return direct
     cg = _cheapest(_CG_PLANS, sizes, options.iterations)
     return cg if cg_is_cheaper(cg, direct, sizes, options) else direct
-
-
-_known_plan = functools.lru_cache(maxsize=4096)(_choose)  # the same few layers, at every step
 
 
 def cg_is_accurate(inputs: int, dtype: torch.dtype, options: Options) -> bool:
@@ -129,18 +135,15 @@ def _cheapest(plans: Iterable[Plan], sizes: tuple[int, int, int], iterations: in
     return best
 
 
-def is_fused(plan: Plan, x: Tensor, bias: bool, outputs: int, options: Options) -> bool:
-    """Whether the gradient of ``x [..., I]`` is better computed whole in backward than by ``plan``."""
-    if x.device.type not in FUSED_DEVICES:
-        return False
-    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
+def is_fused(plan: Plan, rows: int, inputs: int, outputs: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the gradient of ``x [N, I]``, ``I`` without the bias's, is better computed whole in backward."""
     return (
-        plan.solver == "cholesky"
+        device_type in FUSED_DEVICES
+        and plan.solver == "cholesky"
         and plan.form == "dual"
-        and rows <= FUSED_ROWS[x.dtype]
+        and rows <= FUSED_ROWS[dtype]
         and inputs * outputs <= FUSED_WEIGHTS
-        and gram_dtype(rows, inputs + bias, x.dtype, options.damping, options.damping_mode, x.device.type)
-        == compute_dtype(x.dtype)
+        and plan.type.dtype == compute_dtype(dtype)
     )
 
 
@@ -152,10 +155,43 @@ def plan(x: Tensor, bias: bool, outputs: int, options: Options, fused_rows: int 
         outputs: ``O``.
         fused_rows: Up to how many rows the caller's backward can do everything in one launch.
     """
-    rows = math.prod(x.shape[:-1])
-    chosen = choose(rows, x.shape[-1] + bias, outputs, x.dtype, options)
-    fused = fused_rows > 0 and rows <= fused_rows and is_fused(chosen, x, bias, outputs, options)
-    return chosen._replace(applied_to="fused") if fused else chosen
+    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
+    known = _is_known(rows, inputs, outputs, options)
+    return (_known_plan if known else _plan)(rows, inputs, bias, outputs, x.dtype, x.device.type, options, fused_rows)
+
+
+def _plan(
+    rows: int,
+    inputs: int,
+    bias: bool,
+    outputs: int,
+    dtype: torch.dtype,
+    device_type: str,
+    options: Options,
+    fused_rows: int,
+) -> Plan:
+    kind = gram_type(rows, inputs + bias, dtype, options.damping, options.damping_mode, device_type)
+    chosen = choose(rows, inputs + bias, outputs, dtype, options)._replace(type=kind)
+    if rows <= fused_rows and is_fused(chosen, rows, inputs, outputs, dtype, device_type):
+        return chosen._replace(applied_to="fused")
+    return chosen
+
+
+_known_plan = functools.lru_cache(maxsize=4096)(_plan)  # the same few layers, at every step
+
+
+def _is_known(rows: int, inputs: int, outputs: int, options: Options) -> bool:
+    """Whether a plan may be remembered: a tracer's symbols have no hash, and a batch's own count must not be kept."""
+    return type(rows) is type(inputs) is type(outputs) is int and options.samples is None
+
+
+def plan_of_ranks(rows: int, inputs: int, dtype: torch.dtype, device_type: str, options: Options) -> Plan:
+    """How the gradient of a linear layer is emended whose ``N`` rows lie on several ranks.
+
+    The dual form needs all ranks' rows everywhere, the primal one their summed Gram.
+    """
+    kind = gram_type(rows, inputs, dtype, options.damping, options.damping_mode, device_type)
+    return Plan("dual" if rows <= inputs else "primal", "input", type=kind)
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,17 +206,18 @@ def max_rank_over_damping(iterations: int, allowed: float) -> float:
     return largest
 
 
-def conv_plan(rows: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Plan:
-    """That of a convolution, ``outputs`` of one group. Its Gram is always stored and applied to the gradient.
+def conv_plan(rows: int, inputs: int, outputs: int, dtype: torch.dtype, device_type: str, options: Options) -> Plan:
+    """How the gradient of a convolution is emended, ``outputs`` of one group: by a stored Gram, on the gradient's side.
 
     The rows of all ranks count, which the primal form does not need to see.
     """
+    kind = gram_type(rows, inputs, dtype, options.damping, options.damping_mode, device_type)
     smaller: Form = "dual" if rows < inputs and options.process_group is None else "primal"
-    direct, sizes = Plan(smaller, "gradient"), (rows, inputs, outputs)
+    direct, sizes = Plan(smaller, "gradient", type=kind), (rows, inputs, outputs)
     if options.solver == "cg" or (
         cg_is_accurate(inputs, dtype, options) and cg_is_cheaper(_CG_PLANS[0], direct, sizes, options)
     ):
-        return _CG_PLANS[0]
+        return _CG_PLANS[0]._replace(type=kind)
     return direct
 
 

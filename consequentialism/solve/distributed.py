@@ -19,8 +19,9 @@ from .. import _torch
 from ..backend.protocol import Backend
 from ..backend.reference import apply_inverse
 from ..options import Options
-from ..precision import compute_dtype, emended_dtype, gram_dtype
+from ..precision import compute_dtype, emended_dtype
 from ..samples import count
+from . import cost
 from .gram import Gram
 
 WITNESSES = 8  # elements of a layer's weight that ranks compare
@@ -211,17 +212,18 @@ def emended_input(x: Tensor, bias: bool, outputs: int, options: Options, backend
     shape = f"linear, I={x.shape[1]}, O={outputs}, bias={bias}"
     counts = exchange_counts(shape, x.shape[0], x.shape[0], x, options)
     total = sum(counts.rows)
+    plan = cost.plan_of_ranks(total, inputs, x.dtype, x.device.type, options)
     work = x.to(compute_dtype(x.dtype))
     ridge = options.ridge
     if ridge.scale == "nlms":
         ridge = ridge._replace(scale="raw")  # times the samples, which need not be the rows
-    if total <= inputs:
+    if plan.form == "dual":
         batch, begin = gather_rows(work, counts.rows, group)
-        emended, column = backend.emended_input(batch, bias, "dual", *ridge)
+        emended, column = backend.emended_input(batch, bias, "dual", *ridge, *plan.type)
         own = slice(begin, begin + x.shape[0])
         emended, column = emended[own], column[own]
     else:
-        work = work.to(gram_dtype(total, inputs, x.dtype, ridge.damping, ridge.damping_mode, x.device.type))
+        work = work.to(plan.dtype)
         inverse = Gram.of(work, bias, "primal", backend, total).all_reduce(group).inverse(backend, ridge)
         emended, column = apply_inverse(inverse, work, bias, "primal")
     if options.scale == "nlms":

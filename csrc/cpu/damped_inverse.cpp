@@ -145,7 +145,8 @@ bool try_damped_inverse_float32_(const at::Tensor& gram, const InverseArguments&
   // Also false for NaN.
   if (!(trace > kMinFloat32Trace && trace < std::numeric_limits<float>::max())) return false;
   const double c = ridge_of(arguments, trace);
-  if (!(c > kMinFloat32Trace && c < kMaxFloat32Ridge && trace <= arguments.max_float32_condition * c)) return false;
+  if (!(c > kMinFloat32Trace && c < kMaxFloat32Ridge)) return false;
+  if (arguments.gram_dtype != at::kFloat && !(trace <= arguments.narrow_up_to * c)) return false;
   add_to_diagonal_(gram, c);
   return invert_(gram, multiplier_of(arguments, c));
 }

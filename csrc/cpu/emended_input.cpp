@@ -1,5 +1,3 @@
-#include <ATen/Parallel.h>
-#include <ATen/core/List.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -9,9 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
+#include <optional>
+#include <string_view>
 #include <tuple>
-#include <vector>
 
 #include "../checks.h"
 #include "../guards.h"
@@ -30,8 +28,7 @@ struct Inversion {
   bool primal;
   at::Tensor x;        // [N, I], float32 or float64, in a layout that BLAS reads
   at::Tensor inverse;  // [n, n], in the same type; before, the Gram's lower triangle
-  bool done = false;
-  double unit = 1;  // a power of two: x has been divided by it, the inverse is that of its Gram
+  double unit = 1;     // a power of two: x has been divided by it, the inverse is that of its Gram
 };
 
 // Where float64 squares of x may leave their range, a power of two near its largest entry; else 1.
@@ -75,51 +72,23 @@ at::Tensor inverse_of(const Inversion& item) {
 
 Inversion inversion_of(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
-    std::string_view scale) {
-  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
+    std::string_view scale, std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
+  const InverseArguments arguments =
+      inverse_arguments_of(x, bias, damping, damping_mode, scale, gram_dtype, narrow_up_to);
   return {arguments, bias, parse_form(form) == Form::kPrimal, computable(x), {}};
 }
 
-// work(item) for each item whose Gram is there: small orders, which take one thread each, beside one another.
-template <typename Work>
-void for_each_gram(c10::ArrayRef<Inversion*> items, const Work& work) {
-  std::vector<Inversion*> small;
-  for (Inversion* item : items) {
-    if (item->inverse.size(0) <= kWholeInTiles) {
-      small.push_back(item);
-    } else {
-      work(*item);
-    }
+// The Gram and its inverse, in float64 where float32 is not enough.
+void invert_(Inversion& item) {
+  const InverseArguments& arguments = item.arguments;
+  if (item.x.scalar_type() == at::kFloat && (arguments.gram_dtype == at::kFloat || arguments.narrow_up_to > 0)) {
+    item.inverse = lower_input_gram(item.x, item.bias, item.primal);
+    if (try_damped_inverse_float32_(item.inverse, arguments)) return;
   }
-  at::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t first, int64_t last) {
-    const PlainKernelGuard guard;
-    for (int64_t i = first; i < last; ++i) work(*small[static_cast<size_t>(i)]);
-  });
-}
-
-// Grams and factors; in float64 where float32 is not enough.
-void invert_(c10::ArrayRef<Inversion*> items) {
-  std::vector<Inversion*> narrow, wide;
-  for (Inversion* item : items) {
-    // An absolute damping shows its condition with the Gram.
-    const bool may_do = !item->arguments.relative || item->arguments.float32_is_enough();
-    if (item->x.scalar_type() != at::kFloat || !may_do) continue;
-    item->inverse = lower_input_gram(item->x, item->bias, item->primal);
-    narrow.push_back(item);
-  }
-  for_each_gram(narrow, [](Inversion& item) { item.done = try_damped_inverse_float32_(item.inverse, item.arguments); });
-  for (Inversion* item : items) {
-    if (item->done) continue;
-    item->x = item->x.to(at::kDouble);
-    item->inverse = lower_input_gram(item->x, item->bias, item->primal);
-    measure_in_unit_(*item);
-    wide.push_back(item);
-  }
-  for_each_gram(wide, [](Inversion& item) { item.inverse = lower_damped_inverse(item.inverse, item.arguments); });
-}
-
-at::ScalarType wide_type(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+  item.x = item.x.to(at::kDouble);
+  item.inverse = lower_input_gram(item.x, item.bias, item.primal);
+  measure_in_unit_(item);
+  item.inverse = lower_damped_inverse(item.inverse, arguments);
 }
 
 // The emended input and its column, for an x of this type.
@@ -153,19 +122,19 @@ std::tuple<at::Tensor, at::Tensor> apply(const Inversion& item, at::ScalarType d
 
 at::Tensor gram_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
-    std::string_view scale) {
+    std::string_view scale, std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
   const PlainKernelGuard guard;
-  Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale);
-  invert_({&item});
+  Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale, gram_dtype, narrow_up_to);
+  invert_(item);
   return inverse_of(item).to(wide_type(x.scalar_type()));
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
-    std::string_view scale) {
+    std::string_view scale, std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
   const PlainKernelGuard guard;
-  Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale);
-  invert_({&item});
+  Inversion item = inversion_of(x, bias, form, damping, damping_mode, scale, gram_dtype, narrow_up_to);
+  invert_(item);
   return apply(item, x.scalar_type());
 }
 

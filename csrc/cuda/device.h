@@ -12,6 +12,7 @@
 #include <atomic>
 #include <mutex>
 
+#include "../checks.h"
 #include "damped_inverse_launcher.h"
 #include "device_limits.h"
 #include "fused_weight_grad_launcher.h"
@@ -53,10 +54,6 @@ inline unsigned* breakdown_counter() {
 }
 inline unsigned* first_fused_counter() {
   return fused_counters.at(static_cast<size_t>(c10::cuda::current_device()));
-}
-
-inline at::ScalarType wide_type(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 template <class Scalar>

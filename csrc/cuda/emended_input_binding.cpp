@@ -1,10 +1,11 @@
-// The ops `gram_inverse` and `emended_input` on CUDA: Gram, inverse, its application to x. Nothing waits for the device.
+// The ops `gram_inverse` and `emended_input` on CUDA: Gram, inverse and its application to x.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
@@ -21,14 +22,9 @@ namespace consequentialism::cuda {
 
 namespace {
 
-// In float64 where float32 is not enough, known from the arguments alone: looking at the Gram would wait for it.
-at::Tensor gram_to_invert(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
-  const bool narrow = arguments.float32_is_enough() && x.scalar_type() != at::kDouble;
-  return gram_of(x, bias, form, narrow ? at::kFloat : at::kDouble);
-}
-
+// In the Gram's type as it is given: looking whether float32 will do would wait for the device.
 at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
-  return inverses_of(gram_to_invert(x, bias, form, arguments), arguments)[0];
+  return inverses_of(gram_of(x, bias, form, arguments.gram_dtype), arguments)[0];
 }
 
 // The emended input and its column; x has contiguous rows.
@@ -70,8 +66,9 @@ std::tuple<at::Tensor, at::Tensor> apply_inverse(const at::Tensor& inverse, cons
 
 at::Tensor gram_inverse(
     const at::Tensor& x, bool bias, std::string_view form, double damping, std::string_view damping_mode,
-    std::string_view scale) {
-  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
+    std::string_view scale, std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
+  const InverseArguments arguments =
+      inverse_arguments_of(x, bias, damping, damping_mode, scale, gram_dtype, narrow_up_to);
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
@@ -80,8 +77,9 @@ at::Tensor gram_inverse(
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
     const at::Tensor& input, bool bias, std::string_view form, double damping, std::string_view damping_mode,
-    std::string_view scale) {
-  const InverseArguments arguments = inverse_arguments_of(input, bias, damping, damping_mode, scale);
+    std::string_view scale, std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
+  const InverseArguments arguments =
+      inverse_arguments_of(input, bias, damping, damping_mode, scale, gram_dtype, narrow_up_to);
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(input.device());

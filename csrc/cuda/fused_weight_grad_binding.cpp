@@ -8,6 +8,7 @@
 
 #include <array>
 #include <mutex>
+#include <optional>
 #include <string_view>
 #include <tuple>
 #include <unordered_map>
@@ -64,11 +65,6 @@ FusedShape shape_of(const at::Tensor& x, const at::Tensor& dy, bool bias) {
   return {x.size(0), x.size(1), dy.size(1), bias, x.dtype().itemsize(), x.scalar_type() == at::kBFloat16};
 }
 
-// A narrow x whose Gram needs float64 is not fused.
-bool keeps_digits(const at::Tensor& x, const InverseArguments& arguments) {
-  return x.scalar_type() == at::kDouble || arguments.float32_is_enough();
-}
-
 std::tuple<at::Tensor, at::Tensor> run_fused(
     const at::Tensor& input, const at::Tensor& error, bool bias, const InverseArguments& options, const FusedPlan& plan,
     cudaStream_t stream) {
@@ -107,33 +103,33 @@ std::tuple<at::Tensor, at::Tensor> run_fused(
 
 std::tuple<at::Tensor, at::Tensor> fused_weight_grad(
     const at::Tensor& x, const at::Tensor& dy, bool bias, double damping, std::string_view damping_mode,
-    std::string_view scale) {
-  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
+    std::string_view scale, std::optional<at::ScalarType> gram_dtype, double narrow_up_to) {
+  const InverseArguments arguments =
+      inverse_arguments_of(x, bias, damping, damping_mode, scale, gram_dtype, narrow_up_to);
   check_fused(x, dy);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
   if (x.size(0) == 0) {
     return {at::zeros({dy.size(1), x.size(1)}, x.options()), at::zeros({bias ? dy.size(1) : 0}, x.options())};
   }
-  if (keeps_digits(x, arguments)) {
+  if (arguments.gram_dtype == wide_type(x.scalar_type())) {  // a Gram wider than x is not fused
     const FusedPlan plan = plan_fused(shape_of(x, dy, bias), limits_of_current_device());
     if (plan.variant != FusedVariant::kNone) {
       return run_fused(x, dy, bias, arguments, plan, c10::cuda::getCurrentCUDAStream());
     }
   }
-  return separate_weight_grad(x, dy, bias, damping, damping_mode, scale);
+  return separate_weight_grad(x, dy, bias, damping, damping_mode, scale, gram_dtype, narrow_up_to);
 }
 
-// By the variant that is named, or not at all: for tests and benchmarks.
+// By the variant that is named, or not at all, with a Gram in the type of sums over x: for tests and benchmarks.
 std::tuple<at::Tensor, at::Tensor> fused_weight_grad_by(
     const at::Tensor& x, const at::Tensor& dy, bool bias, double damping, std::string_view damping_mode,
     std::string_view scale, std::string_view variant) {
-  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale);
+  const InverseArguments arguments = inverse_arguments_of(x, bias, damping, damping_mode, scale, std::nullopt, 0);
   check_fused(x, dy);
   TORCH_CHECK_VALUE(
       variant == "recompute" || variant == "cooperative", "variant must be 'recompute' or 'cooperative', got '",
       variant, "'");
-  TORCH_CHECK_VALUE(keeps_digits(x, arguments), "damping ", damping, ", ", damping_mode, ", needs a Gram in float64");
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
   const FusedShape shape = shape_of(x, dy, bias);

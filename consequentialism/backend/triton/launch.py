@@ -18,8 +18,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...options import DampingMode, Form, Scale
-from ...precision import compute_dtype, emended_dtype, gram_dtype
+from ...options import DampingMode, Form, Ridge, Scale
+from ...precision import compute_dtype, emended_dtype, told_dtype
 from ..reference import RETRIES
 from . import plans, tune
 from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
@@ -36,8 +36,8 @@ _REDUCE_TILE = 32
 _NONE = 1  # programs of a grid, or entries of a tensor, that must not be none
 
 
-class Ridge(NamedTuple):
-    """What a damped inverse is asked for: ``multiplier * (G + c I)^-1``."""
+class Damping(NamedTuple):
+    """What kernels are told of a damped inverse ``multiplier * (G + c I)^-1``."""
 
     damping: float
     relative: bool
@@ -46,9 +46,10 @@ class Ridge(NamedTuple):
     by_ridge: bool
 
 
-def _ridge(damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int) -> Ridge:
-    check_options(damping, damping_mode, scale)
-    return Ridge(float(damping), damping_mode == "relative", rank, rows if scale == "nlms" else 1, scale == "gradient")
+def _damping(own: Ridge, rank: int, rows: int) -> Damping:
+    check_options(*own)
+    multiplier = rows if own.scale == "nlms" else 1
+    return Damping(float(own.damping), own.damping_mode == "relative", rank, multiplier, own.scale == "gradient")
 
 
 _counters: dict[torch.device, Tensor] = {}
@@ -178,7 +179,7 @@ def conv_gram(
     return gram
 
 
-def inverse_of(gram: Tensor, ridge: Ridge) -> Tensor:
+def inverse_of(gram: Tensor, ridge: Damping) -> Tensor:
     """``multiplier * (G + c I)^-1 [B, n, n]``, of each ``gram [B, n, n]``, float32 or float64."""
     order = gram.shape[1]
     if gram.numel() == 0:
@@ -191,7 +192,7 @@ def inverse_of(gram: Tensor, ridge: Ridge) -> Tensor:
     return _stock_inverse(gram, ridge)
 
 
-def _damped_inverse(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor | None = None) -> None:
+def _damped_inverse(gram: Tensor, ridge: Damping, inverse: Tensor, broken: Tensor | None = None) -> None:
     """Write ``inverse``; with ``broken [B]``, only where the first attempt broke down or there is none."""
     matrices, order, _ = gram.shape
     plan = plans.plan_damped_inverse(order, gram.element_size())
@@ -213,7 +214,7 @@ def _damped_inverse(gram: Tensor, ridge: Ridge, inverse: Tensor, broken: Tensor 
         )  # fmt: skip
 
 
-def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
+def _stock_inverse(gram: Tensor, ridge: Damping) -> Tensor:
     """`inverse_of` by stock operations that do not wait for the device; what broke down is retried by our kernel."""
     order = gram.shape[1]
     trace = gram.diagonal(dim1=1, dim2=2).sum(1)  # [B]
@@ -230,24 +231,13 @@ def _stock_inverse(gram: Tensor, ridge: Ridge) -> Tensor:
     return inverse
 
 
-def _gram_dtype(x: Tensor, bias: bool, damping: float, damping_mode: DampingMode) -> torch.dtype:
-    return gram_dtype(x.shape[0], x.shape[1] + bias, x.dtype, damping, damping_mode, x.device.type)
-
-
-def _gram_and_ridge(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
-) -> tuple[Tensor, Ridge]:
-    """The Gram, in float64 where float32 is not enough, known from the arguments alone; and what to add to it."""
+def _wide_inverse(x: Tensor, bias: bool, form: Form, own: Ridge, dtype: torch.dtype | None) -> Tensor:
+    """``multiplier * (G + c I)^-1 [n, n]`` in ``dtype``, or in that of sums over ``x``."""
     check_x(x)
     check_form(form)
-    rank = max(1, min(x.shape[0], x.shape[1] + bias))
-    ridge = _ridge(damping, damping_mode, scale, rank, x.shape[0])
-    wide = _gram_dtype(x, bias, damping, damping_mode)
-    return _gram_of(x if wide == torch.float32 else x.double(), bias, form, wide), ridge
-
-
-def _wide_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    gram, ridge = _gram_and_ridge(x, bias, form, damping, damping_mode, scale)
+    wide = told_dtype(x.dtype, dtype)
+    ridge = _damping(own, max(1, min(x.shape[0], x.shape[1] + bias)), x.shape[0])
+    gram = _gram_of(x if wide == torch.float32 else x.double(), bias, form, wide)
     return inverse_of(gram[None], ridge)[0]
 
 
@@ -262,18 +252,34 @@ def damped_inverse(
 ) -> Tensor:
     """Of each Gram of ``[..., n, n]``."""
     check_gram(gram, rank)
-    ridge = _ridge(damping, damping_mode, scale, rank, rows)
+    ridge = _damping(Ridge(damping, damping_mode, scale), rank, rows)
     return inverse_of(gram.flatten(0, -3) if gram.ndim > 2 else gram[None], ridge).reshape(gram.shape)
 
 
-def gram_inverse(x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale) -> Tensor:
-    return _wide_inverse(x, bias, form, damping, damping_mode, scale).to(compute_dtype(x.dtype))
+def gram_inverse(
+    x: Tensor,
+    bias: bool,
+    form: Form,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    gram_dtype: torch.dtype | None = None,
+    narrow_up_to: float = 0.0,
+) -> Tensor:
+    return _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype).to(compute_dtype(x.dtype))
 
 
 def emended_input(
-    x: Tensor, bias: bool, form: Form, damping: float, damping_mode: DampingMode, scale: Scale
+    x: Tensor,
+    bias: bool,
+    form: Form,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    gram_dtype: torch.dtype | None = None,
+    narrow_up_to: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return _apply(_wide_inverse(x, bias, form, damping, damping_mode, scale), x, bias, form)
+    return _apply(_wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype), x, bias, form)
 
 
 def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
@@ -325,20 +331,27 @@ def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tenso
 
 
 def fused_weight_grad(
-    x: Tensor, dy: Tensor, bias: bool, damping: float, damping_mode: DampingMode, scale: Scale
+    x: Tensor,
+    dy: Tensor,
+    bias: bool,
+    damping: float,
+    damping_mode: DampingMode,
+    scale: Scale,
+    gram_dtype: torch.dtype | None = None,
+    narrow_up_to: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check_fused(x, dy)
     rows, inputs = x.shape
     outputs = dy.shape[1]
     rank = max(1, min(rows, inputs + bias))
-    ridge = _ridge(damping, damping_mode, scale, rank, rows)
+    ridge = _damping(Ridge(damping, damping_mode, scale), rank, rows)
     if rows == 0 or outputs == 0:
         return dy.new_zeros(outputs, inputs), dy.new_zeros(outputs if bias else 0)
-    wide = _gram_dtype(x, bias, damping, damping_mode)
+    wide = told_dtype(x.dtype, gram_dtype)
     plan = plans.plan_fused(rows, wide.itemsize)
     if plan is None:  # too many rows for one program to hold
         form: Form = "dual" if rows <= inputs + bias else "primal"
-        return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale))
+        return weight_grad(dy, *emended_input(x, bias, form, damping, damping_mode, scale, gram_dtype))
     dw, db = dy.new_empty(outputs, inputs), dy.new_empty(outputs if bias else 0)
     tiles = max(_NONE, ceil_div(inputs, plan.inputs))
     groups = min(ceil_div(outputs, plan.outputs), max(_NONE, plans.PROCESSORS // tiles))  # all programs at once
