@@ -23,7 +23,7 @@ ECO_PIP := $(ECO_BIN)/pip --disable-pip-version-check install --quiet --constrai
 
 DOCS_VENV := .venv-docs
 
-.PHONY: docs demo test test-ecosystem lint format bench bench-train report check wheel kernels triton triton-compile cuda-build gpu gpu-pack clean
+.PHONY: docs demo test test-ecosystem lint format bench bench-train report check wheel wheel-cuda kernels triton triton-compile cuda-build gpu gpu-pack clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m consequentialism demo $(ARGS)
@@ -106,9 +106,17 @@ gpu-pack:
 	  build/gpu-env/bin/python setup.py -q build_ext --inplace --build-temp build/gpu
 	ls -l consequentialism/_C.*.so
 
-wheel: $(VENV)/.built
+# A wheel for the CPU, and where there is nvcc one for CUDA, for every architecture of setup.py: WHEEL_ARCHITECTURES else.
+WHEEL_ARCHITECTURES ?=
+wheel: $(VENV)/.built $(if $(shell command -v nvcc),wheel-cuda)
 	rm -rf build/lib*
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+wheel-cuda: $(CUDA_VENV)/.torch
+	rm -rf build/wheel-cuda/lib*
+	PATH="$(CURDIR)/$(CUDA_BIN):$$PATH" FORCE_CUDA=1 $(if $(WHEEL_ARCHITECTURES),TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHITECTURES)") \
+	  NVCC_APPEND_FLAGS=--threads=2 $(CUDA_BIN)/python setup.py -q build --build-base build/wheel-cuda \
+	  bdist_wheel --skip-build --bdist-dir build/wheel-cuda/wheel --dist-dir dist
 
 clean:
 	rm -rf $(VENV) $(CUDA_VENV) $(ECO_VENV) $(DOCS_VENV) build dist out *.egg-info consequentialism/*.so consequentialism/_C_*.txt

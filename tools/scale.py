@@ -98,28 +98,25 @@ def cost(model: Model, ranks: int, refresh: int, wrap: str) -> Cost:
 
 def table() -> list[str]:
     lines = [
-        "| model | ranks | wrap | refresh | A and S a rank, MB | sharded, MB | AdamW's state a rank, MB | Gram, % | "
-        "roots, % | products, % | Grams sent a step, MB |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | ranks | wrap | A and S a rank, MB | sharded, MB | AdamW's state a rank, MB | Gram, % | roots, % | "
+        "products, % | Grams sent a step, MB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model in MODELS:
         for ranks in RANKS:
             for wrap in ("ddp", "fsdp2", "tp"):
-                for refresh in REFRESH:
-                    own = cost(model, ranks, refresh, wrap)
-                    shards = {"ddp": 1, "fsdp2": ranks, "tp": min(ranks, 8)}[wrap]
-                    adam = 2 * BYTES * own.parameters / shards
-                    shares = [f"{100 * part / own.step:.2f}" for part in (own.gram, own.root, own.apply)]
-                    cells = [
-                        model.name,
-                        str(ranks),
-                        wrap,
-                        str(refresh),
-                        f"{own.moments / 1e6:.0f}",
-                        f"{own.share / 1e6:.0f}",
-                        f"{adam / 1e6:.0f}",
-                    ]
-                    lines.append("| " + " | ".join([*cells, *shares, f"{own.sent / 1e6:.1f}"]) + " |")
+                often, seldom = (cost(model, ranks, refresh, wrap) for refresh in REFRESH)
+                shards = {"ddp": 1, "fsdp2": ranks, "tp": min(ranks, 8)}[wrap]
+                adam = 2 * BYTES * often.parameters / shards
+                cells = [model.name, f"{ranks:,}", wrap]
+                cells += [f"{size / 1e6:,.0f}" for size in (often.moments, often.share, adam)]
+                cells += [
+                    f"{100 * often.gram / often.step:.2f} / {100 * seldom.gram / seldom.step:.2f}",
+                    f"{100 * often.root / often.step:.2f} / {100 * seldom.root / seldom.step:.2f}",
+                    f"{100 * often.apply / often.step:.2f}",
+                    f"{often.sent / 1e6:.1f} / {seldom.sent / 1e6:.1f}",
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -167,7 +164,8 @@ def page() -> str:
         f"that rank, 6 a token and parameter. A Gram is counted once a weight, though layers of one input share it; a "
         f"root as {ROOT_PRODUCTS} products of its order, which is assumed, and meant to be too many. Tensor "
         f"parallelism is over 8 ranks, by outputs; weights split by inputs are refused today, and are counted as if "
-        f"they were served. *Sharded*: A and S a rank with `shard_state=True`.",
+        f"they were served. Where two numbers stand, they are for a refresh every {REFRESH[0]} and {REFRESH[1]} steps. "
+        f"*Sharded*: A and S a rank with `shard_state=True`.",
         f"Data parallel, GPT-2 124M on 8 ranks: A and S are {small.moments / 1e6:.0f} MB beside {state:.0f} MB of "
         f"AdamW's own state; Grams, roots and products together are {share:.1f} % of the step's arithmetic.",
         f"FSDP2, 7B on 1,024 ranks: on every rank A and S are {seven.moments / 1e9:.1f} GB, where AdamW's own sharded "

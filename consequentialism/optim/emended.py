@@ -79,7 +79,7 @@ class Emended(torch.optim.Optimizer):
             convolution's between channels where they divide. A step's two products cost ``4 O I block`` operations.
         process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
             group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
-            summed over it, and nothing else ever is. Ranks whose batches end before others' take
+            summed over it; nothing else is sent, but for ``shard_state``. Ranks whose batches end before others' take
             `torch.distributed.algorithms.Join` over DDP and this optimizer.
         shard_state: Whether each ``A`` and ``S`` is kept by one rank of the group (of a mesh of several dimensions, of
             the last one), which alone makes the root, as Shampoo's are distributed. On refresh steps each Gram is then
