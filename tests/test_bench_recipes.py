@@ -273,7 +273,7 @@ def test_the_grid_holds_every_point_once() -> None:
     assert all(START[name] in settings for name in head_to_head.OPTIMIZERS)  # the default is a point of the grid
 
 
-@pytest.mark.parametrize(("lowest", "found"), [(-3.0, 0.0625), (0.2, 0.5), (-0.4, 0.5), (2.4, 2.0)])
+@pytest.mark.parametrize(("lowest", "found"), [(-3.0, 0.0625), (0.2, 0.5), (-0.4, 0.5), (1.9, 2.0), (3.0, 4.0)])
 def test_the_walk_ends_in_the_valley(lowest: float, found: float) -> None:
     tried: dict[float, float] = {}
 
@@ -282,7 +282,12 @@ def test_the_walk_ends_in_the_valley(lowest: float, found: float) -> None:
         return tried[lr]
 
     assert head_to_head.walk(0.5, score) == found
-    assert {found / 2, found, found * 2} <= set(tried)
+    assert {found / 2, found, found * 2, 0.25, 0.5, 1.0, 2.0} <= set(tried)
+
+
+def test_the_walk_looks_behind_a_small_hill() -> None:
+    scores = {0.25: 2.0, 0.5: 1.0, 1.0: 1.1, 2.0: 0.9, 4.0: 1.5}
+    assert head_to_head.walk(0.5, lambda lr: scores[lr]) == 2.0
 
 
 def test_the_grid_is_measured_at_its_rates_and_goes_on_where_it_stood(

@@ -51,7 +51,7 @@ def settings() -> Iterator[Setting]:
 
 
 def at_its_rate(bench: Bench, setting: Setting) -> Setting:
-    """The setting with the best rate of a walk: halved while that is better, or else doubled while that is better."""
+    """The setting with the best rate of a `walk` from that which its optimizer's search begins with."""
     start = START[setting.optimizer]
     if setting.placing is not None:
         start = dataclasses.replace(start, exponent=setting.exponent, placing=setting.placing, damping=TUNED_DAMPING)
@@ -65,14 +65,15 @@ def at_its_rate(bench: Bench, setting: Setting) -> Setting:
 
 
 def walk(lr: float, score: Callable[[float], float]) -> float:
-    """The rate with the lowest score among octaves of ``lr``, the first valley downhill from it."""
-    for factor in (0.5, 2.0):
-        moved = False
-        while score(lr * factor) < score(lr):
-            lr, moved = lr * factor, True
-        if moved:
-            break
-    return lr
+    """The rate with the lowest score of those from half to four times ``lr``, an octave apart, and of as many beyond as
+    it takes until the best is not the last."""
+    found = {lr * factor: score(lr * factor) for factor in (0.5, 1.0, 2.0, 4.0)}
+    while True:
+        best = min(found, key=lambda tried: found[tried])
+        beyond = [rate for rate in (best / 2, best * 2) if rate not in found]
+        if not beyond:
+            return best
+        found |= {rate: score(rate) for rate in beyond}
 
 
 def runs(rows: Iterable[RecipeRow], optimizer: str, **chosen: object) -> list[RecipeRow]:
