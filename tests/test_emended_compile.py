@@ -141,7 +141,7 @@ CAPTURED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda m: cw.optim.Emended(
         torch.optim.AdamW(m.parameters(), torch.tensor(0.01), weight_decay=0.1, capturable=True), m
     ),
-    "Muon": lambda m: cw.optim.Emended(torch.optim.Muon(m.parameters(), 0.01), m),
+    "Muon": lambda m: cw.optim.Emended(torch.optim.Muon(m.parameters(), 0.01), m, refresh_every=10),
 }
 
 

@@ -239,7 +239,7 @@ def test_an_unknown_weight_decay_must_be_declared() -> None:
         ({"memory": 1.0}, ValueError, "memory must be at least 0 and below 1, got 1.0"),
         ({"memory": -0.1}, ValueError, "memory must be at least 0"),
         ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, got 0"),
-        ({"refresh_every": 1.5}, TypeError, "refresh_every must be an integer of at least 1, got 1.5"),
+        ({"refresh_every": 1.5}, TypeError, "refresh_every must be an integer of at least 1 or None, got 1.5"),
         ({"block": 0}, ValueError, "block must be at least 1, got 0"),
         ({"scale": "raw"}, ValueError, "scale must be one of 'auto', 'gradient', 'nlms', got 'raw'"),
         ({"process_group": "world"}, TypeError, "process_group must be 'auto', None or a process group"),

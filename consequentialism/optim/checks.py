@@ -36,8 +36,10 @@ def check_numbers(damping: Any, exponent: Any, memory: Any, refresh_every: Any, 
     if not 0 <= memory < 1:
         raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
     for name, value in (("refresh_every", refresh_every), ("block", block)):
+        if value is None:
+            continue
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an integer of at least 1, got {value!r} ({type(value).__name__})")
+            raise TypeError(f"{name} must be an integer of at least 1 or None, got {value!r} ({type(value).__name__})")
         if value < 1:  # type: ignore[operator]
             raise ValueError(f"{name} must be at least 1, got {value!r}")
 

@@ -24,7 +24,7 @@ from .checks import check_numbers, check_optimizer, check_process_group, check_s
 from .inside import POSITION, Part, Rooted, parts_of, standing_in, step_all, step_weight_by_weight
 from .join import JoinHook, notify
 from .record import Hook, Recorder
-from .rules import decay_of, rule_of
+from .rules import decay_of, defaults_of, rule_of
 from .sharding import Sharding
 from .steps import local, rule_for
 from .units import Unit, find_units
@@ -72,11 +72,13 @@ class Emended(torch.optim.Optimizer):
             division by ``t``, so that the rate of SGD is NLMS's dimensionless step size (``A`` then counts a
             convolution's samples, not its rows); ``"auto"``: ``"nlms"`` for `torch.optim.SGD`, else ``"gradient"``.
         memory: What older rows are multiplied by at a refresh, at least 0 and below 1.
-        refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1. Before that many steps they are
-            refreshed after 0, 1, 2, 4, 8, ... of them, for inputs change fast at first: roots of the first batch alone
-            leave Adam second moments of another scale.
+        refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1; None: 10, and 25 for optimizers
+            that orthogonalise, which stale roots cost nothing. Before that many steps they are refreshed after 0, 1,
+            2, 4, 8, ... of them, for inputs change fast at first: roots of the first batch alone leave Adam second
+            moments of another scale.
         block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks, a
-            convolution's between channels where they divide. A step's two products cost ``4 O I block`` operations.
+            convolution's between channels where they divide. None: 256, and 128 for optimizers that orthogonalise. A
+            step's two products cost ``4 O I block`` operations.
         process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
             group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
             summed over it; nothing else is sent, but for ``shard_state``. Ranks whose batches end before others' take
@@ -106,8 +108,8 @@ class Emended(torch.optim.Optimizer):
         exponent: float | None = None,
         scale: Literal["auto", "gradient", "nlms"] = "auto",
         memory: float = 0.95,
-        refresh_every: int = 10,
-        block: int = 256,
+        refresh_every: int | None = None,
+        block: int | None = None,
         process_group: Any = "auto",
         shard_state: bool = False,
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -122,12 +124,13 @@ class Emended(torch.optim.Optimizer):
         check_process_group(process_group)
         check_shard_state(shard_state, process_group, optimizer)
         rule = rule_of(optimizer)
-        if exponent is None:
-            exponent = 0.25 if rule.orthogonalises else 0.5
+        default = defaults_of(rule)
         if scale == "auto":
             scale = "nlms" if isinstance(optimizer, torch.optim.SGD) else "gradient"
-        self.damping, self.exponent, self.scale, self.memory = damping, exponent, scale, memory
-        self.refresh_every, self.block, self.process_group = refresh_every, block, process_group
+        self.damping, self.scale, self.memory, self.process_group = damping, scale, memory, process_group
+        self.exponent = default.exponent if exponent is None else exponent
+        self.refresh_every = default.refresh_every if refresh_every is None else refresh_every
+        self.block = default.block if block is None else block
         self._rule, self._name = rule, type(optimizer).__name__
         self._model, self._filter_fn = model, filter_fn
         self._own_step = rule_for(optimizer)
