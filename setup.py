@@ -42,7 +42,6 @@ CPU_SOURCES = [
     "csrc/cpu/conv_gram.cpp",
     "csrc/cpu/conv_gram_direct.cpp",
     "csrc/cpu/conv_gram_displaced.cpp",
-    "csrc/cpu/small_gram.cpp",
     "csrc/cpu/dot_products.cpp",
     "csrc/cpu/decayed_gram.cpp",
     "csrc/cpu/inverse_root.cpp",

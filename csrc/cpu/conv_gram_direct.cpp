@@ -6,8 +6,8 @@
 
 #include "../guards.h"
 #include "conv_gram.h"
+#include "dot_products.h"
 #include "input_gram.h"
-#include "small_gram.h"
 
 namespace consequentialism::cpu {
 
@@ -87,7 +87,7 @@ void add_lines(
   }
   const scalar_t* starts[kSmall];
   for (int64_t i = 0; i < inputs; ++i) starts[i] = rows + i * length;
-  add_small_gram(gram.mutable_data_ptr<scalar_t>(), starts, inputs, {1, length, length}, bias);
+  add_small_gram(gram.mutable_data_ptr<scalar_t>(), starts, inputs, {1, 0, 0, length}, bias);
 }
 
 // By blocks of whole samples, or lines of one sample, that are unfolded.
@@ -99,7 +99,7 @@ void add_unfolded(
   const int64_t read = g.group_channels() * g.size[0] * g.size[1] * g.size[2] / sample_lines;  // of x, may be copied
   const int64_t line_bytes = std::max(line_size, read) * static_cast<int64_t>(sizeof(scalar_t));
   const int64_t step = std::clamp<int64_t>(block_bytes / line_bytes, 1, range.end - range.begin);
-  const at::Tensor space = at::zeros({step * line_size + kSmallGramSlack}, gram.options());
+  const at::Tensor space = at::zeros({step * line_size + kDotColumns}, gram.options());
   for (int64_t begin = range.begin; begin < range.end; begin += step) {
     const int64_t end = std::min(range.end, begin + step);
     const int64_t sample = begin / sample_lines;
@@ -118,7 +118,7 @@ void add_padded(
   const int64_t row = width + 2 * g.padding[2];
   const int64_t plane = (height + 2 * g.padding[1]) * row;
   const int64_t channel = (depth + 2 * g.padding[0]) * plane;
-  const at::Tensor space = at::zeros({g.group_channels() * channel + kSmallGramSlack}, gram.options());
+  const at::Tensor space = at::zeros({g.group_channels() * channel + kDotColumns}, gram.options());
   scalar_t* padded = space.mutable_data_ptr<scalar_t>();
   const int64_t sample_bytes = g.group_channels() * depth * height * width * static_cast<int64_t>(sizeof(scalar_t));
   const int64_t step = std::max<int64_t>(1, block_bytes / sample_bytes);  // samples copied at once, where they must be
@@ -143,8 +143,9 @@ void add_padded(
           starts[i] = padded + i / g.taps() * channel + (d * g.stride[0] + kd * g.dilation[0]) * plane +
                       (begin * g.stride[1] + kh * g.dilation[1]) * row + kw * g.dilation[2];
         }
-        const RowLines shape = {end - begin, g.stride[1] * row, g.positions[2]};
-        add_small_gram(gram.mutable_data_ptr<scalar_t>(), starts, g.inputs(), shape, bias);
+        const int64_t stride = g.stride[1] * row;
+        add_small_gram(
+            gram.mutable_data_ptr<scalar_t>(), starts, g.inputs(), {end - begin, stride, stride, g.positions[2]}, bias);
       }
     }
   }

@@ -6,6 +6,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -227,14 +228,13 @@ void copy_strip(scalar_t* out, int64_t columns, const Samples<scalar_t>& x, cons
   }
 }
 
-// blocks [taps, taps, C, C] <- blocks + the products of strips.
+// blocks [taps, taps, C, C] <- blocks + the products of strips, which are copied to `space`.
 template <typename scalar_t>
-void add_strips(scalar_t* blocks, const Samples<scalar_t>& x, const ConvGeometry& g, const Plan& plan) {
-  const auto room = plan.strip_numbers * x.count + static_cast<int64_t>(plan.strips.size()) * kDotColumns;
-  std::vector<scalar_t> space(static_cast<size_t>(x.channels * room));
+void add_strips(
+    scalar_t* blocks, scalar_t* space, const Samples<scalar_t>& x, const ConvGeometry& g, const Plan& plan) {
   const auto columns_of = [&](const Strip& strip) { return rounded_up(x.count * strip.numbers(g)); };
   std::map<Strip, scalar_t*> copies;
-  scalar_t* next = space.data();
+  scalar_t* next = space;
   for (const auto& [strip, begin] : plan.strips) {
     copies[strip] = next;
     copy_strip(next, columns_of(strip), x, g, strip);
@@ -253,11 +253,12 @@ void add_strips(scalar_t* blocks, const Samples<scalar_t>& x, const ConvGeometry
 }
 
 // blocks [taps, taps, C, C] <- blocks + those of some samples of one group, padded. `left` is zero where it is not
-// written: x at the positions, displaced by a first tap, [C, b] planes of `left_plane` numbers.
+// written: x at the positions, displaced by a first tap, [C, b] planes of `left_plane` numbers. `strips` is space for
+// copies of the strips.
 template <typename scalar_t>
 void add_samples(
-    const at::Tensor& blocks, const at::Tensor& samples, const at::Tensor& left, const ConvGeometry& g,
-    const Plan& plan) {
+    const at::Tensor& blocks, const at::Tensor& samples, const at::Tensor& left, const at::Tensor& strips,
+    const ConvGeometry& g, const Plan& plan) {
   const int64_t channels = samples.size(0);
   const int64_t left_plane = left.size(2);
   const Samples<scalar_t> x{
@@ -299,7 +300,7 @@ void add_samples(
       }
     });
   }
-  add_strips(numbers, x, g, plan);
+  add_strips(numbers, strips.mutable_data_ptr<scalar_t>(), x, g, plan);
 }
 
 // blocks: each pair of taps from the earlier one that it follows from. Then gram [n, n] <- blocks, [s, t, c, c'] to
@@ -348,6 +349,8 @@ void add_group(const Sums& sums, const at::Tensor& x, const ConvGeometry& g, con
   const auto options = sums.blocks.options();
   const at::Tensor left = at::zeros({channels * step * left_plane}, options);
   const at::Tensor space = at::zeros({channels * step * plane + kDotColumns}, options);
+  const int64_t strip_numbers = plan.strip_numbers * step + static_cast<int64_t>(plan.strips.size()) * kDotColumns;
+  const at::Tensor strips = at::empty({channels * strip_numbers}, options);
   for (int64_t first = 0; first < x.size(0); first += step) {
     const int64_t count = std::min(step, x.size(0) - first);
     if (count < step && first > 0) {  // the last planes are elsewhere than those before them
@@ -361,7 +364,7 @@ void add_group(const Sums& sums, const at::Tensor& x, const ConvGeometry& g, con
     inner.copy_(x.narrow(0, first, count).transpose(0, 1));
     const at::Tensor own = left.narrow(0, 0, channels * count * left_plane).view({channels, count, left_plane});
     AT_DISPATCH_FLOATING_TYPES(
-        samples.scalar_type(), "conv_gram", [&] { add_samples<scalar_t>(sums.blocks, samples, own, g, plan); });
+        samples.scalar_type(), "conv_gram", [&] { add_samples<scalar_t>(sums.blocks, samples, own, strips, g, plan); });
     if (sums.samples.defined()) sums.samples.add_(samples.sum(1));
   }
 }
