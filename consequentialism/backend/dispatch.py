@@ -71,8 +71,9 @@ class Compiled:
         return (self.device_type,)
 
     def takes(self, device: torch.device) -> bool:
-        served = device.type == self.device_type and device.type in compiled.device_types
-        return served and reason_too_old(device.type, device.index) is None
+        kind = device.type
+        served = kind == self.device_type and kind in compiled.device_types
+        return served and (kind != "cuda" or reason_too_old(kind, device.index) is None)
 
 
 class Triton:
@@ -209,7 +210,9 @@ def select(name: str, x: Tensor) -> Backend:
         # torch.func's transforms see through plain PyTorch, not through a compiled op.
         if _torch.transforms_active():
             return reference
-        return next(entry for entry in REGISTRY.values() if entry.takes(device)).backend()
+        for entry in REGISTRY.values():  # the last one takes everything
+            if entry.takes(device):
+                return entry.backend()
     entry = REGISTRY[name]
     if entry.takes(device):
         return entry.backend()
