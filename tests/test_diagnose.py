@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import consequentialism as cw
+from consequentialism.insight import layers
 from consequentialism.insight.batch import check
 from consequentialism.insight.diagnose import Report
 
@@ -293,3 +294,33 @@ def test_a_page_needs_no_other_file(tmp_path: Any) -> None:
     assert page.startswith("<!doctype html>")
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page, "no network"
+
+
+def test_many_rows_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures, and never more of the unfolded rows at once than asked for, or one line of a sample's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ConvTranspose2d(4, 2, 2), nn.Linear(8, 3))
+    model, batch = model.double(), (randn(6, 2, 6, 7), randn(6, 2, 7, 3))
+    largest: list[int] = []
+    own = layers.Seen.blocks
+
+    def noted(seen: layers.Seen) -> Any:
+        for x, dy in own(seen):
+            largest.append(x.nbytes)
+            yield x, dy
+
+    monkeypatch.setattr(layers.Seen, "blocks", noted)
+    monkeypatch.setattr(layers.Seen, "rows", lambda _: pytest.fail("all rows at once"))
+    found = []
+    for most in (2**26, 800):
+        monkeypatch.setattr(layers, "BLOCK_BYTES", most)
+        largest.clear()
+        found.append(cw.diagnose(model, batch, mse_loss, most_rows=7).to_dict()["layers"])
+    assert max(largest) <= 800 + 8 * 2 * 20 * 7 * 8  # a line of two groups' rows, or one sample of a transposed one
+    for whole, pieces in zip(*found, strict=True):
+        assert whole["form"] == "primal"
+        for key, value in whole.items():
+            if isinstance(value, str):
+                assert pieces[key] == value
+            elif key not in ("measured_cost", "plain_ms"):
+                torch.testing.assert_close(torch.tensor(pieces[key]), torch.tensor(value), rtol=1e-5, atol=1e-5)

@@ -184,7 +184,8 @@ def diagnose(
 
         print(cw.diagnose(model, (images, labels), torch.nn.functional.cross_entropy))
 
-    Memory: one layer's rows in float64 at a time, unfolded for convolutions, and a copy of all layers' inputs.
+    Memory: a copy of all layers' inputs, and of one layer at a time its rows in float64, convolutions' unfolded: whole
+    where they are at most as many as its inputs, else in pieces of 64 MiB beside a Gram of its inputs.
 
     Args:
         model: On one device, its weights not sharded.

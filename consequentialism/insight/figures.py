@@ -8,6 +8,7 @@ what the other rows' steps do to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,22 +61,57 @@ def figures(seen: Seen, options: Options, most_rows: int) -> Figures:
 
 
 def _of_rows(seen: Seen, options: Options, most_rows: int) -> Figures:
-    x, dy = seen.rows()  # [groups, N, I], [groups, N, O]
-    groups, rows, inputs = x.shape
+    """Of a linear layer or convolution. The rows are there whole in the dual form, in pieces in the primal one."""
+    rows = seen.count()
+    groups, _, inputs = next(seen.blocks())[0].shape
     rank = max(min(rows, inputs), 1)
     form: Form = "dual" if rows <= inputs else "primal"
-    c = _ridge(x.square().sum((1, 2)), options, rank)  # [groups]
-    y = torch.stack([emended_rows(own, ridge, form) for own, ridge in zip(x, c, strict=True)])
-    plain, emended = dy.mT @ x, dy.mT @ y  # [groups, O, I]
+    whole = [seen.rows()] if form == "dual" else None
+
+    def pieces() -> Iterable[tuple[Tensor, Tensor]]:  # [groups, n, I], [groups, n, O]
+        return seen.blocks() if whole is None else whole
+
+    total, trace, plain = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    gram = torch.zeros(())  # [groups, I, I], in primal form
+    for x, dy in pieces():
+        total, trace = x.sum(1) + total.to(x), x.square().sum((1, 2)) + trace.to(x)
+        plain = dy.mT @ x + plain.to(x)  # [groups, O, I]
+        gram = gram if whole else x.mT @ x + gram.to(x)
+    c = _ridge(trace, options, rank)  # [groups]
+    if whole:
+        y = torch.stack([emended_rows(own, ridge) for own, ridge in zip(whole[0][0], c, strict=True)])
+        emended = whole[0][1].mT @ y
+    else:
+        inverse = torch.stack([damped_inverse(own, ridge) for own, ridge in zip(gram, c, strict=True)])
+        emended = plain @ inverse
     scale = {"raw": torch.ones_like(c), "gradient": c}.get(options.scale)
     samples = _samples(seen, rows, options)
     emended_scaled = emended * (samples if scale is None else scale[:, None, None])
-    shown = evenly_spaced(rows, most_rows, x.device)
-    eigenvalues, of_rows = _spectrum(x)
-    mean = x.mean(1)
+    mean = total / rows
     direction = mean / mean.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    trace = float(x.square().sum())
-    in_mean = float((x @ direction[:, :, None]).square().sum())
+    interference = Interference(), Interference()
+    shown, spectrum_rows = evenly_spaced(rows, most_rows, mean.device), evenly_spaced(rows, MOST_SPECTRUM, mean.device)
+    picked: list[list[Tensor]] = []
+    of_spectrum: list[Tensor] = []
+    in_mean, begin = 0.0, 0
+    for x, dy in pieces():
+        end = begin + x.shape[1]
+        y = y if whole else x @ inverse
+        interference[0].add(x @ plain.mT, x.square().sum(2), dy)
+        interference[1].add(x @ emended.mT, (x * y).sum(2), dy)
+        in_mean += float((x @ direction[:, :, None]).square().sum())
+        own = shown[(shown >= begin) & (shown < end)] - begin
+        picked.append([x[:, own], y[:, own], dy[:, own]])
+        if rank > MOST_SPECTRUM:
+            of_spectrum.append(x[:, spectrum_rows[(spectrum_rows >= begin) & (spectrum_rows < end)] - begin])
+        begin = end
+    x, y, dy = (torch.cat(parts, 1) for parts in zip(*picked, strict=True))
+    if rank > MOST_SPECTRUM:
+        some = torch.cat(of_spectrum, 1)
+        eigenvalues, of_rows = _eigenvalues(_smaller_gram(some)), some.shape[1]
+    else:
+        eigenvalues, of_rows = _eigenvalues(_smaller_gram(whole[0][0]) if whole else gram), rows
+    size = float(trace.sum())
     return Figures(
         rows=rows,
         inputs=inputs,
@@ -83,13 +119,14 @@ def _of_rows(seen: Seen, options: Options, most_rows: int) -> Figures:
         groups=groups,
         form=form,
         damping_c=float(c.mean()),
-        mean_share=in_mean / trace if trace else 0.0,
+        mean_share=in_mean / size if size else 0.0,
         spectrum=eigenvalues,
         spectrum_rows=of_rows,
         **_of_spectrum(eigenvalues, float(c.mean()), rows / of_rows, rank),
-        **_interference(x @ plain.mT, x.square().sum(2), x @ emended.mT, (x * y).sum(2), dy),
-        matrix=coupling(x[:, shown], x[:, shown], dy[:, shown]),
-        matrix_emended=coupling(x[:, shown], y[:, shown], dy[:, shown]),
+        **interference[0].numbers(""),
+        **interference[1].numbers("_emended"),
+        matrix=coupling(x, x, dy),
+        matrix_emended=coupling(x, y, dy),
         **_compared(plain, emended_scaled),
     )
 
@@ -123,27 +160,26 @@ def _of_lookup(seen: Seen, options: Options, most_rows: int) -> Figures:
         spectrum=eigenvalues,
         spectrum_rows=rows,
         **_of_spectrum(eigenvalues, float(c), 1.0, rank),
-        **_interference(
-            plain[indices][None] * present[:, None],
-            present[None],
-            emended[indices][None] * present[:, None],
-            own[None],
-            dy[None],
-        ),
+        **Interference().add(plain[indices][None] * present[:, None], present[None], dy[None]).numbers(""),
+        **Interference().add(emended[indices][None] * present[:, None], own[None], dy[None]).numbers("_emended"),
         matrix=_relative(same * products, same.diagonal() * products.diagonal()),
         matrix_emended=_relative(same * inverse[indices[shown]] * products, own[shown] * products.diagonal()),
         **_compared(plain, emended * factor),
     )
 
 
-def emended_rows(x: Tensor, c: Tensor, form: Form) -> Tensor:
-    """``(x x^T + c I)^-1 x [N, I]``, through a Cholesky factor in either form; zero where ``x`` is."""
-    gram = x @ x.T if form == "dual" else x.T @ x
+def emended_rows(x: Tensor, c: Tensor) -> Tensor:
+    """``(x x^T + c I)^-1 x [N, I]``, through a Cholesky factor; zero where ``x`` is."""
+    return damped_inverse(x @ x.T, c, x)
+
+
+def damped_inverse(gram: Tensor, c: Tensor, by: Tensor | None = None) -> Tensor:
+    """``(G + c I)^-1`` times ``by`` or the identity, through a Cholesky factor; zero where the Gram is."""
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    by = eye if by is None else by
     if not bool(gram.any()):
-        return torch.zeros_like(x)
-    damped = gram + c * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky(damped)
-    return torch.cholesky_solve(x, lower) if form == "dual" else torch.cholesky_solve(x.T, lower).T
+        return torch.zeros_like(by)
+    return torch.cholesky_solve(by, torch.linalg.cholesky(gram + c * eye))
 
 
 def coupling(x: Tensor, y: Tensor, dy: Tensor) -> Tensor:
@@ -163,18 +199,28 @@ def _relative(done: Tensor, own: Tensor) -> Tensor:
     return torch.where(own[:, None] > 0, done / own[:, None], 0.0)
 
 
-def _interference(plain: Tensor, own: Tensor, emended: Tensor, own_emended: Tensor, dy: Tensor) -> dict[str, float]:
-    """Of all rows: changes ``[groups, N, O]``, and ``H_jj [groups, N]``."""
-    result = {}
-    for suffix, change, diagonal in (("", plain, own), ("_emended", emended, own_emended)):
+class Interference:
+    """What the other rows' steps do to a row, added up over rows."""
+
+    def __init__(self) -> None:
+        self.others = self.wanted = self.gain = self.against = 0.0
+
+    def add(self, change: Tensor, diagonal: Tensor, dy: Tensor) -> Interference:
+        """Of some rows: the changes of their outputs and errors ``[groups, N, O]``, and ``H_jj [groups, N]``."""
         wanted = diagonal[:, :, None] * dy
         others = change - wanted
-        size = float(wanted.norm())
-        gain = float((wanted * dy).sum())
-        against = -(others * dy).sum((0, 2)).clamp(max=0)
-        result[f"interference{suffix}"] = float(others.norm()) / size if size else 0.0
-        result[f"undone{suffix}"] = float(against.sum()) / gain if gain else 0.0
-    return result
+        self.others += float(others.square().sum())
+        self.wanted += float(wanted.square().sum())
+        self.gain += float((wanted * dy).sum())
+        self.against += float(-(others * dy).sum((0, 2)).clamp(max=0).sum())
+        return self
+
+    def numbers(self, suffix: str) -> dict[str, float]:
+        """Two of `Figures`."""
+        return {
+            f"interference{suffix}": math.sqrt(self.others / self.wanted) if self.wanted else 0.0,
+            f"undone{suffix}": self.against / self.gain if self.gain else 0.0,
+        }
 
 
 def _compared(plain: Tensor, emended: Tensor) -> dict[str, float]:
@@ -184,14 +230,14 @@ def _compared(plain: Tensor, emended: Tensor) -> dict[str, float]:
     return {"cosine": float((plain * emended).sum()) / (one * other), "norm_ratio": other / one}
 
 
-def _spectrum(x: Tensor) -> tuple[Tensor, int]:
-    """Eigenvalues of the groups' Grams, largest first, and of how many rows they are."""
-    rows = x.shape[1]
-    if min(x.shape[1:]) > MOST_SPECTRUM:
-        x = x[:, evenly_spaced(rows, MOST_SPECTRUM, x.device)]
-    gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).flatten()
-    return values.sort(descending=True).values, x.shape[1]
+def _smaller_gram(x: Tensor) -> Tensor:
+    """``x x^T`` or ``x^T x`` of rows ``[groups, N, I]``."""
+    return x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Those of the groups' Grams, largest first."""
+    return torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort(descending=True).values
 
 
 def _of_spectrum(values: Tensor, c: float, rows: float, rank: int) -> dict[str, float]:

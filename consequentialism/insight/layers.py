@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..autograd.geometry import normalized, normalized_transposed
+from ..autograd.geometry import Geometry, normalized, normalized_transposed
 from ..backend import reference
 from ..nn.convert import survey
 from ..nn.module import EmendedModule
@@ -21,6 +22,7 @@ from ..options import Options
 from .batch import loss_of, with_stand_ins
 
 READY = ("emended", "not converted")  # the states of `survey` in which a layer can be looked at
+BLOCK_BYTES = 2**26  # of rows in float64 that are looked at together, where there are more rows than inputs
 _OWN = ("_parameters", "_buffers", "_modules", "training")
 
 
@@ -83,35 +85,56 @@ class Seen:
         """Whether rows have a column of ones."""
         return self.module._parameters.get(self.form.bias) is not None
 
+    def count(self) -> int:
+        """How many rows there are, ``N``."""
+        linear = self.form.like is nn.Linear
+        outputs = [dy.shape[-1] if linear else dy.shape[dy.ndim - self.form.dimensions() + 1] for dy in self.errors]
+        return sum(dy.numel() // max(size, 1) for dy, size in zip(self.errors, outputs, strict=True))
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """Rows ``[groups, N, I]``, with the bias's column of ones, and errors ``[groups, N, O]``, in float64."""
         x = torch.cat([self.rows_of(x) for x in self.inputs], 1)
         return x, torch.cat([self.errors_of(dy) for dy in self.errors], 1)
 
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`rows`, in their order, in pieces of at most `BLOCK_BYTES`, or one line of a sample's positions."""
+        for x, dy in zip(self.inputs, self.errors, strict=True):
+            if self.form.like is nn.Linear:
+                step = max(1, BLOCK_BYTES // (8 * x.shape[-1]))
+                for some, errors in zip(_rows(x).split(step), _rows(dy).split(step), strict=True):
+                    yield self.rows_of(some), self.errors_of(errors)
+                continue
+            batch, geometry = self._convolved(x)
+            dy = dy if dy.ndim == self.form.dimensions() else dy[None]
+            for block in geometry.blocks(batch, BLOCK_BYTES, torch.float64):
+                yield self._with_ones(geometry.of_blocks().patches(block.x)), self.errors_of(block.of(dy))
+
     def rows_of(self, x: Tensor) -> Tensor:
         """Of one call's input, as `rows`."""
-        x = x.to(torch.float64)
         if self.form.like is nn.Linear:
-            return self._with_ones(x.reshape(1, -1, x.shape[-1]))
+            return self._with_ones(_rows(x)[None].to(torch.float64))
+        batch, geometry = self._convolved(x)
+        return self._with_ones(geometry.patches(batch.to(torch.float64)))
+
+    def _convolved(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """A convolution's input as it reads it, and where."""
         twin = self.shape
         x = x if x.ndim == self.form.dimensions() else x[None]
         kernel, padding = tuple(twin.weight.shape[2:]), twin.padding
         if self.form.like in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
             more = twin.output_padding
-            geometry: Any = normalized_transposed(kernel, twin.stride, padding, more, twin.groups, twin.dilation)
-        else:
-            if twin.padding_mode != "zeros":
-                x, padding = F.pad(x, twin._reversed_padding_repeated_twice, mode=twin.padding_mode), 0
-            normal = normalized(x, kernel, twin.stride, padding, twin.dilation, twin.groups)
-            assert normal is not None  # forward has run
-            x, geometry = normal
-        return self._with_ones(geometry.patches(x))
+            return x, normalized_transposed(kernel, twin.stride, padding, more, twin.groups, twin.dilation)
+        if twin.padding_mode != "zeros":
+            x, padding = F.pad(x, twin._reversed_padding_repeated_twice, mode=twin.padding_mode), 0
+        normal = normalized(x, kernel, twin.stride, padding, twin.dilation, twin.groups)
+        assert normal is not None  # forward has run
+        return normal
 
     def errors_of(self, dy: Tensor) -> Tensor:
         """Of the gradient at one call's output, as `rows`."""
         dy = dy.to(torch.float64)
         if self.form.like is nn.Linear:
-            return dy.reshape(1, -1, dy.shape[-1])
+            return _rows(dy)[None]
         return reference.conv_errors(dy if dy.ndim == self.form.dimensions() else dy[None], self.shape.groups)
 
     def _with_ones(self, rows: Tensor) -> Tensor:
@@ -123,6 +146,10 @@ class Seen:
         indices = torch.cat([x.reshape(-1) for x in self.inputs]).long()
         errors = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in self.errors]).to(torch.float64)
         return indices, errors, twin.weight.shape[0], twin.padding_idx
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _plain(cls: type[nn.Module]) -> type[nn.Module]:
