@@ -5,38 +5,54 @@
 
 namespace consequentialism::cuda {
 
-int64_t broken_flags(int64_t outputs) {
-  return (outputs + kBiasColumns - 1) / kBiasColumns;
+template <class T>
+BiasPlan plan_bias_grad(const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, int processors) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool aligned = reinterpret_cast<uintptr_t>(dy) % 16 == 0 && row_stride % kVector == 0 && outputs % kVector == 0;
+  BiasPlan plan{};
+  plan.vector = aligned ? kVector : 1;
+  const int64_t columns = kBiasLanes * plan.vector;
+  plan.along = (outputs + columns - 1) / columns;
+  // Two blocks a processor, if there are the rows for them.
+  const int64_t wanted = std::max<int64_t>(2 * processors / std::max<int64_t>(plan.along, 1), 1);
+  plan.rows_each = std::max((rows + wanted - 1) / wanted, kBiasRowsLeast);
+  plan.splits = static_cast<int>(std::max<int64_t>((rows + plan.rows_each - 1) / plan.rows_each, 1));
+  return plan;
 }
 
 template <class T>
 cudaError_t launch_bias_grad(
-    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column, T* db, int* broken,
-    cudaStream_t stream) {
+    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column,
+    Accumulator<T>* partial, int* broken, const BiasPlan& plan, cudaStream_t stream) {
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(broken_flags(outputs)));
-  shape.block = dim3(kBiasColumns * kBiasRows);
-  shape.shared_bytes = kBiasRows * (kBiasColumns * sizeof(Accumulator<T>) + sizeof(int));
+  shape.grid = dim3(static_cast<unsigned>(plan.along), static_cast<unsigned>(plan.splits));
+  shape.block = dim3(kBiasThreads);
+  shape.shared_bytes = kBiasGroups * (kBiasLanes * plan.vector * sizeof(Accumulator<T>) + sizeof(int));
   shape.stream = stream;
-  return launch(bias_grad_kernel<T>, shape, dy, rows, outputs, row_stride, column, db, broken);
+  const auto kernel = plan.vector == 1 ? bias_grad_kernel<T, 1> : bias_grad_kernel<T, 16 / sizeof(T)>;
+  return launch(kernel, shape, dy, rows, outputs, row_stride, plan.rows_each, column, partial, broken);
 }
 
 template <class T>
-cudaError_t launch_poison(
-    T* dw, int64_t count, T* db, int64_t outputs, const int* broken, int processors, cudaStream_t stream) {
+cudaError_t launch_finish(
+    T* dw, int64_t count, T* db, int64_t outputs, const Accumulator<T>* partial, const int* broken,
+    const BiasPlan& plan, int processors, cudaStream_t stream) {
   const int64_t blocks = (std::max(count, outputs) + kPoisonThreads - 1) / kPoisonThreads;
   LaunchShape shape{};
   shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 2 * processors)));
   shape.block = dim3(kPoisonThreads);
   shape.shared_bytes = sizeof(int);
   shape.stream = stream;
-  return launch(poison_kernel<T>, shape, dw, count, db, outputs, broken, broken_flags(outputs));
+  return launch(finish_kernel<T>, shape, dw, count, db, outputs, plan.splits, partial, broken, plan.flags());
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T)                                                    \
-  template cudaError_t launch_bias_grad<T>(                                                \
-      const T*, int64_t, int64_t, int64_t, const Accumulator<T>*, T*, int*, cudaStream_t); \
-  template cudaError_t launch_poison<T>(T*, int64_t, T*, int64_t, const int*, int, cudaStream_t);
+#define CONSEQUENTIALISM_INSTANTIATE(T)                                                                   \
+  template BiasPlan plan_bias_grad<T>(const T*, int64_t, int64_t, int64_t, int);                          \
+  template cudaError_t launch_bias_grad<T>(                                                               \
+      const T*, int64_t, int64_t, int64_t, const Accumulator<T>*, Accumulator<T>*, int*, const BiasPlan&, \
+      cudaStream_t);                                                                                      \
+  template cudaError_t launch_finish<T>(                                                                  \
+      T*, int64_t, T*, int64_t, const Accumulator<T>*, const int*, const BiasPlan&, int, cudaStream_t);
 CONSEQUENTIALISM_INSTANTIATE(float)
 CONSEQUENTIALISM_INSTANTIATE(double)
 CONSEQUENTIALISM_INSTANTIATE(bfloat16)

@@ -22,17 +22,22 @@ void bias_grad_and_poison(const at::Tensor& dy, const at::Tensor& column, const 
   const int64_t outputs = dy.size(1);
   const bool has_column = column.size(0) > 0;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor broken = at::empty({broken_flags(outputs)}, dy.options().dtype(at::kInt));
+  const int processors = limits_of_current_device().processors;
+  const auto* dy_data = reinterpret_cast<const T*>(dy.const_data_ptr<Scalar>());
+  const BiasPlan plan = plan_bias_grad(dy_data, dy.size(0), outputs, dy.stride(0), processors);
+  const at::Tensor broken = at::empty({plan.flags()}, dy.options().dtype(at::kInt));
+  const at::Tensor partial = at::empty({has_column ? plan.splits * outputs : 0}, column.options());
   auto* db_data = has_column ? reinterpret_cast<T*>(db.mutable_data_ptr<Scalar>()) : nullptr;
+  auto* partial_data = has_column ? partial.mutable_data_ptr<Accumulator<T>>() : nullptr;
   const auto* column_data = has_column ? column.const_data_ptr<Accumulator<T>>() : nullptr;
   C10_CUDA_CHECK(
       launch_bias_grad<T>(
-          reinterpret_cast<const T*>(dy.const_data_ptr<Scalar>()), dy.size(0), outputs, dy.stride(0), column_data,
-          db_data, broken.mutable_data_ptr<int>(), stream));
+          dy_data, dy.size(0), outputs, dy.stride(0), column_data, partial_data, broken.mutable_data_ptr<int>(), plan,
+          stream));
   C10_CUDA_CHECK(
-      launch_poison<T>(
-          reinterpret_cast<T*>(dw.mutable_data_ptr<Scalar>()), dw.numel(), db_data, outputs,
-          broken.const_data_ptr<int>(), limits_of_current_device().processors, stream));
+      launch_finish<T>(
+          reinterpret_cast<T*>(dw.mutable_data_ptr<Scalar>()), dw.numel(), db_data, outputs, partial_data,
+          broken.const_data_ptr<int>(), plan, processors, stream));
 }
 
 }  // namespace

@@ -6,18 +6,33 @@
 
 namespace consequentialism::cuda {
 
-// How many entries `broken` has below.
-int64_t broken_flags(int64_t outputs);
+constexpr int kBiasLanes = 32;                       // that read along a row of dy, each a vector
+constexpr int kBiasGroups = 16;                      // of lanes, on different rows
+constexpr int64_t kBiasRowsLeast = 4 * kBiasGroups;  // of a block, so that each thread has four reads under way
 
-// db [O] = dy^T column, and in broken where dy [N, O] is not finite. column [N] and db are null without a bias.
+// How dy [N, O] is cut into blocks.
+struct BiasPlan {
+  int vector;         // elements that a thread reads at once: 16 bytes, or one where rows are not aligned
+  int64_t along;      // blocks along a row
+  int64_t rows_each;  // of a block
+  int splits;         // blocks along a column, each with a partial sum
+  int64_t flags() const { return along * splits; }
+};
+
+template <class T>
+BiasPlan plan_bias_grad(const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, int processors);
+
+// The partial sums of dy^T column, partial [splits, O], and in broken [flags] where dy [N, O] is not finite. column [N]
+// and partial are null without a bias.
 template <class T>
 cudaError_t launch_bias_grad(
-    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column, T* db, int* broken,
-    cudaStream_t stream);
+    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column,
+    Accumulator<T>* partial, int* broken, const BiasPlan& plan, cudaStream_t stream);
 
-// dw [count] and db [O] <- NaN if broken says so.
+// db [O] <- the partial sums' sum, null without a bias; db and dw [count] <- NaN if a flag says so.
 template <class T>
-cudaError_t launch_poison(
-    T* dw, int64_t count, T* db, int64_t outputs, const int* broken, int processors, cudaStream_t stream);
+cudaError_t launch_finish(
+    T* dw, int64_t count, T* db, int64_t outputs, const Accumulator<T>* partial, const int* broken,
+    const BiasPlan& plan, int processors, cudaStream_t stream);
 
 }  // namespace consequentialism::cuda

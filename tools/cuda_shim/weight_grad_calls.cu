@@ -3,13 +3,42 @@
 
 using namespace consequentialism::cuda;
 
-#define CONSEQUENTIALISM_CALLS(name, T)                                                                               \
-  extern "C" int call_bias_grad_##name(                                                                               \
-      const T* dy, const Accumulator<T>* column, T* db, int* broken, int64_t rows, int64_t outputs, int64_t stride) { \
-    return launch_bias_grad<T>(dy, rows, outputs, stride, column, db, broken, nullptr);                               \
-  }                                                                                                                   \
-  extern "C" int call_poison_##name(T* dw, T* db, const int* broken, int64_t count, int64_t outputs) {                \
-    return launch_poison<T>(dw, count, db, outputs, broken, 3, nullptr);                                              \
+namespace {
+
+constexpr int kProcessors = 3;
+
+// dy begins `offset` elements into its buffer. plan: the vector, the splits, the flags.
+template <class T>
+int plan_of(const T* dy, int64_t* plan, int64_t rows, int64_t outputs, int64_t stride, int64_t offset) {
+  const BiasPlan made = plan_bias_grad(dy + offset, rows, outputs, stride, kProcessors);
+  plan[0] = made.vector;
+  plan[1] = made.splits;
+  plan[2] = made.flags();
+  return 0;
+}
+
+template <class T>
+int bias_grad(
+    const T* dy, const Accumulator<T>* column, Accumulator<T>* partial, int* broken, T* dw, T* db, int64_t rows,
+    int64_t outputs, int64_t stride, int64_t offset, int64_t count) {
+  dy += offset;
+  const BiasPlan plan = plan_bias_grad(dy, rows, outputs, stride, kProcessors);
+  const int error = launch_bias_grad(dy, rows, outputs, stride, column, partial, broken, plan, nullptr);
+  if (error != 0) return error;
+  return launch_finish(dw, count, db, outputs, partial, broken, plan, kProcessors, nullptr);
+}
+
+}  // namespace
+
+#define CONSEQUENTIALISM_CALLS(name, T)                                                                            \
+  extern "C" int call_plan_bias_grad_##name(                                                                       \
+      const T* dy, int64_t* plan, int64_t rows, int64_t outputs, int64_t stride, int64_t offset) {                 \
+    return plan_of(dy, plan, rows, outputs, stride, offset);                                                       \
+  }                                                                                                                \
+  extern "C" int call_bias_grad_##name(                                                                            \
+      const T* dy, const Accumulator<T>* column, Accumulator<T>* partial, int* broken, T* dw, T* db, int64_t rows, \
+      int64_t outputs, int64_t stride, int64_t offset, int64_t count) {                                            \
+    return bias_grad(dy, column, partial, broken, dw, db, rows, outputs, stride, offset, count);                   \
   }
 
 CONSEQUENTIALISM_CALLS(float, float)
