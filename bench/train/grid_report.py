@@ -70,7 +70,7 @@ def text(folder: Path, pictures: str) -> list[str]:
         parts += [markdown(headings, lines), _verdict(name, found)]
     for field, values in (("refresh_every", REFRESHES), ("memory", MEMORIES), ("block", BLOCKS)):
         lines = [(LABELS[name], *(_cell(runs(found, name, **{field: v})) for v in values)) for name in OPTIMIZERS]
-        if any(cell for line in lines for cell in line[1:]):
+        if any(sum(map(bool, line[1:])) > 1 for line in lines):  # more than the default
             parts.append(markdown((f"`{field}`", *(f"{value:g}" for value in values)), lines))
     return [*parts, f"![Validation loss by exponent, damping and placing]({pictures}/{PICTURE})"]
 
@@ -93,12 +93,13 @@ def _verdict(name: str, found: Sequence[RecipeRow]) -> str:
         if value in (values[0], values[-1])
     ]
     plain = mean_loss([row for row in found if row.optimizer == PLAIN[name]])
-    default = mean_loss(runs(found, name))
+    defaults = runs(found, name)
+    default = mean_loss(defaults)
     better = sum(loss < default for loss in all_points.values())
     return (
         f"{LABELS[PLAIN[name]]} alone: {plain:.3f}. Best: {best[0]}, exponent {best[1]:g}, damping {best[2]:g}, "
         f"{all_points[best]:.3f}, "
         + (f"at the grid's border ({', '.join(borders)})" if borders else "within the grid")
         + f". The package's default, {start.placing}, exponent {start.exponent:g}, damping {start.damping:g}: "
-        f"{default:.3f}; {better} of the other points are better."
+        + ("not run." if math.isnan(default) else f"{_cell(defaults)}; {better} of the other points are better.")
     )

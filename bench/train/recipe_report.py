@@ -81,6 +81,7 @@ def _task(
         "validation loss" if recipe.by_loss else "test accuracy", "of the seeds", "training loss",
         "steps to AdamW's end", "to Muon's", "ms a step, to AdamW's",
     )  # fmt: skip
+    trials = {name: sum(row.optimizer == name and row.seed == SEARCH_SEED for row in own) for name in runs}
     lines = []
     for name, some in runs.items():
         first = some[0]
@@ -92,9 +93,11 @@ def _task(
                 f"{first.lr:g}",
                 *("" if value is None else f"{value:g}" for value in (first.aux_lr, first.weight_decay)),
                 *("" if value is None else f"{value:g}" for value in (first.damping, first.exponent)),
-                str(sum(row.optimizer == name and row.seed == SEARCH_SEED for row in own)),
+                str(trials[name]),
                 _score(recipe, median(scores)),
-                f"{len(some)}: {_score(recipe, min(scores))} to {_score(recipe, max(scores))}",
+                "the search's alone"
+                if first.seed == SEARCH_SEED
+                else f"{len(some)}: {_score(recipe, min(scores))} to {_score(recipe, max(scores))}",
                 f"{median(row.train_loss for row in some):.3f}",
                 *(_share(recipe, some, runs.get(other, [])) for other in ("adamw", "muon")),
                 "" if time is None else f"{time.ratio:.2f}",
@@ -106,7 +109,10 @@ def _task(
         notes.append(f"A short schedule: the task's own has {recipe.steps:,} steps.")
     if recipe.mark is not None:
         notes.append(f"Published: {recipe.mark[0]:g} ({recipe.mark[1]}).")
-    at_border = [f"{LABELS[name]}'s {which}" for name in runs for which in borders(own, name)]
+    fewer = [f"{LABELS[name]} {trials[name]}" for name in runs if trials[name] < max(trials.values())]
+    if fewer:
+        notes.append(f"With fewer trials than the others' {max(trials.values())}: {', '.join(fewer)}.")
+    at_border = [f"{which} of {LABELS[name]}" for name in runs for which in borders(own, name)]
     if at_border:
         notes.append(f"At the border of what was tried: {', '.join(at_border)}.")
     return [f"### {recipe.title}, {steps:,} steps", " ".join(notes), markdown(headings, lines)]
