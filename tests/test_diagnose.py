@@ -266,6 +266,10 @@ def test_bad_input_is_said() -> None:
         cw.diagnose(linear, (x, y), mse_loss, most_rows=0)
     with pytest.raises(TypeError, match="did you mean 'damping'"):
         cw.diagnose(linear, (x, y), mse_loss, dampin=0.1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"got a DataLoader; next\(iter\(loader\)\) is its first"):
+        cw.diagnose(linear, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y)), mse_loss)
+    with pytest.raises(ValueError, match="in memory, they are on the meta device"):
+        cw.diagnose(nn.Linear(3, 2, device="meta"), (x.to("meta"), y.to("meta")), mse_loss)
     two = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
     with pytest.raises(ValueError, match="one device, its parameters are on cpu, meta"):
         check(two, (x, y), mse_loss)

@@ -127,6 +127,8 @@ def test_bad_input_is_said() -> None:
         cw.find_damping(model, batches, mse_loss, steps=0)
     with pytest.raises(ValueError, match="no layer that can be emended"):
         cw.find_damping(nn.Sequential(nn.PReLU()), batches, lambda m, b: m(b[0]).sum(), steps=1)
+    with pytest.raises(ValueError, match="its parameters want no gradient"):
+        cw.find_damping(task()[0].requires_grad_(False), batches, mse_loss, steps=1)
     with pytest.raises(ValueError, match="every trial diverged"):
         cw.find_damping(model, batches, mse_loss, rates=[1e9], dampings=[1.0], steps=3)
     with pytest.raises(ValueError, match="finite loss, got nan"):

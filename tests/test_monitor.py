@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -181,6 +183,15 @@ def test_a_batch_that_is_not_finite_is_nan_and_no_warning() -> None:
     assert warned(model, optimizer, x * math.nan, y, 1) == []
 
 
+def test_a_model_can_be_copied_and_pickled_on_a_sampled_step() -> None:
+    """The copy is watched by nobody."""
+    model, optimizer, x, y = small()
+    with cw.Monitor(model, optimizer, every=1) as monitor:
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            nn.functional.mse_loss(copied(x), y).backward()
+        assert not monitor._taken
+
+
 def test_bad_input_is_said() -> None:
     model, optimizer, *_ = small()
     with pytest.raises(TypeError, match="model must be a torch"):
@@ -193,6 +204,8 @@ def test_bad_input_is_said() -> None:
         cw.Monitor(model, optimizer, log=3)
     with pytest.raises(ValueError, match="no layer that can be emended"):
         cw.Monitor(nn.LayerNorm(3), optimizer)
+    with pytest.raises(ValueError, match="optimizer has none of the model's parameters"):
+        cw.Monitor(nn.Linear(3, 3), optimizer)
     with pytest.raises(TypeError, match="warn must be True or False, got 1"):
         cw.Monitor(model, optimizer, warn=1)  # type: ignore[arg-type]
     assert not optimizer._optimizer_step_post_hooks, "nothing half-done"

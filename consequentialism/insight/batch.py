@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from .. import _torch
 
@@ -84,6 +85,10 @@ def check(model: Any, batch: Any, loss_fn: Any) -> nn.Module:
     devices = sorted({str(p.device) for p in parameters.values()})
     if len(devices) > 1:
         raise ValueError(f"model must be on one device, its parameters are on {', '.join(devices)}")
+    if devices == ["meta"]:
+        raise ValueError("model must have its weights in memory, they are on the meta device")
+    if isinstance(batch, DataLoader):
+        raise TypeError("batch must be one batch, got a DataLoader; next(iter(loader)) is its first")
     if any(tensor.ndim > 0 and tensor.shape[0] == 0 for tensor in tensors(batch)):
         raise ValueError("batch must have at least one sample, got an empty tensor")
     return model

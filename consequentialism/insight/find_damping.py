@@ -22,6 +22,7 @@ from ..optim.emended import Emended
 from ..options import OptionsDict, as_count, as_number, options_from
 from .batch import NotFinite, check, loss_of, undisturbed
 from .diagnose import aligned
+from .layers import eligible
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of an optimizer's own rate
@@ -205,6 +206,8 @@ def find_damping(
         raise ValueError("batches must have at least one batch, got none")
     model = check(model, some, loss_fn)
     owner = _Owner(optimizer, whole, rates)
+    if not owner.in_coordinates:
+        eligible(model)
     held = some[-max(1, len(some) // 5) :] if len(some) > 1 else some
     train = some[: -len(held)] if len(some) > 1 else some
     tries = []

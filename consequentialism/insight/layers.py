@@ -173,7 +173,10 @@ def eligible(model: nn.Module) -> tuple[list[Seen], dict[str, str]]:
         else:
             chosen.append(Seen(name, module))
     if not chosen:
-        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "it has no layer with a weight"
+        why = (
+            "; ".join(f"{name or '(itself)'}: {reason}" for name, reason in left_out.items())
+            or "it has no layer with a weight"
+        )
         raise ValueError(f"model has no layer that can be emended ({why})")
     return chosen, left_out
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backend import compiled as ops
 from ..nn.watch import listed
 from ..optim.emended import Emended
-from ..optim.record import gram_of
+from ..optim.record import NoHook, gram_of
 from ..options import Options, as_count
 from ..precision import HALF_TYPES
 from .figures import evenly_spaced
@@ -119,6 +119,9 @@ class Monitor:
         self.step = 0
         self.latest: dict[str, float] = {}
         self._layers, _ = eligible(model.module if isinstance(model, DistributedDataParallel) else model)
+        known = {id(p) for p in model.parameters()}
+        if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer has none of the model's parameters; give the one that trains it")
         self._logs, self._files = _logs_of(log)
         self._said: set[str] = set()
         self._retries = ops.breakdowns()
@@ -150,7 +153,7 @@ class Monitor:
         """The next step is a sample."""
         self._taken = {}
         for seen in self._layers:
-            hook = _hook_of(seen, self._taken, self.rows)
+            hook = _Hook(seen, self._taken, self.rows)
             self._hooks.append(seen.module.register_forward_hook(hook, with_kwargs=True))
 
     def _before_step(self, *_: Any) -> None:
@@ -307,19 +310,22 @@ def _interference(change: Tensor, errors: Tensor) -> Tensor:
     return (((others @ errors) * others).sum((1, 2)) / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=0).sqrt()
 
 
-def _hook_of(seen: Seen, taken: dict[str, _Taken], most: int) -> Callable[..., None]:
-    """A forward hook that takes the rows of the first call in training."""
+class _Hook:
+    """A forward hook that takes the rows of the first call in training. A copied or pickled model has none."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def __init__(self, seen: Seen, taken: dict[str, _Taken], most: int) -> None:
+        self.seen, self.taken, self.most = seen, taken, most
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         trains = module.training and torch.is_grad_enabled() and output.requires_grad
-        if seen.name in taken or not trains or torch.compiler.is_compiling():
+        if self.seen.name in self.taken or not trains or torch.compiler.is_compiling():
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if x.numel() == 0:
             return
         with torch.no_grad():
-            one, rows_of_gradient = _some_rows(seen, x, most)
-        taken[seen.name] = one
+            one, rows_of_gradient = _some_rows(self.seen, x, self.most)
+        self.taken[self.seen.name] = one
 
         def keep(gradient: Tensor) -> None:
             with torch.no_grad():
@@ -327,7 +333,11 @@ def _hook_of(seen: Seen, taken: dict[str, _Taken], most: int) -> Callable[..., N
 
         output.register_hook(keep)
 
-    return hook
+    def __reduce__(self) -> tuple[type[NoHook], tuple[()]]:
+        return NoHook, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoHook:
+        return NoHook()
 
 
 def _some_rows(seen: Seen, x: Tensor, most: int) -> tuple[_Taken, Callable[[Tensor], Tensor]]:

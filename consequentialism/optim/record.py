@@ -208,13 +208,13 @@ class Hook:
         output.register_hook(_Entry(self.slot, gram, call))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _NoHook, ()
+        return NoHook, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _NoHook:
-        return _NoHook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoHook:
+        return NoHook()
 
 
-class _NoHook:
+class NoHook:
     """What a copied model has in the place of its hooks."""
 
     def __call__(self, *_: Any, **__: Any) -> None:
