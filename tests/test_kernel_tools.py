@@ -220,3 +220,24 @@ def test_default_architectures_are_those_of_the_toolkit(
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     assert runpy.run_path(str(ROOT / "setup.py"))["default_cuda_architectures"]() == expected
+
+
+def test_addresses_on_a_device_are_asked_for_once_and_never_in_a_capture() -> None:
+    # The first question for an address may load a module, which a capture forbids. A GPU's first op asks for all of
+    # them, in a mode that lets it.
+    asks = re.compile(r"\b(\w+_address)\(&")
+    sources = {
+        path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").iterdir()) if path.suffix != ".txt"
+    }
+    addresses = set(re.findall(r"cudaError_t (\w+_address)\(unsigned\*\* address\);", "".join(sources.values())))
+    assert len(addresses) == 2
+    assert {name: set(asks.findall(text)) for name, text in sources.items() if asks.search(text)} == {
+        "device.h": addresses
+    }
+    limits = sources["device.h"].split("inline Limits limits_of_current_device()")[1].split("\n}")[0]
+    guard = limits.index("CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed)")
+    assert all(guard < limits.index(f"{address}(&") for address in addresses)
+    # Whoever needs a counter has asked for the limits before.
+    for name, text in sources.items():
+        if name.endswith("_binding.cpp") and re.search(r"\b(first_fused|breakdown)_counter\(\)", text):
+            assert "limits_of_current_device()" in text, name

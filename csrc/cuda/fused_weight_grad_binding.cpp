@@ -7,11 +7,9 @@
 #include <torch/library.h>
 
 #include <array>
-#include <mutex>
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <unordered_map>
 
 #include "../checks.h"
 #include "../guards.h"
@@ -24,22 +22,11 @@ namespace consequentialism::cuda {
 
 namespace {
 
-struct FusedSlots {
-  std::mutex lock;
-  std::unordered_map<cudaStream_t, unsigned*> of_stream;
-};
-
-// Those of the stream, whose launches follow one another; null once all are taken.
-unsigned* counters_of(cudaStream_t stream) {
+// Of the current device; null where the launch needs some of its own.
+unsigned* counters_of(cudaStream_t stream, bool captured) {
   static std::array<FusedSlots, kMaxDevices> all;
-  FusedSlots& slots = all.at(static_cast<size_t>(c10::cuda::current_device()));
-  const std::lock_guard guard(slots.lock);
-  const auto known = slots.of_stream.find(stream);
-  if (known != slots.of_stream.end()) return known->second;
-  if (slots.of_stream.size() == kFusedSlots) return nullptr;
-  unsigned* fresh = first_fused_counter() + kFusedCounters * slots.of_stream.size();
-  slots.of_stream.emplace(stream, fresh);
-  return fresh;
+  const int64_t slot = all.at(static_cast<size_t>(c10::cuda::current_device())).of(stream, captured);
+  return slot < 0 ? nullptr : first_fused_counter() + kFusedCounters * slot;
 }
 
 // Counters that no other launch uses at the same time. A graph may run beside anything: its launches have counters of
@@ -48,7 +35,7 @@ class Counters {
  public:
   Counters(cudaStream_t stream, const at::Tensor& x) {
     const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-    if (!captured) address_ = counters_of(stream);
+    address_ = counters_of(stream, captured);
     if (address_ == nullptr) {
       own_ = at::zeros({kFusedCounters}, x.options().dtype(at::kInt));
       address_ = reinterpret_cast<unsigned*>(own_.mutable_data_ptr<int>());

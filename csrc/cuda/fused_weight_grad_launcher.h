@@ -3,13 +3,13 @@
 #pragma once
 
 #include "damped_inverse.h"
+#include "fused_slots.h"
 #include "fused_weight_grad.h"
 #include "types.h"
 
 namespace consequentialism::cuda {
 
 constexpr int kFusedCounters = 2;  // of a launch: the grid's barrier, and the arrivals at the end
-constexpr int kFusedSlots = 1024;  // one for each stream that launches
 
 // The current device's own counters, kFusedSlots times kFusedCounters. Zero when the process begins.
 cudaError_t fused_counters_address(unsigned** address);

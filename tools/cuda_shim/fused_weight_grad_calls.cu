@@ -84,3 +84,14 @@ extern "C" int call_fused_plans(
   }
   return 0;
 }
+
+// Captured launches first, each on a stream of its own, then two launches on each of `streams` streams.
+extern "C" int call_fused_slots(int64_t* slots, int64_t captures, int64_t streams) {
+  FusedSlots all;
+  const auto stream = [](int64_t i) { return reinterpret_cast<const void*>(static_cast<uintptr_t>(i)); };
+  for (int64_t i = 0; i < captures; ++i) {
+    if (all.of(stream(i), true) >= 0) return cudaErrorInvalidValue;
+  }
+  for (int64_t launch = 0; launch < 2 * streams; ++launch) slots[launch] = all.of(stream(launch % streams), false);
+  return 0;
+}

@@ -1,0 +1,32 @@
+// Which of a device's counters a launch of the fused kernel takes. Plain C++.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <unordered_map>
+
+namespace consequentialism::cuda {
+
+constexpr int kFusedSlots = 1024;  // one for each stream that launches
+
+class FusedSlots {
+ public:
+  // The stream's slot, whose launches follow one another; -1 where the launch needs counters of its own: once all slots
+  // are taken, and in a capture, since a graph may run beside anything, and for a captured stream there may be many.
+  int64_t of(const void* stream, bool captured) {
+    if (captured) return -1;
+    const std::lock_guard guard(lock_);
+    const auto known = of_stream_.find(stream);
+    if (known != of_stream_.end()) return known->second;
+    const auto fresh = static_cast<int64_t>(of_stream_.size());
+    if (fresh == kFusedSlots) return -1;
+    of_stream_.emplace(stream, fresh);
+    return fresh;
+  }
+
+ private:
+  std::mutex lock_;
+  std::unordered_map<const void*, int64_t> of_stream_;
+};
+
+}  // namespace consequentialism::cuda
