@@ -70,8 +70,16 @@ def test_a_slow_path_is_passed_by() -> None:
         instruction("EXIT", 0x60),
     ]
     assert [one.address for one in cuda_cycles.walk(code, 1)] == [0x00, 0x30, 0x40, 0x50, 0x60]
-    with pytest.raises(ValueError, match="a call that no branch leads around, at 0x10"):
-        list(cuda_cycles.walk(code[1:], 1))
+
+
+def test_a_function_is_followed_to_its_end() -> None:
+    code = [
+        instruction("CALL.REL.NOINC 0x20", 0x00),
+        instruction("EXIT", 0x10),
+        instruction("FADD R0, R0, R0", 0x20),
+        instruction("RET.REL.NODEC R4 0x0", 0x30),
+    ]
+    assert [one.address for one in cuda_cycles.walk(code, 1)] == [0x00, 0x20, 0x30, 0x10]
 
 
 def test_a_region_ends_with_the_second_read_of_the_clock() -> None:
@@ -93,3 +101,28 @@ def test_the_committed_table_has_every_piece() -> None:
     kernels = re.findall(r"void __launch_bounds__\(32\) (\w+)\(", cuda_cycles.PIECES.read_text())
     assert {piece.split("<")[0] for piece in table} == set(kernels)
     assert {piece.split("<")[1] for piece in table} == {"float>", "double>"}
+
+
+def test_the_chain_of_an_inverse() -> None:
+    pieces = ("factor_tile", "substitute_forward", "substitute_backward", "product_of_rows", "product_of_columns")
+    costs = {f"{piece}_piece<float>": Count(10**i, 0) for i, piece in enumerate(pieces)}
+    # One tile: factor, its triangle's inverse, that one's square.
+    assert cuda_cycles.chain_of_inverse(32, costs) == 1 + 100 + 10000
+    # Two tiles, three products of which the last tile's lies beside the others, and four warps.
+    assert cuda_cycles.chain_of_inverse(33, costs) == 2 * 1 + 10 + 2 * 100 + 1000 + (1 + 2) * 10000
+
+
+def test_the_page_says_what_the_table_does() -> None:
+    table, _ = cuda_cycles.read_table(cuda_cycles.TABLE.read_text())
+    page = (cuda_cycles.ROOT / "docs" / "gpu.md").read_text()
+    for title, piece in (
+        ("factored, now", "factor_tile"),
+        ("substituted forward", "substitute_forward"),
+        ("substituted backward", "substitute_backward"),
+        ("product of two tiles", "product_of_rows"),
+    ):
+        float32, float64 = (table[f"{piece}_piece<{kind}>"].cycles for kind in ("float", "double"))
+        assert f"| {title} | {float32} | {float64} |" in page
+    for order in (64, 128):
+        microseconds = cuda_cycles.chain_of_inverse(order, table) / 1755
+        assert re.search(rf"^\| {order} \| \d+ us \| {microseconds:.0f} us \|$", page, re.MULTILINE)

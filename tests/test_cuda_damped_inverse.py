@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from itertools import product
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_batch_of_clusters_keeps_the_matrices_apart(shim: cuda_shim.Library, cou
         )
 
 
+@pytest.mark.parametrize(("dtype", "exponents"), [(F32, (-131, -110, 110, 126)), (F64, (-1027, 1000, 1022))], ids=str)
+def test_ends_of_the_range(shim: cuda_shim.Library, dtype: torch.dtype, exponents: list[int]) -> None:
+    # Pivots near the least normal number, below it and near the largest: reciprocals lose digits or overflow.
+    gram = torch.tensor([[1.5, 0.25], [0.25, 1.0]], dtype=dtype)
+    plain, _ = invert(shim, gram[None], scaled_by_c=True, seeds=(0,))
+    for exponent in exponents:
+        scaled = torch.ldexp(gram, torch.tensor(exponent // 2)).ldexp(torch.tensor(exponent - exponent // 2))
+        own, breakdowns = invert(shim, scaled[None], scaled_by_c=True, seeds=(0,))
+        assert breakdowns == 0
+        assert_close("inverse times c", own, plain.double(), 4 * torch.finfo(dtype).eps)
+
+
 def test_a_launch_takes_32_matrices(shim: cuda_shim.Library) -> None:
     grams = torch.eye(3).expand(32, 3, 3).contiguous()
     own, _ = invert(shim, grams, seeds=(0,))
@@ -257,3 +270,22 @@ def test_a_smaller_launch_leaves_the_limit_of_shared_memory(shim: cuda_shim.Libr
         invert(shim, torch.eye(order).expand(1, order, order), seeds=(0,))
     assert shim.launches == 2
     assert shim.attributes_set <= 1
+
+
+@pytest.mark.parametrize(
+    ("ptx_version", "active", "expected"),
+    [(90, 1, True), (100, 16, True), (80, 1, False), (86, 1, False), (90, 0, False)],
+)
+def test_clusters_only_where_they_were_compiled_and_fit(
+    shim: cuda_shim.Library, ptx_version: int, active: int, expected: bool
+) -> None:
+    # What a driver makes of PTX for 8.0 takes each block for a cluster of its own, on a chip that has clusters too: it
+    # would read items eight times beyond the last.
+    set_device = shim.call.shim_set_device
+    set_device(ctypes.c_int64(ptx_version), ctypes.c_int64(active))
+    try:
+        (run,) = shim.run("call_clusters_run", shim.empty(1, dtype=torch.int64), seeds=(0,))
+    finally:
+        set_device(ctypes.c_int64(90), ctypes.c_int64(1))
+    assert bool(run) == expected
+    assert (plan(shim, 400, F32, clusters=expected)[0] == CLUSTER) == expected

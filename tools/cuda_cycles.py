@@ -198,17 +198,24 @@ class Clock:
 
 
 def walk(code: Code, trips: int) -> Iterator[Instruction]:
-    """The instructions in the order in which a warp meets them: a loop `trips` times, never a slow path by a call."""
+    """The instructions in the order in which a warp meets them: a loop `trips` times, functions where they are called,
+    but not where a branch leads around the call: that is a slow path."""
     places = {one.address: i for i, one in enumerate(code)}
     calls = [one.address for one in code if one.name.startswith("CALL")]
     left: dict[int, int] = {}
+    returns: list[int] = []
     i = 0
     while i < len(code):
         one = code[i]
         yield one
         i += 1
-        if one.name.startswith("CALL"):
-            raise ValueError(f"a call that no branch leads around, at {one.address:#x}")
+        if one.name.startswith("CALL") and one.target is not None:
+            returns.append(i)
+            i = places[one.target]
+        elif one.name.startswith("RET"):
+            i = returns.pop()
+        elif one.name == "EXIT" and one.guard is None:
+            return
         if not one.name.startswith("BRA") or one.target is None:
             continue
         if one.target > one.address:
@@ -285,7 +292,8 @@ def compile_kernels(source: Path, nvcc: str, cuobjdump: str) -> dict[str, Code]:
     flags = [flag for flag in FLAGS if flag not in REPORT]
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "kernels.cubin")
-        subprocess.run([nvcc, *flags, f"-arch={ARCHITECTURE}", "-cubin", str(source), "-o", cubin], check=True)
+        if subprocess.run([nvcc, *flags, f"-arch={ARCHITECTURE}", "-cubin", str(source), "-o", cubin]).returncode != 0:
+            raise SystemExit(f"{source.relative_to(ROOT)} does not compile")
         dump = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     return parse(dump)
 
@@ -315,6 +323,39 @@ def compare(own: dict[str, Count], allowed: dict[str, Count]) -> list[str]:
         if own[piece].cycles > allowed[piece].cycles:
             misses.append(f"{piece}: {own[piece].cycles} cycles, the table says {allowed[piece].cycles}")
     return sorted(misses)
+
+
+def chain_of_inverse(order: int, counts: dict[str, Count]) -> int:
+    """Cycles along the longest chain of pieces of one float32 inverse by one block, as damped_inverse.cuh goes about
+    it; without the loads of the Gram, the stores and the barriers."""
+    tiles = -(-order // 32)
+    warps = 1
+    while warps < min(16, tiles * (tiles + 1) // 2):
+        warps *= 2
+    factor, forward, backward, of_rows, of_columns = (
+        counts[f"{piece}_piece<float>"].cycles
+        for piece in (
+            "factor_tile",
+            "substitute_forward",
+            "substitute_backward",
+            "product_of_rows",
+            "product_of_columns",
+        )
+    )
+    cycles = factor
+    for k in range(tiles - 1):  # the factor: the first warp goes ahead
+        left = tiles - 1 - k
+        others = -(-(left * (left + 1) // 2 - 1) // max(warps - 1, 1))
+        cycles += -(-left // warps) * forward + max(of_rows + factor, others * of_rows)
+    for k in reversed(range(tiles)):  # the inverse of the triangle
+        cycles += -(-(tiles - k) // warps) * backward
+        for first in range(0, k, warps):
+            cycles += -(-min(warps, k - first) * (tiles - k) // warps) * of_columns
+    shares = [0] * warps  # its square: tile (i, j) is the sum of tiles - j products
+    lengths = [tiles - j for j in range(tiles) for _ in range(j + 1)]
+    for index, length in enumerate(lengths):
+        shares[index % warps] += length
+    return cycles + max(shares) * of_columns
 
 
 def run_on_gpu(nvcc: str, counts: dict[str, Count]) -> int:

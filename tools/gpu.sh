@@ -107,8 +107,11 @@ case ${1:-} in
         -k "regex:damped_inverse|fused_weight|input_gram|emended_input|bias_grad" \
         "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 gram_large inverse_cluster apply_large cooperative
     fi
+    if [ "$device" = cuda ] && command -v nvcc > /dev/null; then
+      part cycles 30 "$python" tools/cuda_cycles.py --run && grep -E ' measured .* counted ' "$log"
+    fi
     bench conv 60 --op conv2d --provider consequentialism --provider triton
-    bench others 130 --op linear --dtype bfloat16 --provider triton --provider compiled
+    bench others 110 --op linear --dtype bfloat16 --provider triton --provider compiled
     grep -E '^(met|MISSED|no time|PROBLEM)' "$log" | cut -c1-150
     ;;
   *)

@@ -12,8 +12,8 @@ __global__ void __launch_bounds__(inverse_block_threads(sizeof(T)))
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* shared = dynamic_shared<unsigned char>();
   invert_matrix<InverseTeam::kBlock>(
-      item, n, n, reinterpret_cast<T*>(shared + kInverseStateBytes), reinterpret_cast<InverseState<T>*>(shared),
-      breakdowns);
+      item, n, n, reinterpret_cast<T*>(shared + kInverseStateBytes), nullptr,
+      reinterpret_cast<InverseState<T>*>(shared), breakdowns);
 }
 
 template <class T>
@@ -25,12 +25,13 @@ __global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_cluster
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* own = workspace + matrix * workspace_bytes;
   invert_matrix<InverseTeam::kCluster>(
-      item, n, n, reinterpret_cast<T*>(own + kInverseStateBytes), reinterpret_cast<InverseState<T>*>(own), breakdowns);
+      item, n, n, reinterpret_cast<T*>(own + kInverseStateBytes), dynamic_shared<T>(),
+      reinterpret_cast<InverseState<T>*>(own), breakdowns);
 }
 
-#ifndef CONSEQUENTIALISM_HOST_SHIM
 constexpr int kClusterPtx = 90;  // below, cluster_size() was compiled to be 1
 
+#ifndef CONSEQUENTIALISM_HOST_SHIM
 __device__ unsigned breakdown_counter;
 #endif
 
@@ -40,6 +41,7 @@ __device__ unsigned breakdown_counter;
 cudaError_t breakdown_counter_address(unsigned** address) {
   return cudaGetSymbolAddress(reinterpret_cast<void**>(address), breakdown_counter);
 }
+#endif
 
 cudaError_t clusters_run(bool* run) {
   *run = false;
@@ -60,7 +62,6 @@ cudaError_t clusters_run(bool* run) {
   *run = error == cudaSuccess && active > 0;
   return error;
 }
-#endif
 
 template <class T>
 cudaError_t launch_damped_inverse(

@@ -6,6 +6,8 @@
 // and the team only, so results are the same from run to run.
 #pragma once
 
+#include <type_traits>
+
 #include "damped_inverse.h"
 #include "platform.cuh"
 #include "tile.cuh"
@@ -84,9 +86,21 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
   }
 }
 
-// The tiles <- gram + ridge I, an identity beyond n.
+// The power of two that brings a positive number near 1, and a factor times it is still finite. Exact, so it changes no
+// digit, but every pivot is then far from where reciprocals overflow or lose theirs.
+__device__ __forceinline__ float unit_of(float value) {
+  const int exponent = static_cast<int>(__float_as_uint(value) >> 23);
+  return __uint_as_float(static_cast<unsigned>(min(max(254 - exponent, 27), 227)) << 23);
+}
+
+__device__ __forceinline__ double unit_of(double value) {
+  const auto exponent = static_cast<int>(__double_as_longlong(value) >> 52);
+  return __longlong_as_double(static_cast<long long>(min(max(2046 - exponent, 23), 2023)) << 52);
+}
+
+// The tiles <- unit * (gram + ridge I), an identity beyond n.
 template <InverseTeam kTeam, class T>
-__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int stride, T ridge, T* tiles) {
+__device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int stride, T ridge, T unit, T* tiles) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const int along = tiles_along(n);
@@ -99,20 +113,38 @@ __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int st
       for (int r = 0; r < kTile; ++r) {
         const int row = i * kTile + r;
         T value = row == column ? T(1) : T(0);
-        if (row < n && column < n) value = gram[row * stride + column] + (row == column ? ridge : T(0));
+        if (row < n && column < n) value = unit * (gram[row * stride + column] + (row == column ? ridge : T(0)));
         tile[r * Traits::kStride + lane] = value;
       }
     }
   }
 }
 
+// tile <- U, as factor_tile. A cluster's tiles lie in global memory: scratch, in shared memory, is where it works.
+template <InverseTeam kTeam, class T>
+__device__ __forceinline__ bool factor_tile_of(T* tile, T* scratch, int lane) {
+  if constexpr (kTeam == InverseTeam::kBlock) {
+    return factor_tile(tile, lane);
+  } else {
+    constexpr int kStride = TileTraits<T>::kStride;
+#pragma unroll 8
+    for (int i = 0; i < kTile; ++i) scratch[i * kStride + lane] = tile[i * kStride + lane];
+    __syncwarp();
+    const bool works = factor_tile(scratch, lane);
+    for (int i = 0; i < kTile; ++i) tile[i * kStride + lane] = scratch[i * kStride + lane];
+    tile[lane * kStride + kTile] = scratch[lane * kStride + kTile];
+    __syncwarp();
+    return works;
+  }
+}
+
 // The tiles <- U. Returns early, with state->broken set, where a pivot breaks down.
 template <InverseTeam kTeam, class T>
-__device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, InverseState<T>* state) {
+__device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* scratch, InverseState<T>* state) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
-  if (team.warp == 0 && !factor_tile(at(0, 0), lane) && lane == 0) state->broken = 1;
+  if (team.warp == 0 && !factor_tile_of<kTeam>(at(0, 0), scratch, lane) && lane == 0) state->broken = 1;
   team.sync();
   for (int k = 0; k < along - 1; ++k) {
     if (state->broken) return;
@@ -122,7 +154,7 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, Inver
     if (team.warp == 0) {
       subtract_product<Inner::kRows>(at(k + 1, k + 1), at(k, k + 1), at(k, k + 1), lane);
       __syncwarp();
-      if (!factor_tile(at(k + 1, k + 1), lane) && lane == 0) state->broken = 1;
+      if (!factor_tile_of<kTeam>(at(k + 1, k + 1), scratch, lane) && lane == 0) state->broken = 1;
     }
     const int others = team.warps > 1 ? team.warps - 1 : 1;
     const int own = team.warps > 1 ? team.warp - 1 : 0;
@@ -222,11 +254,12 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const
 }
 
 // The whole, for one matrix and all threads of its team; rows of the item are `stride` apart, and both of its matrices
-// may be the same. state and tiles, one more than the triangle has, are the team's. breakdowns is null where another
-// team counts.
+// may be the same. state and tiles, one more than the triangle has, are the team's; scratch is one tile of a cluster's
+// first block, in shared memory. breakdowns is null where another team counts.
 template <InverseTeam kTeam, class T>
 __device__ void invert_matrix(
-    const InverseItem<T>& item, int n, int stride, T* tiles, InverseState<T>* state, unsigned* breakdowns) {
+    const InverseItem<T>& item, int n, int stride, T* tiles, std::type_identity_t<T>* scratch, InverseState<T>* state,
+    unsigned* breakdowns) {
   const Team<kTeam> team;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   if (team.warp == 0) {
@@ -248,6 +281,7 @@ __device__ void invert_matrix(
   }
   const T ridge = static_cast<T>(item.relative ? item.damping * trace / item.rank : item.damping);
   const T multiplier = static_cast<T>(item.scaled_by_c ? item.factor * ridge : item.factor);
+  const T unit = unit_of(trace / static_cast<T>(n) + ridge);
   T growth = 1;
 #pragma unroll 1
   for (int attempt = 0; attempt <= kInverseRetries; ++attempt, growth *= 10) {
@@ -255,15 +289,15 @@ __device__ void invert_matrix(
       if (team.thread == 0) atomicAdd(breakdowns, 1u);
       continue;
     }
-    load_tiles(team, item.gram, n, stride, ridge * growth, tiles);
+    load_tiles(team, item.gram, n, stride, ridge * growth, unit, tiles);
     team.sync();
-    factor_tiles(team, tiles_along(n), tiles, state);
+    factor_tiles(team, tiles_along(n), tiles, scratch, state);
     team.sync();
     if (!state->broken) {
       const int along = tiles_along(n);
       T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
       invert_tiles(team, along, tiles, spare);
-      multiply_tiles(team, n, stride, tiles, multiplier, item.inverse);
+      multiply_tiles(team, n, stride, tiles, unit * multiplier, item.inverse);
       return;
     }
     team.sync();

@@ -17,7 +17,8 @@ InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& l
   const size_t bytes = kInverseStateBytes + tile_bytes(along, element_bytes);
   if (bytes > limits.shared_bytes) {
     if (!limits.clusters) return {InverseTeam::kNone, 0, 0, 0, 0};
-    return {InverseTeam::kCluster, kInverseClusterThreads, kInverseClusterBlocks, 0, bytes};
+    return {
+        InverseTeam::kCluster, kInverseClusterThreads, kInverseClusterBlocks, inverse_tile_bytes(element_bytes), bytes};
   }
   // As many warps as the widest step has tiles, and registers for each.
   const int most_warps = inverse_block_threads(element_bytes) / 32;
@@ -32,7 +33,8 @@ InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Lim
   const int blocks = limits.clusters ? kInverseClusterBlocks : 1;
   const int64_t along = (n + kInverseTile - 1) / kInverseTile;
   return {
-      InverseTeam::kCluster, kInverseClusterThreads, blocks, 0, kInverseStateBytes + tile_bytes(along, element_bytes)};
+      InverseTeam::kCluster, kInverseClusterThreads, blocks, inverse_tile_bytes(element_bytes),
+      kInverseStateBytes + tile_bytes(along, element_bytes)};
 }
 
 }  // namespace consequentialism::cuda

@@ -155,7 +155,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
   item.gram = gram;
   item.inverse = gram;
   G* tiles = reinterpret_cast<G*>(shared + kLayout.inverse_end);
-  invert_matrix<InverseTeam::kBlock>(item, n, kGramStride, tiles, state, blockIdx.x == 0 ? breakdowns : nullptr);
+  invert_matrix<InverseTeam::kBlock>(
+      item, n, kGramStride, tiles, nullptr, state, blockIdx.x == 0 ? breakdowns : nullptr);
   __syncthreads();
 
   const unsigned slice = blockIdx.x % slices;

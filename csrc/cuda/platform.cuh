@@ -29,6 +29,25 @@ __device__ __forceinline__ uint32_t float_to_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
 }
+
+// Of a normal number whose reciprocal is normal: off by 2^-23 of it in float32, by 2^-19 in float64.
+__device__ __forceinline__ float approximate_reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+__device__ __forceinline__ double approximate_reciprocal(double value) {
+  double result;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(result) : "d"(value));
+  return result;
+}
+
+// 1 / sqrt of a normal positive number, off by 2^-22.9 of it.
+__device__ __forceinline__ float approximate_reciprocal_root(float value) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
 #endif
 
 // The block's dynamic shared memory, aligned to 128 bytes.

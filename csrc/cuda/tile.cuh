@@ -1,6 +1,8 @@
 // Tiles of 32 x 32 on which one warp works: products, and factors and substitutions in registers.
 #pragma once
 
+#include <cfloat>
+
 #include "platform.cuh"
 
 namespace consequentialism::cuda {
@@ -116,8 +118,27 @@ __device__ __forceinline__ void tile_product(T (&sums)[4][8], const T* a, const 
   }
 }
 
+template <class T>
+constexpr T kLeastNormal = static_cast<T>(sizeof(T) == 4 ? FLT_MIN : DBL_MIN);
+
+// w / pivot for w in each lane. The approximation's error e is taken out of the result, not out of the reciprocal: the
+// product and e are computed side by side.
+__device__ __forceinline__ float divide(float w, float pivot) {
+  const float reciprocal = approximate_reciprocal(pivot);
+  const float quotient = w * reciprocal, error = fmaf(-pivot, reciprocal, 1.0F);
+  return fmaf(quotient, error, quotient);
+}
+
+__device__ __forceinline__ double divide(double w, double pivot) {
+  double reciprocal = approximate_reciprocal(pivot);
+  reciprocal = fma(reciprocal, fma(-pivot, reciprocal, 1.0), reciprocal);
+  const double quotient = w * reciprocal, error = fma(-pivot, reciprocal, 1.0);
+  return fma(quotient, error, quotient);
+}
+
 __device__ __forceinline__ float reciprocal_root(float value) {
-  return 1 / sqrtf(value);  // rsqrtf is off by two units
+  const float root = approximate_reciprocal_root(value);
+  return fmaf(0.5F * root, fmaf(-value * root, root, 1.0F), root);
 }
 
 __device__ __forceinline__ double reciprocal_root(double value) {
@@ -125,29 +146,66 @@ __device__ __forceinline__ double reciprocal_root(double value) {
 }
 
 // tile <- U with U^T U = tile, upper triangular with zeros below, and the reciprocals of its diagonal. Reads the upper
-// triangle. False where a pivot is not positive and finite.
+// triangle. False where a pivot is not positive, normal and finite.
+//
+// As U = D^1/2 W, where row i of D W is row i of the tile once the rows above have taken their share: the next row is
+// brought up to date before all others, for on its pivot the next step waits. The others follow while it does.
 template <class T>
-__device__ __forceinline__ bool factor_tile(T* tile, int lane) {
-  constexpr int kStride = TileTraits<T>::kStride;
+__device__ __forceinline__ bool factor_tile_inline(T* tile, int lane) {
+  using Traits = TileTraits<T>;
+  constexpr int kPack = Traits::kPack;
+  constexpr int kStride = Traits::kStride;
   T column[kTile];
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) column[i] = i <= lane ? tile[i * kStride + lane] : tile[lane * kStride + i];
-  bool works = true;
+  for (int i = 0; i < kTile; ++i) column[i] = tile[i * kStride + lane];
+  __syncwarp();
+  T share = 0;  // of the row before this one, over its pivot
   unroll<kTile>([&](auto i) {
     const T pivot = __shfl_sync(kFullWarp, column[i], i);
-    works = works && pivot > 0 && isfinite(pivot);
-    const T reciprocal = reciprocal_root(pivot);
-    column[i] *= reciprocal;
-    if (lane == i) tile[i * kStride + kTile] = reciprocal;
-    unroll<kTile>([&](auto r) {
-      if constexpr (r > i) column[r] = fma(-__shfl_sync(kFullWarp, column[i], r), column[i], column[r]);
-    });
+    const T next = __shfl_sync(kFullWarp, column[i], (i + 1) % kTile);
+    tile[i * kStride + lane] = column[i];
+    __syncwarp();
+    if constexpr (i > 0) {
+      constexpr int kRow = i + 1;  // the first that the row before has not changed yet
+      unroll<kTile / kPack>([&](auto r) {
+        if constexpr (r * kPack + kPack > kRow) {
+          T pack[kPack];
+          load_pack(tile + (i - 1) * kStride + r * kPack, pack);
+          unroll<kPack>([&](auto j) {
+            constexpr int kOther = r * kPack + j;
+            if constexpr (kOther >= kRow) column[kOther] = fma(-pack[j], share, column[kOther]);
+          });
+          if constexpr (sizeof(T) == 8 && r % 2 == 1) __syncwarp();  // fewer loads under way, fewer registers
+        }
+      });
+    }
+    if constexpr (i + 1 < kTile) {
+      share = divide(column[i], pivot);
+      column[i + 1] = fma(-next, share, column[i + 1]);
+    }
   });
+  const T own = tile[lane * kStride + lane];
+  const T root = reciprocal_root(own);
   __syncwarp();
+  tile[lane * kStride + kTile] = root;
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) tile[i * kStride + lane] = i <= lane ? column[i] : T(0);
+  for (int i = 0; i < kTile; ++i) {
+    const T scaled = column[i] * __shfl_sync(kFullWarp, root, i);
+    tile[i * kStride + lane] = i <= lane ? scaled : T(0);
+  }
+  const bool works = own >= kLeastNormal<T> && isfinite(own);
+  const bool all_work = __all_sync(kFullWarp, works);
   __syncwarp();
-  return works;
+  return all_work;
+}
+
+__device__ __forceinline__ bool factor_tile(float* tile, int lane) {
+  return factor_tile_inline(tile, lane);
+}
+
+// A function of its own takes fewer registers than its code inside another, where some would spill.
+__device__ __attribute__((noinline)) inline bool factor_tile(double* tile, int lane) {
+  return factor_tile_inline(tile, lane);
 }
 
 // tile <- U^-T tile, a column for each lane; upper holds U as factor_tile leaves it.

@@ -52,3 +52,10 @@ extern "C" int call_plan_damped_inverse(
   plan[4] = static_cast<int64_t>(made.workspace_bytes);
   return 0;
 }
+
+extern "C" int call_clusters_run(int64_t* answer) {
+  bool run = false;
+  const cudaError_t error = clusters_run(&run);
+  *answer = run ? 1 : 0;
+  return error;
+}

@@ -1,5 +1,6 @@
 // What a thread can do by itself or with its warp: shuffles and votes, asynchronous copies, conversions.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -182,6 +183,40 @@ float16 to_float16(float value) {
 uint32_t float_to_tf32(float value) {
   const uint32_t bits = __float_as_uint(value);
   return isfinite(value) ? (bits + 0x1000u) & 0xFFFFE000u : bits;
+}
+
+namespace {
+
+// As far off as the chip may be, by `error` of the exact value, up or down as the digits of the input come.
+float approximate(double exact, double error, float input) {
+  const bool up = __builtin_popcount(__float_as_uint(input) & 0x7FFFFFu) % 2 == 0;
+  const auto result = static_cast<float>(exact * (up ? 1 + error : 1 - error));
+  return isnormal(result) ? result : std::copysign(0.0F, result);
+}
+
+double upper_half(double value) {
+  return __longlong_as_double(__double_as_longlong(value) & ~0xFFFFFFFFLL);
+}
+
+}  // namespace
+
+float approximate_reciprocal(float value) {
+  if (isnan(value)) return value;
+  if (fabsf(value) < FLT_MIN) return std::copysign(INFINITY, value);
+  return approximate(1 / static_cast<double>(value), 0x1p-23, value);
+}
+
+double approximate_reciprocal(double value) {
+  if (isnan(value)) return value;
+  if (fabs(value) < DBL_MIN) return std::copysign(static_cast<double>(INFINITY), value);
+  const double result = upper_half(1 / upper_half(value));
+  return isnormal(result) ? result : std::copysign(0.0, result);
+}
+
+float approximate_reciprocal_root(float value) {
+  if (isnan(value) || value <= -FLT_MIN) return NAN;
+  if (fabsf(value) < FLT_MIN) return std::copysign(INFINITY, value);
+  return approximate(1 / std::sqrt(static_cast<double>(value)), 0x1.1p-23, value);
 }
 
 }  // namespace consequentialism::cuda

@@ -74,6 +74,12 @@ void shim_set_resident_blocks(uint64_t count) {
   shim::state.resident_blocks = count;
 }
 
+// What the kernels were compiled from, and how many clusters the device has room for.
+void shim_set_device(int64_t ptx_version, int64_t active_clusters) {
+  shim::state.ptx_version = static_cast<int>(ptx_version);
+  shim::state.active_clusters = static_cast<int>(active_clusters);
+}
+
 void shim_reset_counts() {
   shim::state.launches = shim::state.shared_bytes = shim::state.switches = shim::state.attributes_set = 0;
 }

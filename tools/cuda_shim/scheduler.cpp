@@ -325,6 +325,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = consequentialism::cuda::shim::state.ptx_version;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
+  const bool clusters = config->numAttrs == 1 && config->attrs->val.clusterDim.x > 1;
+  *count = clusters ? consequentialism::cuda::shim::state.active_clusters : 0;
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   consequentialism::cuda::shim::State& state = consequentialism::cuda::shim::state;
   const std::lock_guard guard(state.lock);

@@ -68,7 +68,7 @@ __global__ void atomic_kernel(int* i, unsigned* u, unsigned long long* ull, unsi
 __global__ void math_kernel(const float* in, float* out, int count) {
   for (int i = 0; i < count; ++i) {
     const float x = in[i];
-    float* row = out + 10 * i;
+    float* row = out + 13 * i;
     row[0] = fmaf(x, x, 1.0f);
     row[1] = sqrtf(fabsf(x));
     row[2] = rsqrtf(fabsf(x) + 1.0f);
@@ -79,6 +79,9 @@ __global__ void math_kernel(const float* in, float* out, int count) {
     row[7] = static_cast<float>(fma(static_cast<double>(x), 2.0, 1.0));
     row[8] = static_cast<float>(rsqrt(static_cast<double>(fabsf(x)) + 1.0) + sqrt(4.0));
     row[9] = __uint_as_float(float_to_tf32(x));
+    row[10] = approximate_reciprocal(x);
+    row[11] = static_cast<float>(approximate_reciprocal(static_cast<double>(x)));
+    row[12] = approximate_reciprocal_root(fabsf(x));
   }
 }
 

@@ -95,6 +95,27 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
+// What a process asks once of a kernel: the same of all, as python_calls.cpp sets it.
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const cudaLaunchConfig_t* config);
+
 namespace consequentialism::cuda {
 
 struct bfloat16 {
@@ -115,6 +136,9 @@ float to_float(float16 value);
 bfloat16 to_bfloat16(float value);
 float16 to_float16(float value);
 uint32_t float_to_tf32(float value);
+float approximate_reciprocal(float value);
+double approximate_reciprocal(double value);
+float approximate_reciprocal_root(float value);
 
 namespace shim {
 

@@ -85,6 +85,7 @@ struct State {
   uint64_t seed = 0;
   double seconds_allowed = 60;
   uint64_t launches = 0, shared_bytes = 0, switches = 0, attributes_set = 0;
+  int ptx_version = 90, active_clusters = 1;
   uint64_t resident_blocks = kResidentBlocks;
   std::map<const void*, size_t> allowed_shared;  // by kernel
 
