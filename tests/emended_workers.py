@@ -37,7 +37,7 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     inner = {
         "SGD": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "AdamW": lambda: torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1),
-        "RMSprop": lambda: torch.optim.RMSprop(model.parameters(), lr=0.01),
+        "Adagrad": lambda: torch.optim.Adagrad(model.parameters(), lr=0.01),
     }[name]()
     return cw.optim.Emended(inner, model, **options)
 

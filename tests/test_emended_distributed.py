@@ -27,7 +27,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "accumulated": (),
     "joined": (),
 }
-SHARDED = [("SGD", "ddp"), ("AdamW", "fsdp"), ("Muon", "fsdp"), ("RMSprop", "ddp")]
+SHARDED = [("SGD", "ddp"), ("AdamW", "fsdp"), ("Muon", "fsdp"), ("Adagrad", "ddp")]
 X, TARGET = randn(16, 6), torch.arange(16) % 3
 
 
@@ -167,7 +167,7 @@ def test_a_sharded_step_sends_each_root_once(found: list[dict[str, Any]], name: 
         own = results[f"sharded {name} {wrap}"]
         layers = 2 if name == "Muon" else 3
         roots = own["grams"] - layers
-        assert own["sent"] == [roots * (2 if name == "RMSprop" else 1)] * len(COUNTS)
+        assert own["sent"] == [roots * (2 if name == "Adagrad" else 1)] * len(COUNTS)
         refreshes = [steps_to_refresh(step, emended_workers.REFRESH_EVERY) == 0 for step in range(len(COUNTS))]
         assert own["reduced"] == [2 * layers * due for due in refreshes]
 

@@ -229,7 +229,7 @@ def test_blocks_are_the_roots_of_the_diagonal_blocks() -> None:
     assert Blocks(1025, True, 1024).spans == [(0, 513), (513, 1025)]
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon"])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adam", "AdamW", "Muon"])
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 def test_own_step_has_the_numbers_of_the_wrapped_one(name: str, dtype: torch.dtype) -> None:
     cases: dict[str, list[dict[str, Any]]] = {
@@ -237,6 +237,10 @@ def test_own_step_has_the_numbers_of_the_wrapped_one(name: str, dtype: torch.dty
             {"weight_decay": 0.1},
             {"momentum": 0.9, "nesterov": True},
             {"momentum": 0.9, "dampening": 0.5, "maximize": True, "weight_decay": 0.1},
+        ],
+        "RMSprop": [
+            {"weight_decay": 0.1},
+            {"momentum": 0.9, "centered": True, "maximize": True, "weight_decay": 0.1},
         ],
         "Adam": [{"weight_decay": 0.1}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.1}, {"fused": True}],
         "AdamW": [{"weight_decay": 0.1}, {"amsgrad": True, "maximize": True}, {"foreach": True}],
@@ -259,7 +263,7 @@ def test_own_step_has_the_numbers_of_the_wrapped_one(name: str, dtype: torch.dty
 
 def test_gradients_are_the_plain_ones_before_and_after() -> None:
     model = mlp(F64)
-    optimizer = cw.optim.Emended(torch.optim.RMSprop(model.parameters(), 0.01), model)
+    optimizer = cw.optim.Emended(torch.optim.Adagrad(model.parameters(), 0.01), model)
     squares(model(randn(20, 6))).backward()
     before = gradients_of(model)
     optimizer.step()

@@ -86,7 +86,7 @@ class Emended(torch.optim.Optimizer):
         shard_state: Whether each ``A`` and ``S`` is kept by one rank of the group (of a mesh of several dimensions, of
             the last one), which alone makes the root, as Shampoo's are distributed. On refresh steps each Gram is then
             summed to its owner; in every step each ``S`` is sent to all, at most two on a rank beside its own (twice
-            for an optimizer other than torch's SGD, Adam, AdamW and Muon and `Muon`: before and after its own step), so
+            for all optimizers but torch's SGD, RMSprop, Adam, AdamW and Muon and `Muon`: before and after a step), so
             all ranks step together. The Grams of a refresh step are added up where their rows are: from forward to that
             step they stand on every rank. The weights are those of ``shard_state=False``. A checkpoint holds the whole
             state, and resumes with any number of ranks, sharded or not: see `consolidate_state_dict`.

@@ -36,8 +36,8 @@ def local(tensor: Any) -> Tensor:
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> Rule | None:
-    """Our own step for exactly torch's SGD, Adam, AdamW and Muon; None for others."""
-    plain = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adam}
+    """Our own step for exactly torch's SGD, RMSprop, Adam, AdamW and Muon; None for others."""
+    plain = {torch.optim.SGD: sgd, torch.optim.RMSprop: rmsprop, torch.optim.Adam: adam, torch.optim.AdamW: adam}
     if hasattr(torch.optim, "Muon"):
         plain[torch.optim.Muon] = muon
     return plain.get(type(optimizer), getattr(optimizer, "emended_rule", None))
@@ -64,9 +64,42 @@ def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Grou
     return gradient * -group["lr"]
 
 
+def rmsprop(entries: Sequence[Entry]) -> list[Tensor]:
+    """RMSprop's steps without their decay."""
+    return [_rmsprop(*entry) for entry in entries]
+
+
+def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
+    names = {"square_avg": True, "momentum_buffer": group["momentum"] > 0, "grad_avg": group["centered"]}
+    if "step" not in state:
+        device = gradient.device if group["capturable"] else "cpu"
+        state["step"] = torch.zeros((), dtype=_count_dtype(), device=device)
+        kept = [name for name, there in names.items() if there]
+        state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in kept})
+    state["step"] += 1
+    if group["maximize"]:
+        gradient.neg_()
+    alpha = group["alpha"]
+    square = local(state["square_avg"]).mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
+    if names["grad_avg"]:
+        mean = local(state["grad_avg"]).lerp_(gradient, 1 - alpha)
+        square = square.addcmul(mean, mean, value=-1)
+    change = gradient.div_(square.sqrt().add_(group["eps"]))
+    if names["momentum_buffer"]:
+        change = local(state["momentum_buffer"]).mul_(group["momentum"]).add_(change)
+    return change * -group["lr"]
+
+
 def adam(entries: Sequence[Entry]) -> list[Tensor]:
     """Adam's and AdamW's steps without their decay: by torch's fused kernel where it serves."""
-    return [_adam(*entry) for entry in entries]
+    for entry in entries:
+        _begin_adam(*entry)
+    one_group = all(entry.group is entries[0].group for entry in entries)
+    if not (one_group and all(_is_fused(*entry) for entry in entries)):
+        return [_adam(*entry) for entry in entries]
+    changes = [torch.zeros_like(entry.gradient) for entry in entries]
+    _fused_adamw_(changes, entries, 0.0)
+    return changes
 
 
 def adamw_(entries: Sequence[Entry]) -> list[Entry]:
@@ -85,9 +118,14 @@ def _begin_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], grou
     if "step" in state:
         return
     on_device = group["capturable"] or group["fused"]
-    wide = torch.float64 if torch.get_default_dtype() == torch.float64 and not group["fused"] else torch.float32
-    state["step"] = torch.zeros((), dtype=wide, device=gradient.device if on_device else "cpu")
+    dtype = torch.float32 if group["fused"] else _count_dtype()
+    state["step"] = torch.zeros((), dtype=dtype, device=gradient.device if on_device else "cpu")
     state.update({name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in _moments(group)})
+
+
+def _count_dtype() -> torch.dtype:
+    """Of torch's counts of steps."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def _moments(group: Group) -> tuple[str, ...]:
@@ -98,27 +136,23 @@ def _is_fused(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group:
     """Whether torch's fused kernel for the CPU serves: it keeps scalars in float32, and knows no strides."""
     if gradient.device.type != "cpu" or gradient.dtype != torch.float32 or group["fused"] is False:
         return False
-    tensors = [local(parameter), gradient, *(local(state[name]) for name in _moments(group))]
-    alike = all(own.dtype == torch.float32 and own.is_contiguous() for own in tensors)
-    return alike and state["step"].dtype == torch.float32 and not group["capturable"]
+    if group["capturable"] or state["step"].dtype != torch.float32:
+        return False
+    tensors = [local(parameter), gradient, *[local(state[name]) for name in _moments(group)]]
+    return all([own.dtype == torch.float32 and own.is_contiguous() for own in tensors])
 
 
 def _fused_adamw_(weights: list[Tensor], entries: Sequence[Entry], decay: float) -> None:
     """Steps of ``weights`` with the states, gradients and group of the entries."""
     group = entries[0].group
     gradients, steps = [entry.gradient for entry in entries], [entry.state["step"] for entry in entries]
-    torch._foreach_add_(steps, 1)
+    for step in steps:
+        step += 1
     moments = [[local(entry.state[name]) for entry in entries] for name in _moments(group)]
     _torch.fused_adamw_(weights, gradients, moments, steps, group, decay)
 
 
 def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Group) -> Tensor:
-    entry = Entry(parameter, gradient, state, group)
-    _begin_adam(*entry)
-    if _is_fused(*entry):
-        change = torch.zeros_like(gradient)
-        _fused_adamw_([change], [entry], 0.0)
-        return change
     if group["maximize"]:
         gradient.neg_()
     state["step"] += 1
