@@ -23,7 +23,8 @@ from cases import (
 )
 from torch import Tensor
 
-from consequentialism.backend import coordinates, dispatch
+from consequentialism.backend import dispatch
+from consequentialism.backend.reference import coordinates
 from consequentialism.precision import compute_dtype
 from consequentialism.solve import root as solve
 

@@ -12,7 +12,7 @@ from test_coordinates_ops import blocks_of, by_eigenvalues, positive
 from test_cuda_input_gram import CUDA, SUMS, TYPE_CODE, rounded_like
 from torch import Tensor
 
-from consequentialism.backend import coordinates
+from consequentialism.backend.reference import coordinates
 from consequentialism.solve import root as solve
 
 NAMES = ("decayed_gram", "inverse_root", "root_product")

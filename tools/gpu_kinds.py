@@ -14,7 +14,7 @@ from torch import Tensor
 import consequentialism as cw
 from consequentialism import reference
 from consequentialism.backend import compiled as ops
-from consequentialism.backend import coordinates
+from consequentialism.backend.reference import coordinates
 from consequentialism.solve import root
 
 OPTIONS: tuple[Any, ...] = (1.0, "relative", "nlms")

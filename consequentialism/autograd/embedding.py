@@ -67,9 +67,7 @@ class EmendedEmbedding(torch.autograd.Function):
             total.new_full((), rows),
             ctx.num_embeddings,
             padding_idx,
-            damping=options.damping,
-            damping_mode=options.damping_mode,
-            scale=options.scale,
+            ridge=options.ridge,
             samples=multiplier,
         )
         ignored = -1 if padding_idx is None else padding_idx

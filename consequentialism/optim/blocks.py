@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend.coordinates import block_order, block_spans
+from ..backend.reference.coordinates import block_order, block_spans
 
 
 class Blocks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...precision import compute_dtype
-from ..coordinates import block_order, steps_of
+from ..reference.coordinates import block_order, steps_of
 from . import plans
 from .checks import FLOATING_TYPES, check_x
 from .decayed_gram import decayed_gram_kernel, reduce_decayed_gram_kernel
