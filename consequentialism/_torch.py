@@ -81,7 +81,7 @@ def is_asked_for(leaf: Any) -> bool:
 
 
 def needed_gradients(ctx: Any, count: int) -> tuple[bool, ...]:
-    """Of the first ``count`` inputs of a Function, tensors or at last None, whose gradient the running backward needs.
+    """For the first ``count`` inputs of a Function, whether the running backward needs their gradients.
 
     ``ctx.needs_input_grad`` says what forward could have been asked for: more than `torch.autograd.grad` of one input.
     """
@@ -111,7 +111,7 @@ def forbid_derivative(gradients: Sequence[Tensor | None], sources: Sequence[Tens
 
 
 def not_a_view(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that autograd takes for no view."""
+    """A tensor with the same memory that autograd takes for no view."""
     return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong, and optional packages."""
+"""Errors of a user, and optional packages."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 class Ridge(NamedTuple):
-    """What is added to a Gram before it is inverted, and what its inverse is multiplied by; see `Options`."""
+    """The ridge that is added to a Gram before it is inverted, and the scale of the inverse; see `Options`."""
 
     damping: float = 1.0
     damping_mode: DampingMode = "relative"
@@ -94,7 +94,7 @@ class Options:
         return Ridge(self.damping, self.damping_mode, self.scale)
 
     def changed(self, **changes: Unpack[OptionsDict]) -> Options:
-        """The same but for ``changes``; unlike `dataclasses.replace` torch.compile sees through it."""
+        """A copy with ``changes``; unlike `dataclasses.replace` torch.compile sees through it."""
         return Options(**{**{name: getattr(self, name) for name in OPTION_NAMES}, **changes})
 
 
@@ -111,7 +111,7 @@ class EmbeddingOptions(TypedDict, total=False):
 
 
 class LinearOptions(EmbeddingOptions, total=False):
-    """Those of a linear layer."""
+    """The options of a linear layer, as keywords."""
 
     backend: str
     solver: Solver
@@ -119,7 +119,7 @@ class LinearOptions(EmbeddingOptions, total=False):
 
 
 class ConvOptions(LinearOptions, total=False):
-    """Those of a convolution."""
+    """The options of a convolution, as keywords."""
 
     patch_bytes: int
 

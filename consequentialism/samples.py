@@ -48,7 +48,7 @@ def scaled(gradient: Tensor, by: Tensor) -> Tensor:
 def counted(
     weight: Tensor, bias: Tensor | None, options: Options, default: int
 ) -> tuple[Tensor, Tensor | None, Options]:
-    """The same parameters, whose gradients are multiplied by `ratio`, and the options without ``samples``."""
+    """The parameters, whose gradients are multiplied by `ratio`, and the options without ``samples``."""
     by = ratio(options, default, weight)
     if by is not None:
         weight = ScaledGradient.apply(weight, by)

@@ -168,6 +168,9 @@ def test_an_embedding_refuses_what_it_does_not_use() -> None:
     assert_raises(TypeError, ("did you mean 'damping'",), lambda: cw.Embedding(5, 3, dampening=1.0))
     assert_raises(ValueError, ("backend", "'auto', 'reference'", "'cpu'"), lambda: cw.Embedding(5, 3, backend="cpu"))
     layer = cw.Embedding(5, 3, backend="reference")
+    assert layer.backend == "reference"
+    layer.backend = "auto"
+    assert_raises(ValueError, ("backend", "'auto', 'reference'", "'cpu'"), lambda: setattr(layer, "backend", "cpu"))
     assert layer.backend == "auto"
     assert_raises(TypeError, ("Embedding", "'solver'"), lambda: setattr(layer, "solver", "cg"))
 

@@ -284,7 +284,7 @@ class EmendedConv(torch.autograd.Function):
 
 
 class TransformableEmendedConv(EmendedConv):
-    """The same for torch.func's transforms, which want ``setup_context``: 8 % of a small call, 3 % of a real one."""
+    """`EmendedConv` for torch.func, which wants ``setup_context``: 8 % of a small call, 3 % of a real one."""
 
     generate_vmap_rule = True
 
@@ -309,7 +309,7 @@ class TransformableEmendedConv(EmendedConv):
 
 
 class TracedConv(torch.autograd.Function):
-    """The same in a traced graph, with one op in backward, see `traced`; its arguments come after the geometry."""
+    """`EmendedConv` in a traced graph, with one op in backward, see `traced`; its arguments come after the geometry."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *settings: Any) -> Tensor:

@@ -75,7 +75,7 @@ class Geometry:
         return x.shape[1] // self.groups * math.prod(self.kernel)
 
     def weight_shape(self, channels: int, outputs: int) -> tuple[int, ...]:
-        """Of a layer from ``C`` channels to ``O``."""
+        """The shape of the weight of a layer from ``C`` channels to ``O``."""
         return outputs, channels // self.groups, *self.kernel
 
     def outputs(self, weight: Tensor) -> int:
@@ -120,7 +120,7 @@ class Geometry:
         return reference.conv_blocks(x, kernel, stride, padding, dilation, patch_bytes, dtype)
 
     def of_blocks(self) -> Geometry:
-        """The same where the padding is a part of the input."""
+        """The geometry of inputs that the padding is a part of."""
         return Geometry(self.kernel, self.stride, (0,) * len(self.kernel), self.dilation, self.groups)
 
     def gram(self, backend: Backend, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
@@ -193,7 +193,7 @@ class TransposedGeometry(Geometry):
         return self
 
     def gram(self, backend: Backend, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype) -> Tensor:
-        """As that of a convolution, class by class: entries of the kernel of two classes are never in one row."""
+        """The Gram, class by class: entries of the kernel of two classes are never in one row."""
         inputs, positions = self.inputs(x), self.positions(x)
         gram = x.new_zeros(self.groups, inputs + bias, inputs + bias, dtype=dtype)
         if x.shape[0] == 0:
@@ -223,7 +223,7 @@ class TransposedGeometry(Geometry):
     def _gram_of_class(
         self, classes: Sequence[_Class], backend: Backend, x: Tensor, bias: bool, patch_bytes: int, dtype: torch.dtype
     ) -> Tensor:
-        """Of the positions of one class, with the entries of the kernel that they read in reversed order."""
+        """The Gram of the positions of one class, with the entries of the kernel that they read in reversed order."""
         kernel, dilation = tuple(c.entries for c in classes), tuple(c.dilation for c in classes)
         one, nothing = (1,) * len(kernel), (0,) * len(kernel)
         convolution = Geometry(kernel, one, nothing, dilation, self.groups)
@@ -282,7 +282,7 @@ def geometry_of(
     transposed: bool,
     output_padding: Sequence[int],
 ) -> Geometry:
-    """What `Geometry.arguments` came from."""
+    """The geometry of arguments that `Geometry.arguments` gave."""
     numbers = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups
     return TransposedGeometry(*numbers, tuple(output_padding)) if transposed else Geometry(*numbers)
 
@@ -317,7 +317,7 @@ def normalized_transposed(
     groups: int,
     dilation: Sizes,
 ) -> TransposedGeometry:
-    """That of a transposed convolution."""
+    """The geometry of a transposed convolution."""
     spatial = len(kernel)
     groups = checked_groups(groups)
     return TransposedGeometry(

@@ -85,7 +85,7 @@ class Inverse(NamedTuple):
         return x.to(self.inverse.dtype) @ border[:-1] + border[-1]
 
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
-        """As that of `EmendedInput`; ``x [N, I]``."""
+        """`EmendedInput`'s, with ``x [N, I]``."""
         assert x is not None
         if not need_weight:
             return EmendedInput(None, self.column(x)).weight_grad(None, dy, backend, False, need_bias)
@@ -111,7 +111,7 @@ class Inverse(NamedTuple):
         return dw if self.unit is None else dw / self.unit / self.unit
 
     def step_(self, weight: Tensor | None, bias: Tensor | None, x: Tensor | None, errors: Tensor, alpha: float) -> None:
-        """As that of `EmendedInput`; ``x [N, I]``."""
+        """`EmendedInput`'s, with ``x [N, I]``."""
         assert x is not None
         assert self.unit is None, "a step is never traced"
         inverse = self.inverse
@@ -139,7 +139,7 @@ class Conjugate(NamedTuple):
 
     @property
     def form(self) -> Form:
-        """Of the Gram: the dual system has no bound on its error, see `conjugate`."""
+        """The Gram's form: the dual system has no bound on its error, see `conjugate`."""
         return "primal"
 
     def keeps_x(self) -> bool:
@@ -151,19 +151,19 @@ class Conjugate(NamedTuple):
         return "conjugate", (self.system,), self.gram, self.unit
 
     def corrected(self, plain: Tensor, rank: int, rows: int) -> Tensor:
-        """As that of `Inverse`; ``rank`` and ``rows`` as `conjugate.solve_gram` takes them."""
+        """The plain gradient's rows, corrected; ``rank`` and ``rows`` as `conjugate.solve_gram` takes them."""
         assert self.gram is not None
         ridge, iterations = self.system.ridge, self.system.iterations
         return conjugate.solve_gram(self.gram, plain, ridge, rank, rows, iterations, self.unit)
 
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
-        """As that of `EmendedInput`; ``x [N, I]``."""
+        """`EmendedInput`'s, with ``x [N, I]``."""
         assert x is not None
         dw, db = conjugate.weight_grad(self.system, self.gram, x, dy, backend)
         return dw if need_weight else None, db if need_bias else None
 
     def step_(self, weight: Tensor | None, bias: Tensor | None, x: Tensor | None, errors: Tensor, alpha: float) -> None:
-        """As that of `EmendedInput`; ``x [N, I]``."""
+        """`EmendedInput`'s, with ``x [N, I]``."""
         assert x is not None
         for part in _blocks(errors.t()):
             dw, db = conjugate.weight_grad(self.system, self.gram, x, errors[:, part], reference)
@@ -188,7 +188,7 @@ class FusedCall(NamedTuple):
         return "fused", tuple(self), None, None
 
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
-        """As that of `EmendedInput`; ``x [N, I]``."""
+        """`EmendedInput`'s, with ``x [N, I]``."""
         assert x is not None
         dw, db = backend.fused_weight_grad(x, dy, self.bias, *self.ridge)
         return dw if need_weight else None, db if need_bias else None
@@ -202,7 +202,7 @@ Kept = EmendedInput | Inverse | Conjugate | FusedCall
 
 
 def restored(kind: str, static: tuple[Any, ...], first: Tensor | None, second: Tensor | None) -> Kept:
-    """What `flat` took apart."""
+    """The object that `flat` took apart."""
     if kind == "emended":
         return EmendedInput(first, second)
     if kind == "inverse":
@@ -216,12 +216,12 @@ def restored(kind: str, static: tuple[Any, ...], first: Tensor | None, second: T
 
 
 def keep_emended(emended: Tensor, column: Tensor, need_weight: bool, need_bias: bool) -> EmendedInput:
-    """What of an emended input, ``[N, I]`` and its column ``[N]``, is needed."""
+    """The parts that are needed of an emended input ``[N, I]`` and its column ``[N]``."""
     return EmendedInput(emended if need_weight else None, column if need_bias else None)
 
 
 def keep_inverse(inverse: Inverse, x: Tensor, need_weight: bool) -> EmendedInput | Inverse:
-    """What of an inverse is needed: itself, or its part for the bias alone."""
+    """An inverse, or, where the weight needs none, its part for the bias alone."""
     return inverse if need_weight else EmendedInput(None, inverse.column(x))
 
 

@@ -175,7 +175,7 @@ class EmendedLinear(torch.autograd.Function):
 
 
 class TransformableEmendedLinear(EmendedLinear):
-    """The same for torch.func's transforms, which want ``setup_context``; it costs 80 us a call more."""
+    """`EmendedLinear` for torch.func's transforms, which want ``setup_context``; it costs some 20 us a call more."""
 
     generate_vmap_rule = True
 

@@ -53,7 +53,7 @@ def options_of(
     iterations: int,
     varying_damping: Tensor | None,
 ) -> Options:
-    """What `settings_of` was given. Its tensor is on the CPU, so that nothing waits for a device."""
+    """The options that `settings_of` was given. Its tensor is on the CPU, so that nothing waits for a device."""
     return Options(
         damping=damping if varying_damping is None else varying_damping.item(),
         damping_mode=cast(DampingMode, damping_mode),
@@ -123,7 +123,7 @@ def _weight_grad(
 
 
 def fresh(dw: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, contiguous and each in memory of its own, as a graph expects of an op's results."""
+    """The gradients, contiguous and each in memory of its own, as a graph expects of an op's results."""
     shared = dw.untyped_storage().data_ptr() == db.untyped_storage().data_ptr()
     return dw.contiguous(), db.clone() if shared else db.contiguous()
 

@@ -225,7 +225,7 @@ def select(name: str, x: Tensor) -> Backend:
 
 
 def for_coordinates(x: Tensor) -> CoordinateOps:
-    """What ``"auto"`` takes for steps in coordinates: of the compiled ops, only where there are kernels."""
+    """The backend that ``"auto"`` takes for steps in coordinates: of the compiled ops, only where there are kernels."""
     chosen: Any = select("auto", x)
     without = chosen is compiled and x.device.type not in compiled.coordinate_device_types
     own: CoordinateOps = reference if without else chosen

@@ -59,7 +59,7 @@ def fused_weight_grad(x: Shape, dy: Shape, bias: bool, *_: Any, **__: Any) -> in
 
 
 def emended_linear(x: Shape, weight: Shape, bias: Shape | None, form: str, applied_to: str, *_: Any, **__: Any) -> int:
-    """Of forward; backward is made of other ops."""
+    """The operations of forward; backward is made of other ops."""
     rows = math.prod(x[:-1]), x[-1]
     forward = 2 * math.prod(x) * weight[0]
     if applied_to == "fused":

@@ -12,7 +12,7 @@ from ..options import DampingMode, Form, Scale
 
 
 class Limits(NamedTuple):
-    """What a backend can do.
+    """Capabilities of a backend.
 
     Attributes:
         fused_rows: The most rows of which ``fused_weight_grad`` makes one launch.

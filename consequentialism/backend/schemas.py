@@ -124,7 +124,7 @@ def wrappers(namespace: str) -> Ops:
 
 
 def coordinate_wrappers(namespace: str) -> CoordinateOps:
-    """Those of steps in emended coordinates."""
+    """The ops of steps in emended coordinates, as `wrappers`."""
     return cast(CoordinateOps, _overloads(namespace, COORDINATE_OPS))
 
 

@@ -88,7 +88,7 @@ def _compare(chosen: argparse.Namespace, trials: Sequence[Trial], data: Samples,
 
 
 def _untuned(chosen: argparse.Namespace, trials: Sequence[Trial], data: Samples, schedule: Schedule) -> list[list[Run]]:
-    """The same optimizers at their usual settings, for a few epochs, evaluated once an epoch at least."""
+    """All optimizers at their usual settings, for a few epochs, evaluated once an epoch at least."""
     usual = [settings.UNTUNED[trial.optimizer] for trial in trials]
     epochs = min(settings.UNTUNED_EPOCHS, schedule.epochs)
     a_pass = step_count(len(data.train_x), schedule, 1)

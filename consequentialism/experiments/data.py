@@ -41,7 +41,7 @@ class Samples:
         return tuple(self.train_x.shape[1:])
 
     def to(self, device: torch.device) -> Samples:
-        """The same on ``device``."""
+        """A copy on ``device``."""
         return Samples(*(t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)))
 
     def validation_split(self, fraction: float) -> Samples:
@@ -50,7 +50,7 @@ class Samples:
         return Samples(self.train_x[:kept], self.train_y[:kept], self.train_x[kept:], self.train_y[kept:])
 
     def without_validation(self, fraction: float) -> Samples:
-        """The same training samples as `validation_split` has, and the test set."""
+        """The training samples that `validation_split` has, and the test set."""
         kept = self._kept(fraction)
         return Samples(self.train_x[:kept], self.train_y[:kept], self.test_x, self.test_y)
 

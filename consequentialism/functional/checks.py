@@ -13,7 +13,7 @@ FLOATING_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_differentiable(transformed: bool, *tensors: Tensor | None) -> None:
-    """Refuse forward mode, and the torch.func transforms under which the gradient would silently be another one."""
+    """Refuse forward mode, and the torch.func transforms under which the gradient would silently be the plain one."""
     if not transformed:
         if _torch.tangents_exist() and any(_torch.is_dual(tensor) for tensor in tensors):
             raise RuntimeError(_torch.FORWARD_MODE)

@@ -18,7 +18,7 @@ REPEATS = 3
 
 
 class Cost(NamedTuple):
-    """Of forward and backward of one layer.
+    """The cost of forward and backward of one layer.
 
     Attributes:
         predicted: Operations in those of the plain layer; None for an embedding.

@@ -25,7 +25,7 @@ MOST_SPECTRUM = 2048  # a larger Gram's spectrum is that of so many evenly space
 
 @dataclass
 class Figures:
-    """Of one layer; `diagnose.Layer` says what each is."""
+    """Figures of one layer; `diagnose.Layer` says what each is."""
 
     rows: int
     inputs: int
@@ -61,7 +61,7 @@ def figures(seen: Seen, options: Options, most_rows: int) -> Figures:
 
 
 def _of_rows(seen: Seen, options: Options, most_rows: int) -> Figures:
-    """Of a linear layer or convolution. The rows are there whole in the dual form, in pieces in the primal one."""
+    """Figures of a linear layer or convolution, its rows whole in the dual form, in pieces in the primal one."""
     rows = seen.count()
     groups, _, inputs = next(seen.blocks())[0].shape
     rank = max(min(rows, inputs), 1)
@@ -206,7 +206,7 @@ class Interference:
         self.others = self.wanted = self.gain = self.against = 0.0
 
     def add(self, change: Tensor, diagonal: Tensor, dy: Tensor) -> Interference:
-        """Of some rows: the changes of their outputs and errors ``[groups, N, O]``, and ``H_jj [groups, N]``."""
+        """Add some rows: the changes of their outputs and errors ``[groups, N, O]``, and ``H_jj [groups, N]``."""
         wanted = diagonal[:, :, None] * dy
         others = change - wanted
         self.others += float(others.square().sum())
@@ -236,7 +236,7 @@ def _smaller_gram(x: Tensor) -> Tensor:
 
 
 def _eigenvalues(gram: Tensor) -> Tensor:
-    """Those of the groups' Grams, largest first."""
+    """The eigenvalues of the groups' Grams, largest first."""
     return torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort(descending=True).values
 
 
@@ -269,7 +269,7 @@ def _ridge(trace: Tensor, options: Options, rank: int) -> Tensor:
 
 
 def _samples(seen: Seen, rows: int, options: Options) -> float:
-    """What ``scale="nlms"`` multiplies by."""
+    """The number that ``scale="nlms"`` multiplies by."""
     if options.samples is not None:
         return float(count(options.samples, torch.device("cpu")))
     spatial = seen.form.dimensions() - 2

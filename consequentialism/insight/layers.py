@@ -110,7 +110,7 @@ class Seen:
                 yield self._with_ones(geometry.of_blocks().patches(block.x)), self.errors_of(block.of(dy))
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Of one call's input, as `rows`."""
+        """The rows of one call's input, as `rows` gives them."""
         if self.form.like is nn.Linear:
             return self._with_ones(_rows(x)[None].to(torch.float64))
         batch, geometry = self._convolved(x)
@@ -131,7 +131,7 @@ class Seen:
         return normal
 
     def errors_of(self, dy: Tensor) -> Tensor:
-        """Of the gradient at one call's output, as `rows`."""
+        """The rows of the gradient at one call's output, as `rows` gives them."""
         dy = dy.to(torch.float64)
         if self.form.like is nn.Linear:
             return _rows(dy)[None]
@@ -141,7 +141,7 @@ class Seen:
         return rows if not self.has_bias else torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
 
     def indices(self) -> tuple[Tensor, Tensor, int, int | None]:
-        """Of an embedding: indices ``[N]``, errors ``[N, E]`` in float64, ``V`` and the index of its zero row."""
+        """An embedding's indices ``[N]``, errors ``[N, E]`` in float64, ``V`` and the index of its zero row."""
         twin = self.shape
         indices = torch.cat([x.reshape(-1) for x in self.inputs]).long()
         errors = torch.cat([dy.reshape(-1, dy.shape[-1]) for dy in self.errors]).to(torch.float64)

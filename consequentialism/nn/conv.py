@@ -17,7 +17,7 @@ from .module import EmendedModule
 
 
 class EmendedConvNd(EmendedModule):
-    """What the three share: everything but the number of spatial dimensions."""
+    """The base of the three convolutions: everything but the number of spatial dimensions."""
 
     OPTIONS = ConvOptions.__optional_keys__
 

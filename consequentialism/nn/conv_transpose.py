@@ -19,7 +19,7 @@ from .module import EmendedModule
 
 
 class EmendedConvTransposeNd(EmendedModule):
-    """What the three share: everything but the number of spatial dimensions."""
+    """The base of the three transposed convolutions: everything but the number of spatial dimensions."""
 
     OPTIONS = ConvOptions.__optional_keys__
 

@@ -13,7 +13,20 @@ from .. import _torch, samples
 from ..autograd.embedding import EmendedEmbedding, look_up_outside_graphs
 from ..options import BACKENDS, EmbeddingOptions, check_choice
 from ..solve import distributed
-from .module import EmendedModule
+from .module import EmendedModule, Option
+
+
+def _check_backend(name: Any) -> None:
+    check_choice("backend", name, BACKENDS)
+    check_choice("an Embedding's backend", name, ("auto", "reference"))  # both are the same plain PyTorch
+
+
+class _Backend(Option[str]):
+    """The attribute ``backend``, which takes what the constructor takes."""
+
+    def __set__(self, layer: EmendedModule, value: str) -> None:
+        _check_backend(value)
+        layer.options = layer.options.changed(backend=value)
 
 
 class Embedding(EmendedModule, nn.Embedding):
@@ -42,6 +55,7 @@ class Embedding(EmendedModule, nn.Embedding):
     """
 
     OPTIONS = EmbeddingOptions.__optional_keys__
+    backend = _Backend()
 
     def __init__(
         self,
@@ -60,8 +74,7 @@ class Embedding(EmendedModule, nn.Embedding):
         backend: Literal["auto", "reference"] = "auto",
         **options: Unpack[EmbeddingOptions],
     ) -> None:
-        check_choice("backend", backend, BACKENDS)
-        check_choice("an Embedding's backend", backend, ("auto", "reference"))  # both are the same plain PyTorch
+        _check_backend(backend)
         settings = self.settings_from(options)
         if scale_grad_by_freq:
             raise ValueError("scale_grad_by_freq must be False, got True: emending already divides by the counts")
@@ -79,6 +92,7 @@ class Embedding(EmendedModule, nn.Embedding):
             dtype,
         )
         self.set_options(settings)
+        self.backend = backend
 
     def emended_forward(self, input: Tensor) -> Tensor:
         options = self.options_now()

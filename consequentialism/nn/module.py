@@ -54,7 +54,7 @@ class Option(Generic[Value]):
 
 
 class EmendedModule(nn.Module):
-    """What emended layers share: their options, checked once, and what they hold beside torch's own attributes.
+    """The base of emended layers: their options, checked once, and what they hold beside torch's own attributes.
 
     It stands before torch's own class, whose ``forward`` serves where nothing is to be emended; a subclass has
     `emended_forward`.
@@ -100,7 +100,7 @@ class EmendedModule(nn.Module):
             self.watched.run_by(self)
 
     def emended_forward(self, input: Tensor) -> Tensor:
-        """What torch's own forward returns, with emended gradients of weight and bias."""
+        """The output of torch's own forward, with emended gradients of weight and bias."""
         raise NotImplementedError
 
     def check_input(self, input: Any) -> None:

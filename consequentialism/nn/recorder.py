@@ -14,7 +14,7 @@ class Recorder(Protocol):
 
     @property
     def label(self) -> str:
-        """What the layer's ``repr`` shows of it, or nothing."""
+        """The text that the layer's ``repr`` shows of it, or nothing."""
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:

@@ -55,7 +55,7 @@ class Form(NamedTuple):
     transposed: bool = False
 
     def dimensions(self) -> int:
-        """Of the weight."""
+        """The weight's number of dimensions."""
         convolutions: dict[type[nn.Module], int] = {
             nn.Conv1d: 3,
             nn.Conv2d: 4,

@@ -51,7 +51,7 @@ class AttentionPart(Kind):
 
 
 class RecurrentInput(Kind):
-    """What a recurrent layer, or one step of one, multiplies its own input by: ``[gates * H, I]``."""
+    """The weight ``[gates * H, I]`` that a recurrent layer, or one step of one, multiplies its own input by."""
 
     name = "the input projection of a recurrent layer"
 

@@ -150,7 +150,7 @@ class Emended(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Those of the optimizer inside."""
+        """The groups of the optimizer inside."""
         return self.__dict__["optimizer"].param_groups if "optimizer" in self.__dict__ else self._base_groups
 
     @param_groups.setter
@@ -162,7 +162,7 @@ class Emended(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """That of the optimizer inside, ours beside it."""
+        """The state of the optimizer inside, with ours beside it."""
         return self.__dict__["optimizer"].state if "optimizer" in self.__dict__ else self._base_state
 
     @state.setter
@@ -173,7 +173,7 @@ class Emended(torch.optim.Optimizer):
             self._base_state = state
 
     def __getattr__(self, name: str) -> Any:
-        """What this class has not, such as a schedule-free optimizer's ``train()`` and ``eval()``."""
+        """An attribute of the optimizer inside, such as a schedule-free one's ``train()`` and ``eval()``."""
         optimizer = self.__dict__.get("optimizer")
         if optimizer is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -365,7 +365,7 @@ class Emended(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_without_rows(self) -> None:
-        """What a rank does whose batches have ended, while others step: it takes part in a refresh, and counts."""
+        """A step of a rank whose batches have ended, while others step: it takes part in a refresh, and counts."""
         if self._recorder.recording:
             self._refresh(self._states())
         if self._sharding is not None:

@@ -64,7 +64,7 @@ FULL_GRAPH = (
 
 
 class LayerStep:
-    """What a layer knows of its optimizer: how to step its own weight and bias in backward.
+    """A layer's link to its optimizer: how to step its own weight and bias in backward.
 
     It is the layer's `Recorder`, above the one that the layer had, which is what a copy gets.
     """
@@ -88,7 +88,7 @@ class LayerStep:
 
     @property
     def label(self) -> str:
-        """That of the recorder below."""
+        """The label of the recorder below."""
         return "" if self.below is None else self.below.label
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
@@ -392,7 +392,7 @@ def rate(lr: float | Tensor, parameter: Tensor) -> float | Tensor:
 def distribution() -> str | None:
     """Why the gradient would have to be averaged over processes first, or None."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "torch.distributed runs more than one process, which would step apart"
+        return "torch.distributed runs more than one process, whose replicas would diverge"
     if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
         return "DistributedDataParallel waits for gradients that never exist"
     return None

@@ -36,7 +36,7 @@ class Part(NamedTuple):
         return [product.to(gradient.dtype) for product, gradient in zip(multiplied, own, strict=True)]
 
     def coupled(self) -> list[Any]:
-        """What coupled decay adds to each gradient."""
+        """The decay that is added to each gradient, where it is coupled."""
         return [
             local(parameter) * (group["weight_decay"] * (-1 if group.get("maximize") else 1))
             if decay == "coupled"
@@ -50,7 +50,7 @@ class Part(NamedTuple):
         return [product] if column is None else [product, column]
 
     def shares(self) -> list[Any]:
-        """What decoupled decay multiplies each parameter by."""
+        """The share of each parameter that decoupled decay leaves."""
         pairs = zip(self.groups, self.decays, strict=True)
         return [kept_share(group) if decay == "decoupled" else 1 for group, decay in pairs]
 
@@ -189,7 +189,7 @@ class standing_in:
         return local(parameter).clone() if position is None else local(position)
 
     def changes(self) -> list[Tensor]:
-        """What the optimizer has added to each parameter."""
+        """The change that the optimizer has made to each parameter."""
         now = [local(parameter) for parameter in self.parameters]
         if self.rule.reads == "change":
             return [own.clone() for own in now]
@@ -224,7 +224,7 @@ def _is_asgd(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _asgd_memory(optimizer: torch.optim.Optimizer, parameter: Any) -> tuple[Any, Any]:
-    """What ASGD multiplies the weights by in its next step, and how much of them its average takes."""
+    """The number that ASGD multiplies the weights by in its next step, and how much of them its average takes."""
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     state = optimizer.state.get(parameter, {})
     eta, mu = state.get("eta"), state.get("mu")

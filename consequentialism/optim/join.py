@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class JoinHook:
-    """What a rank without batches does while others step: it enters no rows, and refreshes when they do."""
+    """The part of a rank without batches while others step: it enters no rows, and refreshes when they do."""
 
     def __init__(self, optimizer: Emended) -> None:
         self.optimizer = optimizer

@@ -48,7 +48,7 @@ class Kind:
         return module._parameters.get(self.bias_name)
 
     def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """What forward multiplies the weight with, of its arguments: one tensor, or one for each group."""
+        """The inputs among forward's arguments that meet the weight: one tensor, or one for each group."""
         return (args[0] if args else next(iter(kwargs.values())),)
 
     def view(self, weight: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Kind:
         return math.prod(self.view(weight).shape[2:])
 
     def scale_count(self, x: Tensor, rows: int, per_sample: bool) -> int:
-        """What the Gram is divided by: its rows, or with ``per_sample`` a convolution's samples."""
+        """The number that the Gram is divided by: its rows, or with ``per_sample`` a convolution's samples."""
         return rows
 
     def gram(self, x: Tensor, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -96,7 +96,7 @@ def take_in(
 
 
 def _batches(units: Sequence[Unit], shared: Sequence[list[int]]) -> list[list[list[int]]]:
-    """What shares a moment, by moments of one kind whose roots are made together."""
+    """The units that share a moment, by moments of one kind whose roots are made together."""
     alike: dict[Any, list[list[int]]] = {}
     for members in shared:
         unit = units[members[0]]
@@ -110,7 +110,7 @@ def _batches(units: Sequence[Unit], shared: Sequence[list[int]]) -> list[list[li
 
 
 def _window(unit: Unit) -> Gram:
-    """What was recorded since the last step."""
+    """The Gram that was recorded since the last step."""
     assert unit.slot.gram is not None
     return unit.slot.gram
 

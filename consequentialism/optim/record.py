@@ -1,4 +1,4 @@
-"""What a forward tells the optimizer: each layer's input Gram, entered once its backward has run."""
+"""Recording of what layers see: each layer's input Gram, entered once its backward has run."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class Hook:
 
 
 class NoHook:
-    """What a copied model has in the place of its hooks."""
+    """The hook of a copied model, which does nothing."""
 
     def __call__(self, *_: Any, **__: Any) -> None:
         pass

@@ -15,7 +15,7 @@ READS: tuple[Reads, ...] = ("change", "weights", "position")
 
 
 class Rule(NamedTuple):
-    """What is known of a class of optimizers.
+    """The properties of a class of optimizers that steps in coordinates depend on.
 
     Attributes:
         decay: Of its ``weight_decay``: added to the gradient, taken from the weights, or there is none.
@@ -103,7 +103,7 @@ def defaults_of(rule: Rule) -> Defaults:
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
-    """What is known of an optimizer: declared, or known of its class or the nearest of its bases."""
+    """The rule of an optimizer: declared, or known of its class or the nearest of its bases."""
     for base in type(optimizer).__mro__:
         module = "torch.optim" if base.__module__.startswith("torch.optim.") else base.__module__
         rule = _DECLARED.get(base) or _KNOWN.get(f"{module}.{base.__qualname__}")
@@ -113,7 +113,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
 
 
 def decay_of(rule: Rule, group: dict[str, Any], name: str) -> Decay:
-    """What the ``weight_decay`` of a parameter group does.
+    """How the ``weight_decay`` of a parameter group acts.
 
     Raises:
         ValueError: Nothing is known of it.
@@ -137,7 +137,7 @@ def _is_on(decay: Any) -> bool:
 
 
 def kept_share(group: dict[str, Any]) -> Any:
-    """What decoupled decay multiplies the weights by."""
+    """The factor by which decoupled decay multiplies the weights."""
     if group.get("fixed_decay"):
         return 1 - group["weight_decay"]
     return 1 - group["lr"] * group["weight_decay"]

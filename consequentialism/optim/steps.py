@@ -124,7 +124,7 @@ def _begin_adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], grou
 
 
 def _count_dtype() -> torch.dtype:
-    """Of torch's counts of steps."""
+    """The type of torch's counts of steps."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
@@ -201,7 +201,7 @@ def _orthogonal_step(matrix: Tensor, group: Group) -> Tensor:
 
 
 def size_factor(shape: torch.Size, adjust: str | None) -> float:
-    """What Muon's rate is multiplied by for a matrix ``[O, I]``, as torch's."""
+    """The factor of Muon's rate for a matrix ``[O, I]``, as torch's."""
     outputs, inputs = shape
     if adjust == "match_rms_adamw":
         return 0.2 * math.sqrt(max(outputs, inputs))

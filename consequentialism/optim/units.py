@@ -58,7 +58,7 @@ class Unit:
         return self.kind.bias(self.module) if self.with_bias else None
 
     def stored_shape(self) -> tuple[int, ...]:
-        """Of ``input_gram`` and ``root``: ``[V]``, ``[I, I]``, or with the groups or blocks before."""
+        """The shape of ``input_gram`` and ``root``: ``[V]``, ``[I, I]``, or with the groups or blocks before."""
         shape = self.slot.shape
         return shape if self.diagonal else tuple(n for n in shape[:2] if n != 1) + shape[2:]
 

@@ -246,7 +246,7 @@ def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int])
 
 
 def displaced_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
-    """The same where taps with the same displacement share a product, but for a strip at the border each.
+    """Operations where kernel offsets at the same distance share a product, but for a strip at the border each.
 
     There are two, of which one lies in the padding where that keeps the size.
     """

@@ -36,7 +36,7 @@ class Peers(NamedTuple):
     seen: Tensor | None = None  # the witnesses as they were in forward
 
     def in_backward(self) -> Peers:
-        """The same for a layer that communicates in backward, where its weight may be sharded again."""
+        """A copy for a layer that communicates in backward, where its weight may be sharded again."""
         witnesses = self.witnesses()
         return self if witnesses is None else self._replace(seen=witnesses.clone())
 
@@ -89,7 +89,7 @@ def _loaded_group(kind: str) -> SavedGroup:
 
 
 class Counts(NamedTuple):
-    """What the ranks hold together."""
+    """Rows and samples that the ranks hold together."""
 
     rows: list[int]  # of each rank
     samples: float  # what ``scale="nlms"`` multiplies by, the sum over the ranks
@@ -179,7 +179,7 @@ def _alike(a: list[float], b: list[float]) -> bool:
 
 
 def _different_layers(label: str, device: torch.device, group: dist.ProcessGroup | None) -> str:
-    """What all ranks are running, gathered for an error."""
+    """The labels of the layers that all ranks are running, gathered for an error."""
     own = torch.tensor(list(label.encode()[:LABEL_BYTES].ljust(LABEL_BYTES)), dtype=torch.uint8, device=device)
     labels = [bytes(line).decode(errors="replace").rstrip() for line in _all_gather(own, group).tolist()]
     ranks = "; ".join(f"rank {rank} runs {one}" for rank, one in enumerate(labels))

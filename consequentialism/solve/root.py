@@ -132,7 +132,7 @@ def _minimax(root: int, low: float) -> tuple[float, float, float, float]:
 
 
 def _taylor(root: int, low: float) -> tuple[float, float, float, float]:
-    """The same about the middle of ``[low, 1]``, a short interval."""
+    """The coefficients of `_minimax` about the middle of ``[low, 1]``, a short interval."""
     s, middle = 1 / root, (1 + low) / 2
     scale = middle**-s
     c = scale * s * (s + 1) / 2

@@ -44,7 +44,7 @@ def unit_near(largest: Tensor, bias: bool, damping_mode: DampingMode) -> Tensor:
 
 
 def out_of_unit(emended: Tensor, unit: Tensor, scale: Scale) -> Tensor:
-    """What was emended from ``x / unit``, a gradient included, as if from ``x``."""
+    """An emended input or gradient of ``x / unit`` as that of ``x``."""
     return emended * unit if scale == "gradient" else emended / unit
 
 
@@ -262,7 +262,7 @@ def separate(gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_weight_grad(x: Tensor, dy: Tensor, bias: bool = True) -> tuple[Tensor, Tensor | None]:
-    """What backpropagation gives: ``dy^T x [O, I]`` and ``sum dy [O]``."""
+    """The plain gradients of backpropagation: ``dy^T x [O, I]`` and ``sum dy [O]``."""
     return dy.T @ x, dy.sum(0) if bias else None
 
 

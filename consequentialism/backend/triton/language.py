@@ -1,4 +1,4 @@
-"""What kernels share: products at the precision asked for, loads and stores of half types, addresses.
+"""Functions that kernels share: products of a given precision, loads and stores of half-precision types, addresses.
 
 In Triton's interpreter a bfloat16 is 16 bits that numpy cannot multiply, and rounding to it truncates. There, values of
 bfloat16 are kept in float32 and rounded here.

@@ -37,7 +37,7 @@ _NONE = 1  # programs of a grid, or entries of a tensor, that must not be none
 
 
 class Damping(NamedTuple):
-    """What kernels are told of a damped inverse ``multiplier * (G + c I)^-1``."""
+    """Arguments of the kernels of a damped inverse ``multiplier * (G + c I)^-1``."""
 
     damping: float
     relative: bool
@@ -77,7 +77,7 @@ def _exact(dtype: torch.dtype) -> str:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """The same, or TF32 where torch's own setting allows that."""
+    """How float32 is multiplied: to its digits, or by TF32 where torch's own setting allows that."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return _exact(dtype)
@@ -250,7 +250,7 @@ def input_gram(x: Tensor, bias: bool, form: Form) -> Tensor:
 def damped_inverse(
     gram: Tensor, damping: float, damping_mode: DampingMode, scale: Scale, rank: int, rows: int
 ) -> Tensor:
-    """Of each Gram of ``[..., n, n]``."""
+    """The damped inverse of each Gram of ``[..., n, n]``."""
     check_gram(gram, rank)
     ridge = _damping(Ridge(damping, damping_mode, scale), rank, rows)
     return inverse_of(gram.flatten(0, -3) if gram.ndim > 2 else gram[None], ridge).reshape(gram.shape)

@@ -21,7 +21,7 @@ PROCESSORS = 132  # of an H100; more or fewer only move the point at which tiles
 
 
 class Candidate(Protocol):
-    """What `tune` looks at of a plan."""
+    """The part of a plan that `tune` looks at."""
 
     @property
     def warps(self) -> int: ...
