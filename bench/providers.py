@@ -122,7 +122,7 @@ def isaac_linear(inputs: int, outputs: int, **make: Any) -> nn.Module:
     except ImportError as error:
         raise Unavailable(f"{error.name} is not installed: pip install isaac") from None
     if make.get("dtype", torch.float32).itemsize < 4:
-        raise Unavailable("isaac knows no half types")
+        raise Unavailable("isaac knows no half-precision types")
     return isaac.Linear(inputs, outputs, la=ISAAC_LA, **make)
 
 

@@ -27,7 +27,7 @@ class Op:
     shapes: dict[str, Sequence[Any]]
     quick: dict[str, int] = field(default_factory=dict)  # so many of the shapes where it must be quick; else all
     dtypes: tuple[str, ...] | None = None  # measured unasked, where they are not the device's
-    halves: bool = True  # whether it takes half types
+    halves: bool = True  # whether it takes half-precision types
     not_quick: tuple[str, ...] = ("compiled",)  # providers left out where it must be quick, unless asked for
 
     def parse(self, numbers: Sequence[int]) -> Shape | None:

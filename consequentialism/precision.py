@@ -16,7 +16,7 @@ from .options import DampingMode
 MAX_FLOAT32_CONDITION = 2e3
 # With more rows than inputs, where dy^T x, summed in float32, has lost as many digits before any inverse.
 MAX_FLOAT32_CONDITION_TALL = 6e3
-# Where x and dw have been rounded to half types, which costs more.
+# Where x and dw have been rounded to half-precision types, which costs more.
 MAX_FLOAT32_CONDITION_HALF = 5e4
 # Of an inverse root. The iteration's S is in float32 right in norm, to 5e-7 at order 64 and 3e-6 at 512 (damping 0.03,
 # a decaying spectrum, p = 2), but its smallest eigenvalues, those of the ridge alone where a Gram has fewer rows than
@@ -32,7 +32,7 @@ WITHOUT_FLOAT64 = ("mps",)  # types of device
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over ``x`` and ``dy`` of ``dtype`` are computed: float32 for half types."""
+    """The type in which sums over ``x`` and ``dy`` of ``dtype`` are computed: float32 for half-precision types."""
     return torch.float32 if dtype in HALF_TYPES else dtype
 
 
@@ -66,7 +66,7 @@ def max_float32_condition(rows: int, inputs: int, dtype: torch.dtype) -> float:
 
 
 def float32_is_enough(rows: int, inputs: int, dtype: torch.dtype, damping: float, damping_mode: DampingMode) -> bool:
-    """Whether a Gram in x's own type, or float32 for half types, keeps the digits that its inverse needs.
+    """Whether a Gram in x's own type, or float32 for half-precision types, keeps the digits that its inverse needs.
 
     ``inputs`` counts the bias's. ``rank / damping`` bounds the condition number of a relatively damped Gram; nothing
     bounds an absolutely damped one before it is there.

@@ -16,7 +16,7 @@ from consequentialism.optim import FusedSGD, SpentGradient
 from consequentialism.solve import cost
 
 LR = 0.125
-# One shape for each plan of the cost model, without a bias; half types take the first two only.
+# One shape for each plan of the cost model, without a bias; half-precision types take the first two only.
 PLANS: dict[cost.Plan, Shape] = {
     cost.Plan("dual", "input"): (12, 20, 40),
     cost.Plan("primal", "input"): (40, 12, 50),

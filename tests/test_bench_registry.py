@@ -79,7 +79,7 @@ def test_factors_are_left_out_of_half_types() -> None:
         (Choice("cpu", shapes=((1, 2, 3, 4, 5, 6, 7), (3, 4))), "argument --shape: no op takes '3,4': linear takes "),
         (
             Choice("cpu", ops=("damped_inverse",), dtypes=("float16",)),
-            "argument --dtype: no half types of damped_inverse, got float16",
+            "argument --dtype: no half-precision types of damped_inverse, got float16",
         ),
         (Choice("cpu", ops=("conv2d",), shapes=((3, 4, 5),)), "'3,4,5': conv2d takes B,C,O,KERNEL,STRIDE,GROUPS,SIDE"),
     ],

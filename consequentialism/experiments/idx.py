@@ -1,4 +1,8 @@
-"""Reader of MNIST's IDX files, raw or gzipped."""
+"""Reader of MNIST's IDX files, raw or gzipped.
+
+torchvision reads them too, and downloads them here; but files that are there already should not need a package of its
+size, which fits one torch release alone.
+"""
 
 from __future__ import annotations
 

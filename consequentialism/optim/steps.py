@@ -211,7 +211,7 @@ def size_factor(shape: torch.Size, adjust: str | None) -> float:
 def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Muon's ``U V^T`` of ``matrix = U D V^T``, roughly, by Newton and Schulz's quintic iteration.
 
-    On a GPU in bfloat16, as torch's; elsewhere in the matrix's type, float32 for half types.
+    On a GPU in bfloat16, as torch's; elsewhere in the matrix's type, float32 for half-precision types.
     """
     a, b, c = coefficients
     half = matrix.device.type == "cuda" and matrix.dtype != torch.float64

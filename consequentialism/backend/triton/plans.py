@@ -55,7 +55,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# By the bytes of what is multiplied: 2 (half types), 4 (float32), 8 (float64).
+# By the bytes of what is multiplied: 2 (half-precision types), 4 (float32), 8 (float64).
 GRAM_SMALL = {2: GramPlan(32, 64, 4, 4), 4: GramPlan(32, 32, 4, 3), 8: GramPlan(32, 32, 4, 2)}
 GRAM_LARGE = {2: GramPlan(64, 64, 8, 3), 4: GramPlan(64, 32, 8, 3), 8: GramPlan(64, 32, 8, 2)}
 EMEND_SMALL = {2: EmendPlan(32, 32, 32, 4, 2), 4: EmendPlan(32, 32, 32, 4, 2), 8: EmendPlan(32, 32, 32, 4, 2)}
