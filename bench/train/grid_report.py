@@ -53,11 +53,12 @@ def text(folder: Path, pictures: str) -> list[str]:
         f'`make bench-train ARGS="--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"`; '
         f"{RECIPES[TASK].title}, a schedule of {steps:,} steps; {where(found)}. Final validation loss, "
         f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}; empty: not run. Diverged: a loss was not finite. "
-        "Around: `g S` "
-        "goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied as it is. The "
-        "rate of each optimizer, placing and exponent comes from a walk over octaves "
-        f"on half of the steps at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same "
-        "walk; auxiliary rate and weight decay are those that the searches above begin with.",
+        "Around: `g S` goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied "
+        "as it is. The rate of each optimizer, placing and exponent comes from a walk over octaves on half of the "
+        f"steps at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same walk; auxiliary "
+        "rate and weight decay are those that the searches above begin with. Half of the steps need not favour the "
+        "rate that the whole does: where a row's rate is far from its neighbours', its losses may be the walk's doing "
+        "rather than the exponent's.",
     ]
     for name in OPTIMIZERS:
         headings = (f"{LABELS[name]}: placing, exponent", "lr", *(f"damping {damping:g}" for damping in DAMPINGS))
