@@ -40,7 +40,7 @@ from consequentialism.backend.triton import conv_gram, fused_weight_grad, launch
 pytestmark = pytest.mark.interpreter
 FEW_ROWS = [shape for shape in SHAPES if shape[0] <= plans.MAX_FUSED_ROWS]
 OPS = torch.ops.consequentialism_triton
-RIDGE = launch.Ridge(0.5, True, 8, 1.0, False)
+RIDGE = launch.Damping(0.5, True, 8, 1.0, False)
 
 
 def test_the_interpreter_serves_cpu_tensors() -> None:
