@@ -237,8 +237,8 @@ def plan(choice: Choice, device: Device) -> list[Case]:
         dtypes = tuple(name for name in dtypes if op.halves or DTYPES[name].itemsize > 2)
         cases += [op.make(op.name, shape, dtype, device) for shape, dtype in itertools.product(shapes, dtypes)]
     if not cases:
-        asked = ", ".join(choice.dtypes)
-        raise UserError(f"argument --dtype: no half-precision types of {', '.join(names)}, got {asked}")
+        types = ", ".join(choice.dtypes)
+        raise UserError(f"argument --dtype: no half-precision types of {', '.join(names)}, got {types}")
     known = list(dict.fromkeys(provider for case in cases for provider in case.providers))
     for provider in choice.providers:
         if provider not in known:
