@@ -101,6 +101,12 @@ def add_right_multiplied_(
     if root.ndim == 1:
         weight.mul_(share).addcmul_(rows, root)
         return
+    if rows.shape[1] == 1:  # a matrix-vector product would round the weight once for each input
+        change, edge = right_multiply(rows, column, root, spans)
+        weight.mul_(share).add_(change)
+        if bias is not None and edge is not None:
+            bias.add_(edge)
+        return
     for i, (begin, end) in enumerate(spans):
         square = root[:, i, : end - begin, : end - begin]
         weight[..., begin:end].baddbmm_(rows[..., begin:end], square, beta=share)
