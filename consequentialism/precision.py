@@ -18,13 +18,10 @@ MAX_FLOAT32_CONDITION = 2e3
 MAX_FLOAT32_CONDITION_TALL = 6e3
 # Where x and dw have been rounded to half-precision types, which costs more.
 MAX_FLOAT32_CONDITION_HALF = 5e4
-# Of an inverse root. The iteration's S is in float32 right in norm, to 5e-7 at order 64 and 3e-6 at 512 (damping 0.03,
+# Of an inverse root's iteration. In float32 its S is right in norm, to 5e-7 at order 64 and 3e-6 at 512 (damping 0.03,
 # a decaying spectrum, p = 2), but its smallest eigenvalues, those of the ridge alone where a Gram has fewer rows than
 # its order, are off by some units of the condition times the type's precision: measured, a step by 5e-4 to 1e-3 at
-# damping 0.03 and orders 64 to 512, by several times its size at 1e-3 with one to five rows. By eigenvalues S is right
-# in its small ones, but the large, those of the ridge, are off by the largest eigenvalue of the Gram times the
-# precision: in norm by 5e-5 at orders 64 to 512 (damping 0.03, a decaying spectrum), by 2e-4 at 64 and 1.3e-3 at 257
-# where the inputs' mean has all but a hundredth of the trace.
+# damping 0.03 and orders 64 to 512, by several times its size at 1e-3 with one to five rows.
 MAX_FLOAT32_ROOT_CONDITION = 1e4
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -52,7 +49,7 @@ def moment_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def root_dtype(condition: float, dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The type in which an inverse root of ``dtype`` is made, of a matrix of at most this condition number."""
+    """The type in which an inverse root of ``dtype`` is iterated, of a matrix of at most this condition number."""
     if dtype == torch.float64 or condition > MAX_FLOAT32_ROOT_CONDITION:
         return widest_dtype(device_type)
     return torch.float32

@@ -74,7 +74,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_trainer_option(form: str, option: str, tmp_path: Path) -> None:
-    """An option that changes no arithmetic changes no step, but for the rounding of roots; bfloat16 trains as far."""
+    """An option that changes no arithmetic changes no step; bfloat16 trains as far."""
     same = form == "emended" or option != "accumulation"  # a convert's Grams are those of each micro-batch
     own = fit(form, tmp_path, **OPTIONS[option])
     plain = fit(form, tmp_path)
@@ -88,7 +88,7 @@ def test_trainer_option(form: str, option: str, tmp_path: Path) -> None:
         change, other = parameter.detach() - begin, expected.detach() - begin
         moved += change.norm().item()
         if same and option != "bf16":
-            assert_close(name, change, other, 5e-3)  # a single entry's sign is Adam's, where its gradient is rounding
+            assert (change - other).abs().max() < 2e-4, name
     assert moved > 0.1
 
 

@@ -26,7 +26,6 @@ from cases import BF16, CONDITION_FACTOR, F16, F32, F64, FACTOR, FLOOR, error_of
 from conv_cases import EMENDED, conv_gradients, conv_oracle
 
 import consequentialism as cw
-from consequentialism.precision import root_dtype
 from consequentialism.solve.root import eigen_power
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 257)
@@ -269,13 +268,12 @@ def embedding(config: Configuration) -> list[str]:
     return compared(config, own, bound_of(config, 0, 0) + 1e-6, lambda: {"dw": gradient(errors)})
 
 
-def plain_root(parts: list[Tensor], damping: float) -> Tensor:
-    """``S = (A + c I)^(-1/2)`` of batches of rows ``[N, I]``, its Gram in their type, itself in the type of roots."""
+def exact_root(parts: list[Tensor], damping: float) -> Tensor:
+    """``S = (A + c I)^(-1/2)`` in float64, its Gram of batches of rows ``[N, I]`` in their type."""
     columns = parts[0].shape[1]
     moment = sum(rows.T @ rows for rows in parts).double() / max(sum(map(len, parts)), 1)
     t = moment.trace() / columns
-    wide = root_dtype(1 + columns / damping, parts[0].dtype, "cpu")
-    return eigen_power((moment / t).to(wide), damping, 0.5) / t.sqrt() if t > 0 else torch.eye(columns, dtype=F64)
+    return eigen_power(moment / t, damping, 0.5) / t.sqrt() if t > 0 else torch.eye(columns, dtype=F64)
 
 
 def emended(config: Configuration) -> list[str]:
@@ -301,10 +299,10 @@ def emended(config: Configuration) -> list[str]:
     with_bias = shape["bias"] and config.wanted[2]
     parts = [with_ones(rows, with_bias) for rows in gathered]
     gradient = join(layer.weight.grad, layer.bias.grad if with_bias else None)
-    root = plain_root([rows.double() for rows in parts], damping)
+    root = exact_root([rows.double() for rows in parts], damping)
     expected = -0.1 * gradient @ root @ root
     # The same expression in plain PyTorch at that type. Of many equal rows the Gram's own rounding is not small.
-    rounded = plain_root(parts, damping).to(config.dtype)
+    rounded = exact_root(parts, damping).to(config.dtype)
     plain = -0.1 * (gradient.to(config.dtype) @ rounded @ rounded)
     changes = [p.detach().double() - old.double() for p, old in zip(layer.parameters(), before, strict=True)]
     change = join(changes[0], changes[1] if with_bias else None)
