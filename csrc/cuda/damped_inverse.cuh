@@ -144,14 +144,15 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* sc
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
-  if (team.warp == 0 && !factor_tile_of<kTeam>(at(0, 0), scratch, lane) && lane == 0) state->broken = 1;
+  const bool first = is_first_warp(team.warp);
+  if (first && !factor_tile_of<kTeam>(at(0, 0), scratch, lane) && lane == 0) state->broken = 1;
   team.sync();
   for (int k = 0; k < along - 1; ++k) {
     if (state->broken) return;
     for (int j = k + 1 + team.warp; j < along; j += team.warps) substitute_forward(at(k, k), at(k, j), lane);
     team.sync();
     // The first warp updates the next tile of the diagonal and factors it, while the others update the rest.
-    if (team.warp == 0) {
+    if (first) {
       subtract_product<Inner::kRows>(at(k + 1, k + 1), at(k, k + 1), at(k, k + 1), lane);
       __syncwarp();
       if (!factor_tile_of<kTeam>(at(k + 1, k + 1), scratch, lane) && lane == 0) state->broken = 1;
