@@ -25,7 +25,7 @@ from . import against, plot, registry, show, table
 from .case import Case, Row
 from .environment import Environment, environment, slug
 from .journal import Journal
-from .roofline import DTYPES, Reached, measure
+from .roofline import DTYPES, PeakRates, measure
 from .supervise import DEAD_EXIT, supervise
 from .timing import Cuda, Device, Host, Rehearsal
 from .worker import DeviceDead, work_through
@@ -66,7 +66,7 @@ def threads(text: str) -> int:
 
 
 def parser() -> Parser:
-    """Of the command line."""
+    """The command line's parser."""
     made = Parser(
         prog="consequentialism bench",
         description=__doc__,
@@ -175,7 +175,7 @@ def _worker(chosen: argparse.Namespace) -> int:
         if chosen.rehearse:
             journal.note(device="rehearsal on the CPU")
         journal.note(**measure(device, tuple(dict.fromkeys(case.dtype for case in cases)))._asdict())
-    reached = Reached(journal.meta["bandwidth_gb_s"], journal.meta["tflop_s"])
+    reached = PeakRates(journal.meta["bandwidth_gb_s"], journal.meta["tflop_s"])
     try:
         work_through(cases, device, reached, journal, float(chosen.worker[1]))
     except DeviceDead as dead:

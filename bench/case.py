@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .roofline import Least
+from .roofline import Minimum
 from .timing import Run
 
 OK = "ok"
 ALL_MODES = "all"
-NOTHING = Least(0, 0)
+NOTHING = Minimum(0, 0)
 
 
 class Unavailable(Exception):
@@ -28,7 +28,7 @@ class Work(NamedTuple):
     free: Callable[[], None] = lambda: None
 
 
-class Aim(NamedTuple):
+class Target(NamedTuple):
     """The median of ``own`` is to be at most ``most`` times that of ``other``, each a provider and a mode."""
 
     own: tuple[str, str]
@@ -47,20 +47,20 @@ class Case:
     baseline: str
     bound: float  # of the error
     modes: tuple[str, ...]
-    least: Least = NOTHING  # of the baseline's call
-    emended: Least | None = None  # of every other provider's; None: the same
-    aims: tuple[Aim, ...] = ()
+    least: Minimum = NOTHING  # of the baseline's call
+    emended: Minimum | None = None  # of every other provider's; None: the same
+    targets: tuple[Target, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.op, self.shape, self.dtype
 
     def target(self, provider: str, mode: str) -> float | None:
-        """Of the ratio to the baseline in the same mode."""
+        """The most that the ratio to the baseline in the same mode is to be, if there is a target."""
         ends = ((provider, mode), (self.baseline, mode))
-        return next((aim.most for aim in self.aims if (aim.own, aim.other) == ends), None)
+        return next((aim.most for aim in self.targets if (aim.own, aim.other) == ends), None)
 
-    def least_of(self, provider: str) -> Least:
+    def least_of(self, provider: str) -> Minimum:
         return self.least if provider == self.baseline or self.emended is None else self.emended
 
 

@@ -12,7 +12,7 @@ from consequentialism.solve import root as solve
 
 from .case import Case
 from .parts import single_op_case
-from .roofline import DTYPES, Least
+from .roofline import DTYPES, Minimum
 from .shapes import LinearShape, Order
 from .timing import Device
 
@@ -46,7 +46,7 @@ def decayed_gram_case(op: str, shape: LinearShape, dtype_name: str, device: Devi
         lambda module, x, before: lambda: module.decayed_gram(before, x, True, MEMORY, BETA),
         tensors,
         lambda x, before: [of_rows(x.double(), before.double())],
-        Least(1.0 * size * rows * inputs + 2.0 * wide.itemsize * n * n, 1.0 * n * n * rows),
+        Minimum(1.0 * size * rows * inputs + 2.0 * wide.itemsize * n * n, 1.0 * n * n * rows),
     )
 
 
@@ -79,7 +79,7 @@ def inverse_root_case(op: str, shape: Order, dtype_name: str, device: Device) ->
         own,
         tensors,
         lambda matrix: [by_eigenvalues(matrix)],
-        Least(2.0 * dtype.itemsize * n * n, 1.0 * products * n**3),
+        Minimum(2.0 * dtype.itemsize * n * n, 1.0 * products * n**3),
     )
 
 
@@ -104,5 +104,5 @@ def root_product_case(op: str, shape: LinearShape, dtype_name: str, device: Devi
         lambda module, rows, root: lambda: module.root_product(rows, root),
         tensors,
         lambda rows, root: [rows.double() @ root.double()],
-        Least(1.0 * (size + wide.itemsize) * outputs * inputs + wide.itemsize * inputs**2, 2.0 * outputs * inputs**2),
+        Minimum(1.0 * (size + wide.itemsize) * outputs * inputs + wide.itemsize * inputs**2, 2.0 * outputs * inputs**2),
     )

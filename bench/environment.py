@@ -27,7 +27,7 @@ class Environment:
 
 
 def environment(device: str = "cpu") -> Environment:
-    """That of this process, as it is now. ``device`` is "cpu" or "cuda"."""
+    """The environment of this process, as it is now. ``device`` is "cpu" or "cuda"."""
     return Environment(
         device=device_name(device),
         threads=torch.get_num_threads(),

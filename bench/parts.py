@@ -15,7 +15,7 @@ from consequentialism.options import DampingMode, Form, Scale
 
 from .case import Case, Unavailable, Work
 from .correct import BOUNDS, relative_error, weight_grads
-from .roofline import DTYPES, Least
+from .roofline import DTYPES, Minimum
 from .shapes import MATRICES, Batch, LinearShape, Order
 from .timing import Device
 
@@ -63,7 +63,7 @@ def single_op_case(
     own: Callable[..., Any],
     tensors: Callable[[], tuple[Tensor, ...]],
     expected: Callable[..., list[Tensor]],
-    least: Least,
+    least: Minimum,
 ) -> Case:
     """``stock`` and ``own`` make a provider's run, of tensors and of a backend's module and tensors."""
 
@@ -113,7 +113,7 @@ def input_gram_case(op: str, shape: LinearShape, dtype_name: str, device: Device
         lambda module, x, dy: lambda: module.input_gram(x, True, form),
         lambda: _tensors(shape, dtype_name, device),
         lambda x, dy: [_gram64(x, form)],
-        Least(size * shape.rows * shape.inputs + max(size, 4) * n * n, 1.0 * n * n * m),
+        Minimum(size * shape.rows * shape.inputs + max(size, 4) * n * n, 1.0 * n * n * m),
     )
 
 
@@ -143,7 +143,7 @@ def emended_input_case(op: str, shape: LinearShape, dtype_name: str, device: Dev
         lambda module, x, dy: lambda: module.emended_input(x, True, form, *SCALING),
         lambda: _tensors(shape, dtype_name, device),
         lambda x, dy: list(reference.emended_input(x.double(), True, form, *SCALING)),
-        Least(2.0 * size * shape.rows * shape.inputs, 1.0 * n * n * m + n**3 + 2.0 * n * n * m),
+        Minimum(2.0 * size * shape.rows * shape.inputs, 1.0 * n * n * m + n**3 + 2.0 * n * n * m),
     )
 
 
@@ -178,9 +178,9 @@ def weight_grad_case(op: str, shape: LinearShape, dtype_name: str, device: Devic
     return case
 
 
-def _weight_grad_least(shape: LinearShape, dtype_name: str) -> Least:
+def _weight_grad_least(shape: LinearShape, dtype_name: str) -> Minimum:
     n, i, o = shape[:3]
-    return Least(DTYPES[dtype_name].itemsize * (n * i + n * o + i * o), 2.0 * n * i * o)
+    return Minimum(DTYPES[dtype_name].itemsize * (n * i + n * o + i * o), 2.0 * n * i * o)
 
 
 def fused_weight_grad_case(op: str, shape: LinearShape, dtype_name: str, device: Device) -> Case:
@@ -256,7 +256,7 @@ def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) 
         lambda module, gram: lambda: module.damped_inverse(gram, *RAW, n, n),
         gram,
         lambda gram: [_inverse64(gram)],
-        Least(2.0 * DTYPES[dtype_name].itemsize * n * n, 1.0 * n**3),
+        Minimum(2.0 * DTYPES[dtype_name].itemsize * n * n, 1.0 * n**3),
     )
 
     def alone() -> Work:
@@ -301,5 +301,5 @@ def damped_inverses_case(op: str, shape: Batch, dtype_name: str, device: Device)
         lambda module, xs: lambda: [module.gram_inverse(x, False, "dual", *RAW) for x in xs],
         inputs,
         expected,
-        Least(MATRICES * 3.0 * DTYPES[dtype_name].itemsize * n * n, MATRICES * 3.0 * n**3),
+        Minimum(MATRICES * 3.0 * DTYPES[dtype_name].itemsize * n * n, MATRICES * 3.0 * n**3),
     )

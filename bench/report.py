@@ -212,7 +212,7 @@ def report(results: Path) -> str:
         "Written by `make report` from the CSV files in `bench/results`; nothing here is typed in by hand.",
     ]
     for folder in folders(results):
-        parts.append(f"# {folder.name}")
+        parts.append(f"Measured in `bench/results/{folder.name}`:")
         if (folder / "step_cost.csv").exists():
             rows = table.read(folder / "step_cost.csv", Row)
             parts += [

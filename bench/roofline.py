@@ -19,25 +19,25 @@ DTYPES = {
 }
 
 
-class Least(NamedTuple):
+class Minimum(NamedTuple):
     """What a call cannot do without: bytes, each input read and each result written once, and operations."""
 
     bytes: float
     flops: float
 
 
-class Reached(NamedTuple):
+class PeakRates(NamedTuple):
     """What a device reaches, measured: GB/s of a copy, and TFLOP/s of a square product by type."""
 
     bandwidth_gb_s: float
     tflop_s: Mapping[str, float]
 
-    def floor_ms(self, least: Least, dtype: str) -> float:
+    def floor_ms(self, least: Minimum, dtype: str) -> float:
         """The roofline: memory or arithmetic, whichever takes longer, as if the other cost nothing."""
         return max(1e-6 * least.bytes / self.bandwidth_gb_s, 1e-9 * least.flops / self.tflop_s.get(dtype, math.inf))
 
 
-def measure(device: Device, dtypes: tuple[str, ...], rounds: int = 10, seconds: float = 1.0) -> Reached:
+def measure(device: Device, dtypes: tuple[str, ...], rounds: int = 10, seconds: float = 1.0) -> PeakRates:
     """The fastest of ``rounds`` copies, and of products of each type; of fewer where ``seconds`` are not enough."""
 
     def fastest_ms(run: Run) -> float:
@@ -57,4 +57,4 @@ def measure(device: Device, dtypes: tuple[str, ...], rounds: int = 10, seconds: 
     for name in dtypes:
         a, b = (torch.randn(n, n, device=device.type).to(DTYPES[name]) for _ in range(2))
         rates[name] = 2e-9 * n**3 / fastest_ms(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-    return Reached(bandwidth, rates)
+    return PeakRates(bandwidth, rates)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from consequentialism.solve import cost
 
-from .roofline import Least
+from .roofline import Minimum
 
 MATRICES = 8  # of a batch of factors
 
@@ -24,13 +24,13 @@ class LinearShape(NamedTuple):
     def name(self) -> str:
         return f"{self.rows}x{self.inputs}x{self.outputs}"
 
-    def plain(self, size: int) -> Least:
-        """Of forward and backward with the input's gradient; ``size`` bytes a number."""
+    def plain(self, size: int) -> Minimum:
+        """What forward and backward with the input's gradient take; ``size`` bytes a number."""
         n, i, o = self[:3]
-        return Least(2.0 * size * (n * i + n * o + i * o), 6.0 * n * i * o)
+        return Minimum(2.0 * size * (n * i + n * o + i * o), 6.0 * n * i * o)
 
-    def emended(self, size: int) -> Least:
-        """The same with Gram, factor and application, which need move nothing more."""
+    def emended(self, size: int) -> Minimum:
+        """What they take with Gram, factor and application, which need move nothing more."""
         plain = self.plain(size)
         return plain._replace(flops=plain.flops + cost.min_flops(self.rows, self.inputs + 1, self.outputs))
 
@@ -59,7 +59,7 @@ class ConvShape(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Of the output, along a side."""
+        """The output's positions along a side."""
         return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
@@ -79,14 +79,14 @@ class ConvShape(NamedTuple):
     def weight_size(self) -> tuple[int, ...]:
         return self.outputs, self.channels // self.groups, self.kernel, self.kernel
 
-    def plain(self, size: int) -> Least:
-        """Of forward and backward with the input's gradient; ``size`` bytes a number."""
+    def plain(self, size: int) -> Minimum:
+        """What forward and backward with the input's gradient take; ``size`` bytes a number."""
         rows = self.batch * self.positions**2
         numbers = self.batch * self.channels * self.side**2 + rows * self.outputs + self.outputs * self.inputs
-        return Least(2.0 * size * numbers, 6.0 * rows * self.inputs * self.outputs)
+        return Minimum(2.0 * size * numbers, 6.0 * rows * self.inputs * self.outputs)
 
-    def emended(self, size: int) -> Least:
-        """The same with the Gram by the cheaper of its two ways, factors and application."""
+    def emended(self, size: int) -> Minimum:
+        """What they take with the Gram by the cheaper of its two ways, factors and application."""
         shape = (self.channels // self.groups, (self.kernel, self.kernel), (self.positions, self.positions))
         gram = cost.direct_flops(*shape)
         if self.stride == 1:
@@ -113,13 +113,13 @@ class NetworkShape(NamedTuple):
     def layers(self) -> list[LinearShape]:
         return [LinearShape(self.rows, i, o) for i, o in itertools.pairwise(self.widths)]
 
-    def plain(self, size: int) -> Least:
-        """Of a training step: weights and gradients are read and written, and so are activations and theirs."""
+    def plain(self, size: int) -> Minimum:
+        """What a training step takes: weights and gradients are read and written, and so are activations and theirs."""
         moved = sum(4.0 * i * o for i, o in itertools.pairwise(self.widths)) + 4.0 * self.rows * sum(self.widths)
         flops = sum(layer.plain(size).flops for layer in self.layers) - self.layers[0].plain(size).flops / 3
-        return Least(size * moved, flops)
+        return Minimum(size * moved, flops)
 
-    def emended(self, size: int) -> Least:
+    def emended(self, size: int) -> Minimum:
         plain = self.plain(size)
         return plain._replace(
             flops=plain.flops + sum(layer.emended(size).flops - layer.plain(size).flops for layer in self.layers)

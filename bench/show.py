@@ -103,7 +103,7 @@ def verdicts(cases: Iterable[Case], rows: Iterable[Row]) -> list[str]:
     found = {row.key: row for row in rows}
     lines = []
     for case in cases:
-        for aim in case.aims:
+        for aim in case.targets:
             if not {aim.own[0], aim.other[0]} <= case.providers.keys():
                 continue
             what = f"{' '.join(case.key)}: {', '.join(aim.own)} / {', '.join(aim.other)}"

@@ -70,7 +70,7 @@ def read(path: Path, schema: type[Line]) -> list[Line]:
 
 
 def parse(text: str, schema: type[Line], name: str) -> list[Line]:
-    """The same of a file's text; ``name`` stands for the file in errors."""
+    """The rows of a file's text; ``name`` stands for the file in errors."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     expected, found = columns(schema), list(reader.fieldnames or [])
     if set(expected) != set(found) or len(found) != len(expected):

@@ -31,7 +31,7 @@ class Device(Protocol):
     most_rounds: int
 
     def backend(self) -> str:
-        """Of the package's layers."""
+        """The backend of the package's layers."""
         ...
 
     def capture(self, run: Run) -> Run: ...
@@ -49,7 +49,7 @@ class Device(Protocol):
         ...
 
     def copy_bytes(self) -> int:
-        """Of the copy that measures the bandwidth."""
+        """The size of the copy that measures the bandwidth."""
         ...
 
     def matrix_order(self) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import consequentialism as cw
 
-from .case import Aim, Case, Work
+from .case import Case, Target, Work
 from .correct import (
     BOUNDS,
     NETWORK_BOUNDS,
@@ -25,7 +25,7 @@ from .correct import (
     weight_grads,
 )
 from .providers import Build, conv_layers, linear_layers
-from .roofline import DTYPES, Least
+from .roofline import DTYPES, Minimum
 from .shapes import ConvShape, LinearShape, NetworkShape
 from .timing import Device
 
@@ -49,7 +49,7 @@ def linear_case(op: str, shape: LinearShape, dtype_name: str, device: Device) ->
 
     case = _layer_case(op, shape, dtype_name, device, linear_layers(device), build)
     if shape.target is not None and device.type == "cuda" and rows <= EAGER_ROWS:
-        case.aims += (Aim(("consequentialism", "graph"), ("stock", "eager"), 1 / EAGER_SPEEDUP),)
+        case.targets += (Target(("consequentialism", "graph"), ("stock", "eager"), 1 / EAGER_SPEEDUP),)
     return case
 
 
@@ -90,9 +90,9 @@ def _make(dtype_name: str, device: Device) -> dict[str, Any]:
     return {"device": device.type, "dtype": DTYPES[dtype_name]}
 
 
-def _aims(provider: str, target: float | None, device: Device) -> tuple[Aim, ...]:
+def _targets(provider: str, target: float | None, device: Device) -> tuple[Target, ...]:
     mode = device.modes[0]
-    return () if target is None else (Aim((provider, mode), ("plain", mode), target),)
+    return () if target is None else (Target((provider, mode), ("plain", mode), target),)
 
 
 def _layer_case(
@@ -114,7 +114,7 @@ def _layer_case(
         device.modes,
         shape.plain(size),
         shape.emended(size),
-        _aims("consequentialism", shape.target, device),
+        _targets("consequentialism", shape.target, device),
     )
 
 
@@ -215,9 +215,9 @@ def step_case(op: str, shape: LinearShape, dtype_name: str, device: Device) -> C
         "plain",
         BOUNDS[dtype_name],
         device.modes,
-        Least(layer.bytes + 2.0 * weights, layer.flops),  # the update reads the gradient and writes the weights,
-        Least(layer.bytes, emended.flops),  # which is less where it takes the place of the gradient
-        _aims("fused", shape.target, device),
+        Minimum(layer.bytes + 2.0 * weights, layer.flops),  # the update reads the gradient and writes the weights,
+        Minimum(layer.bytes, emended.flops),  # which is less where it takes the place of the gradient
+        _targets("fused", shape.target, device),
     )
 
 
@@ -263,5 +263,5 @@ def network_case(op: str, shape: NetworkShape, dtype_name: str, device: Device) 
         device.modes,
         shape.plain(size),
         shape.emended(size),
-        _aims("consequentialism", shape.target, device),
+        _targets("consequentialism", shape.target, device),
     )

@@ -12,7 +12,7 @@ import torch
 
 from .case import ALL_MODES, Case, Row, Unavailable
 from .journal import Journal
-from .roofline import Reached
+from .roofline import PeakRates
 from .timing import Device, Run, paired_ratio, quantiles
 
 TIMING = "all providers in turns"
@@ -27,7 +27,7 @@ class DeviceDead(Exception):
 
 
 def run_case(
-    case: Case, device: Device, reached: Reached, journal: Journal, seconds: float, latest: float = math.inf
+    case: Case, device: Device, reached: PeakRates, journal: Journal, seconds: float, latest: float = math.inf
 ) -> None:
     """A row for each provider of a case in the journal.
 
@@ -103,7 +103,7 @@ def _report(case: Case, provider: str, mode: str, problem: Exception, device: De
         raise DeviceDead(state) from problem
 
 
-def _rows(case: Case, turns: Turns, known: dict[str, dict[str, Any]], reached: Reached) -> Iterator[Row]:
+def _rows(case: Case, turns: Turns, known: dict[str, dict[str, Any]], reached: PeakRates) -> Iterator[Row]:
     floors = {name: reached.floor_ms(case.least_of(name), case.dtype) for name in [*known, case.baseline]}
     base_floor = floors[case.baseline]
     for (name, mode), rounds in turns.items():
@@ -133,7 +133,7 @@ def _rows(case: Case, turns: Turns, known: dict[str, dict[str, Any]], reached: R
         )
 
 
-def work_through(cases: list[Case], device: Device, reached: Reached, journal: Journal, end: float) -> None:
+def work_through(cases: list[Case], device: Device, reached: PeakRates, journal: Journal, end: float) -> None:
     """All cases that have not ended, until the time, by `time.time`, is up. What is left of it they share."""
     left = [case for case in cases if case.key not in journal.ended]
     cases.clear()  # a case keeps its tensors

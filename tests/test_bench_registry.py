@@ -38,9 +38,9 @@ def test_every_op_has_cases_with_floors_whose_baseline_is_a_provider(occasion: s
 
 def test_aims_are_of_providers_that_are_measured() -> None:
     for occasion, count in (("cpu", 9), ("cuda", 6 * 2 + 2 * 2 + 2 + 1)):
-        aims = [(case, aim) for case in plan(Choice(occasion), DEVICES[occasion]) for aim in case.aims]
-        assert len(aims) == count
-        for case, aim in aims:
+        targets = [(case, aim) for case in plan(Choice(occasion), DEVICES[occasion]) for aim in case.targets]
+        assert len(targets) == count
+        for case, aim in targets:
             for provider, mode in (aim.own, aim.other):
                 assert provider in case.providers
                 assert mode in case.modes
@@ -56,7 +56,7 @@ def test_a_choice() -> None:
     assert [case.shape for case in cases if case.op == "mlp"] == ["5x6-7-8"]
     assert len([case for case in cases if case.op == "linear"]) == len(registry.LAYERS_CPU)
     (known,) = plan(Choice("cpu", ops=("linear",), shapes=((64, 784, 1600),)), host)
-    assert known.aims, "a shape of the registry keeps its target"
+    assert known.targets, "a shape of the registry keeps its target"
     cases = plan(Choice("cpu", providers=("displaced", "naive")), host)
     assert {case.op for case in cases} == {"linear", "conv2d"}
     for case in cases:

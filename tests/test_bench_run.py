@@ -18,14 +18,14 @@ import torch
 
 import bench.worker
 from bench import show, table
-from bench.case import ALL_MODES, OK, Aim, Case, Row, Unavailable, Work
+from bench.case import ALL_MODES, OK, Case, Row, Target, Unavailable, Work
 from bench.journal import Journal
-from bench.roofline import Least, Reached
+from bench.roofline import Minimum, PeakRates
 from bench.timing import Device, Host, Rehearsal
 from bench.worker import TIMING, WARM_ROUNDS, DeviceDead, run_case, work_through
 
 ROOT = Path(__file__).resolve().parent.parent
-REACHED = Reached(1000.0, {"float32": 50.0})
+REACHED = PeakRates(1000.0, {"float32": 50.0})
 PLACE = ("linear", "64x784x1600", "float32")
 
 
@@ -71,8 +71,8 @@ def journal(tmp_path: Path) -> Journal:
 def test_medians_ratios_and_floors_by_a_false_clock(journal: Journal) -> None:
     clock = Clock()
     providers = {"plain": lambda: Work(clock.takes(10)), "own": lambda: Work(clock.takes(15), lambda: 1e-6)}
-    aims = (Aim(("own", "eager"), ("plain", "eager"), 1.4),)
-    made = case(providers, least=Least(4e9, 1e11), emended=Least(4e9, 5e11), aims=aims)
+    targets = (Target(("own", "eager"), ("plain", "eager"), 1.4),)
+    made = case(providers, least=Minimum(4e9, 1e11), emended=Minimum(4e9, 5e11), targets=targets)
     rows = go(made, Host(clock), journal)
     own, plain = rows["own", "eager"], rows["plain", "eager"]
     assert (own.state, own.error, own.baseline, own.target) == (OK, 1e-6, "plain", 1.4)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.roofline import Least, Reached, measure
+from bench.roofline import Minimum, PeakRates, measure
 from bench.shapes import Batch, ConvShape, LinearShape, NetworkShape, Order
 from bench.timing import Cuda, Host, Rehearsal, paired_ratio, quantiles
 
@@ -123,10 +123,10 @@ def test_what_the_host_reaches() -> None:
 
 
 def test_the_floor_is_the_longer_of_memory_and_arithmetic() -> None:
-    reached = Reached(100.0, {"float32": 2.0})
-    assert reached.floor_ms(Least(5e8, 1e9), "float32") == pytest.approx(5)  # 0.5 GB at 100 GB/s
-    assert reached.floor_ms(Least(5e8, 2e10), "float32") == pytest.approx(10)  # 20 GFLOP at 2 TFLOP/s
-    assert reached.floor_ms(Least(5e8, 2e10), "bfloat16") == pytest.approx(5)  # no rate was measured
+    reached = PeakRates(100.0, {"float32": 2.0})
+    assert reached.floor_ms(Minimum(5e8, 1e9), "float32") == pytest.approx(5)  # 0.5 GB at 100 GB/s
+    assert reached.floor_ms(Minimum(5e8, 2e10), "float32") == pytest.approx(10)  # 20 GFLOP at 2 TFLOP/s
+    assert reached.floor_ms(Minimum(5e8, 2e10), "bfloat16") == pytest.approx(5)  # no rate was measured
 
 
 def test_floors_by_hand() -> None:

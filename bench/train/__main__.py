@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from consequentialism.demo.report import prepare_folder
-from consequentialism.errors import Parser, UserError, need
+from consequentialism.errors import Parser, UserError, need, prepare_folder
 
 from ..environment import slug
 from . import defaults, head_to_head, recipes, step_cost, whole

@@ -116,7 +116,7 @@ def curves(rows: Sequence[CurveRow], found: dict[str, list[Line]]) -> Any:
 
 
 def highlighted(some: Sequence[Line]) -> set[str]:
-    """Of one task: the plain optimizer with the fewest steps, Muon, SOAP, and this package's two with the fewest."""
+    """Lines of one task's panel: the plain optimizer with the fewest steps, Muon, SOAP, our two with the fewest."""
 
     def fewest(lines: Sequence[Line], count: int) -> set[str]:
         sign = 1 if TASKS[some[0].task].by_loss else -1

@@ -261,12 +261,12 @@ class Before:
         self.param_groups = optimizer.param_groups
 
     def zero_grad(self) -> None:
-        """Of both."""
+        """Drop the gradients of both optimizers."""
         self.keeper.zero_grad()
 
     @torch.no_grad()
     def step(self) -> None:
-        """Of both, the gradients multiplied by their roots between the two."""
+        """Step both optimizers, the gradients multiplied by their roots between the two."""
         self.keeper.step()
         for unit in self.keeper.units:
             weight, bias = unit.weight, unit.bias

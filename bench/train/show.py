@@ -53,12 +53,12 @@ class Line:
 
     @property
     def seconds(self) -> float:
-        """To the target: steps times the cost of one, and what the first ones take beyond."""
+        """Seconds to the target: steps times the cost of one, and what the first ones take beyond."""
         return (self.steps * self.ms + self.start_ms) / 1e3
 
     @property
     def grid_seconds(self) -> float:
-        """Likewise of the grid search."""
+        """Seconds to the target in the grid search."""
         return self.grid_steps * self.ms / 1e3
 
 

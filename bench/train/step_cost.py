@@ -82,7 +82,7 @@ def _loss(scores: Tensor, y: Tensor) -> Tensor:
 
 
 def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
-    """Of every optimizer at one size."""
+    """The costs of every optimizer's step at one size."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows // CONTEXT, CONTEXT, width, generator=generator).to(device)
     y = torch.randint(CLASSES, (rows // CONTEXT, CONTEXT), generator=generator).to(device)

@@ -269,7 +269,7 @@ def curve(task: Task, optimizer: str, runs: Sequence[Run]) -> list[CurveRow]:
 
 
 def _order(row: Any) -> tuple[int, int]:
-    """Of rows: as tasks and optimizers are listed."""
+    """A row's place: as tasks and optimizers are listed."""
     return list(TASKS).index(row.task), list(METHODS).index(row.optimizer)
 
 
