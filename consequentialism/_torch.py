@@ -30,6 +30,12 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def tracer() -> Any:
+    """What traces or fakes this call, by `torch.jit.trace`, torch.compile or torch.export; None: nothing."""
+    found = torch._C._get_tracing_state() or torch._guards.TracingContext.try_get()
+    return found or torch._guards.detect_fake_mode()
+
+
 def transforms_active() -> bool:
     """Whether a torch.func transform is running."""
     return torch._C._are_functorch_transforms_active()

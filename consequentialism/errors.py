@@ -1,9 +1,12 @@
-"""Errors of a user, and optional packages."""
+"""Errors of a user, optional packages and folders for results."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import tempfile
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -32,3 +35,18 @@ def need(module: str) -> Any:
         own = module.split(".")[0]
         package = own if own in ("mlxtend", "mnist1d") else "consequentialism[demo]"
         raise UserError(f"{error.name} is not installed: pip install {package}") from None
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make ``folder`` and try whether it can be written.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from None

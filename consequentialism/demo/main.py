@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Parser, UserError, need
+from ..errors import Parser, UserError, need, prepare_folder
 from ..experiments import settings
 from ..experiments.data import DATA_SETS, DIMENSIONS, Samples, load
 from ..experiments.models import MODELS, check_fits
@@ -53,7 +53,7 @@ def _run(chosen: argparse.Namespace) -> None:
         need(module)
     check_fits(chosen.model, DIMENSIONS[chosen.data])
     device = _device(chosen.device)
-    report.prepare_folder(chosen.out)
+    prepare_folder(chosen.out)
     schedule = _schedule(chosen)
     optimizers = chosen.optimizer or settings.recorded_optimizers(chosen.data, chosen.model)
     trials = [] if chosen.grid else [_trial(chosen, name) for name in dict.fromkeys(optimizers)]

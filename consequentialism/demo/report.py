@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -24,21 +23,6 @@ from .summary import Row
 
 COLOURS = {"sgd": "#d62728", "nag": "#ff7f0e", "rmsprop": "#2ca02c", "adam": "#1f77b4"}
 LABELS = {"sgd": "SGD", "nag": "NAG", "rmsprop": "RMSProp", "adam": "Adam"}
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make ``folder`` and try whether it can be written.
-
-    Raises:
-        UserError: It cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from None
 
 
 def label(optimizer: str) -> str:

@@ -114,8 +114,7 @@ _announced: weakref.ref[Any] = weakref.ref(_Nothing())  # what traced when the l
 def _announce(_: object = None) -> None:
     """Warn, once in an export or trace. With an argument, called by torch.compile's tracer."""
     global _announced
-    current: Any = torch._C._get_tracing_state() or torch._guards.TracingContext.try_get()
-    current = current or torch._guards.detect_fake_mode()
+    current = _torch.tracer()
     if current is not None and current is _announced():
         return
     if current is not None:

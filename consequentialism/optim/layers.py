@@ -39,7 +39,7 @@ class Kind:
     bias_name = "bias"
 
     def __init__(self, module: Any) -> None:
-        """Of a layer, or something with its settings; the kind keeps nothing of it."""
+        """Take a layer, or something with its settings; the kind keeps nothing of it."""
 
     def weight(self, module: nn.Module) -> Any:
         return module._parameters.get(self.weight_name)

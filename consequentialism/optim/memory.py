@@ -144,7 +144,7 @@ def together(units: Sequence[Unit], moments: Sequence[Any]) -> list[list[int]]:
 
 
 def seen_alike(units: Sequence[Unit], before: Sequence[list[int]], summed: bool) -> list[list[int]]:
-    """Of units that were together, those that have seen the same rows since the last step.
+    """The units, of those that were together, that have seen the same rows since the last step.
 
     Args:
         summed: Whether the ranks' rows stand in the slots.

@@ -70,7 +70,7 @@ def fused_weight_grad_kernel(
     whole = outcome_tile(gram, inverse, outcome, times, ridge, 0, 0, rows, SIZE, SIZE, SIZE, TILE, PRECISION)
     whole = tl.where((row < rows)[:, None] & (row < rows)[None, :], whole, 0)
 
-    bad = tl.full([SIZE], 0, tl.int32)  # one entry of dy that is not finite spoils everything
+    bad = tl.full([SIZE], 0, tl.int32)  # one entry of dy that is not finite makes everything NaN
     for first in range(0, outputs, TILE_O):
         output = first + tl.arange(0, TILE_O)
         errors = load(
@@ -78,7 +78,7 @@ def fused_weight_grad_kernel(
             (row < rows)[:, None] & (output < outputs)[None, :],
         ).to(SUM)
         bad += sum_over((errors - errors != 0).to(tl.int32), axis=1)
-    spoiled = tl.where(sum_over(bad, axis=0) > 0, float("nan"), 0.0).to(SUM)
+    poison = tl.where(sum_over(bad, axis=0) > 0, float("nan"), 0.0).to(SUM)
 
     column = (program % tiles) * TILE_I + tl.arange(0, TILE_I)
     own = load(
@@ -100,9 +100,9 @@ def fused_weight_grad_kernel(
             gradient = add_product(gradient, tl.trans(errors.to(SUM)), emended.to(SUM), PRECISION)
         store(
             element(dw, output[:, None], column[None, :], inputs, 1),
-            gradient + spoiled,
+            gradient + poison,
             (output < outputs)[:, None] & (column < inputs)[None, :],
         )
         if BIAS and program % tiles == 0:
-            total = sum_over(errors.to(SUM) * ones[:, None], axis=0) + spoiled
+            total = sum_over(errors.to(SUM) * ones[:, None], axis=0) + poison
             store(db + output, total, output < outputs)
