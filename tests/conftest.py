@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two threads run in parallel what can;
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -72,3 +73,11 @@ def context_is_alive() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

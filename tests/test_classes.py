@@ -7,12 +7,11 @@ import pickle
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from cases import F64, TOLERANCE, assert_close, assert_identical, oracle, randn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -238,13 +237,6 @@ def test_revert_refuses_before_anything_is_changed() -> None:
         cw.revert(model)
     assert [type(layer) for layer in model] == kinds
     assert model[0].damping == 1.0
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

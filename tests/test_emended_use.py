@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import consequentialism as cw
+from consequentialism.optim import memory
 
 F32 = torch.float32
 INNER = {
@@ -230,11 +231,64 @@ def test_grad_scaler_unscales_and_skips() -> None:
 def test_fused_inner_optimizer_under_a_scaler() -> None:
     model = mlp(F32)
     inner = torch.optim.AdamW(model.parameters(), 0.02, fused=True)
+    twin = copy.deepcopy(model)
     optimizer = cw.optim.Emended(inner, model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(squares(model(randn(20, 6, dtype=F32)))).backward()
+    plain = cw.optim.Emended(torch.optim.AdamW(twin.parameters(), 0.02), twin)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    x = randn(20, 6, dtype=F32)
+    scaler.scale(squares(model(x))).backward()
+    squares(twin(x)).backward()
     scaler.step(optimizer)
-    assert float(optimizer.state[model[0].weight]["step"]) == 1
+    scaler.update()
+    plain.step()
+    for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close("parameter", own, expected, 1e-5)
+    weights = parameters_of(model)
+    model[0].weight.grad[0, 0] = math.inf
+    scaler.step(optimizer)
+    for own, expected in zip(model.parameters(), weights, strict=True):
+        assert_identical("parameter", own.detach(), expected)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_an_early_state_begins_the_coordinates_anew(shard_state: bool) -> None:
+    """Loaded between two refreshes: the next step refreshes, as that of a new optimizer does."""
+    model = mlp(F64)
+    twin = copy.deepcopy(model)
+    x = randn(20, 6)
+
+    def emended(of: nn.Module) -> cw.optim.Emended:
+        return cw.optim.Emended(torch.optim.SGD(of.parameters(), 0.2), of, shard_state=shard_state)
+
+    optimizer = emended(model)
+    weights, begun = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, x, 6)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(begun)
+    assert train(model, optimizer, x, 3) == train(twin, emended(twin), x, 3)
+
+
+def test_layers_added_later_are_refreshed_at_once() -> None:
+    model = mlp(F64)
+    optimizer = cw.optim.Emended(torch.optim.SGD(model[0].parameters(), 0.2), model)
+    train(model, optimizer, randn(20, 6), 3)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    assert optimizer.is_recording
+    train(model, optimizer, randn(20, 6), 1)
+    assert float(optimizer.state[model[2].weight]["gram_rows"]) > 0
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_shard_that_was_never_dealt_out_is_whole() -> None:
+    model = mlp(F64)
+    optimizer = cw.optim.Emended(torch.optim.AdamW(model.parameters(), 0.02), model, shard_state=True)
+    train(model, optimizer, randn(20, 6), 1)
+    optimizer.consolidate_state_dict()
+    assert set(memory.KEYS) <= set(optimizer.state_dict()["state"][0])
+    fresh = cw.optim.Emended(torch.optim.AdamW(model.parameters(), 0.02), model, shard_state=True)
+    fresh.consolidate_state_dict()
+    assert all(set(memory.KEYS) <= set(state) for state in fresh.state_dict()["state"].values())
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

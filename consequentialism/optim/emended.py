@@ -148,6 +148,9 @@ class Emended(torch.optim.Optimizer):
         self._attach()
         weakref.finalize(self, self._recorder.detach)
 
+    # That of a fused optimizer inside would keep GradScaler from unscaling, and from skipping what is not finite.
+    _step_supports_amp_scaling = False
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of the optimizer inside."""
@@ -443,14 +446,14 @@ class Emended(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; layers whose weights are among them are stepped in coordinates too."""
+        """Add parameters; layers whose weights are among them are stepped in coordinates too, from a refresh on."""
         if "optimizer" not in self.__dict__:  # torch's own constructor
             super().add_param_group(param_group)
             return
         self.optimizer.add_param_group(param_group)
-        recording = self._recorder.recording
+        recording, before = self._recorder.recording, len(self.units)
         self._attach()
-        if recording and not self._recorder.recording:
+        if (recording or len(self.units) > before) and not self._recorder.recording:
             self._recorder.begin()
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
@@ -506,6 +509,8 @@ class Emended(torch.optim.Optimizer):
         self.optimizer.load_state_dict({**state_dict, "state": rest})
         if loaded is not None:
             self._install(loaded)
+        elif self.units:
+            self._begin_anew()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -535,6 +540,14 @@ class Emended(torch.optim.Optimizer):
                 stacklevel=3,
             )
         return loaded or None
+
+    def _begin_anew(self) -> None:
+        """Forget the coordinates: the next step refreshes them, as the first one does."""
+        self._steps = torch.zeros((), dtype=torch.int64)
+        if self._sharding is not None:
+            self._sharding.forget()
+        self._recorder.end()
+        self._recorder.begin()
 
     def _install(self, loaded: Sequence[memory.State]) -> None:
         """Take checked states; what is equal is one again."""

@@ -211,12 +211,16 @@ class Sharding:
                     "alone; call consolidate_state_dict(to=0) on all ranks before state_dict() on that one, or "
                     "consolidate_state_dict(to=None) before it on all"
                 )
-            rest = memory.fresh_state(unit) if self._whole is None else self._whole[weight]
+            rest = memory.fresh_state(unit) if self._whole is None or weight not in known else self._whole[weight]
             state_dict["state"][number] = {**state, **{key: rest[key] for key in KEPT}}
+
+    def forget(self) -> None:
+        """As before the first refresh."""
+        self._whole, self.places = None, []
 
     def keep(self, units: Sequence[Unit], states: Sequence[memory.State]) -> None:
         """Deal out states that all ranks have loaded: of the others' moments this rank keeps nothing."""
-        self._whole, self.places = None, []
+        self.forget()
         shared: dict[int, list[int]] = {}
         for i, state in enumerate(states):
             leader = next(j for j, other in enumerate(states) if other["root"] is state["root"])
