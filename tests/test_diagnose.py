@@ -328,3 +328,19 @@ def test_many_rows_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert pieces[key] == value
             elif key not in ("measured_cost", "plain_ms"):
                 torch.testing.assert_close(torch.tensor(pieces[key]), torch.tensor(value), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(3, 4, 3)])
+def test_a_layer_that_saw_no_rows_is_left_out(layer: nn.Module) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.empty = nn.Linear(4, 2), layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            nothing = x.new_empty(0, 4) if isinstance(self.empty, nn.Linear) else x.new_empty(0, 3, 5, 5)
+            return self.used(x) + self.empty(nothing).sum()
+
+    report = cw.diagnose(Model(), (randn(5, 4, dtype=F32), randn(5, 2, dtype=F32)), mse_loss)
+    assert [own.name for own in report.layers] == ["used"]
+    assert report.left_out == {"empty": "it saw no rows"}

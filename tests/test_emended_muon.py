@@ -158,3 +158,14 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception] | None,
         cw.optim.Muon(model, **arguments)
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         cw.optim.Muon(None, **arguments)  # type: ignore[arg-type]
+
+
+def test_sparse_gradients_are_refused_before_anything_moves() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 4), nn.Linear(4, 3))
+    optimizer = cw.optim.Muon(model, 0.02, aux={"lr": 1e-3})
+    squares(model(torch.tensor([1, 5]))).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"dense.*torch.sparse_coo"):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert_identical(name, value, before[name])

@@ -317,3 +317,15 @@ def test_a_decay_of_an_unknown_class_that_begins_later() -> None:
     with pytest.raises(ValueError, match=r"it is not known what weight_decay=0\.1 does in Stranger"):
         optimizer.step()
     assert torch.equal(layer.weight, before)
+
+
+def test_adam_squares_a_half_precision_gradient_in_range() -> None:
+    """300 squared is beyond float16; 1e-3 of it is not."""
+    layer = nn.Linear(3, 2, bias=False, dtype=torch.float16)
+    optimizer = cw.optim.Emended(torch.optim.Adam(layer.parameters(), 0.01), layer)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.full_like(layer.weight, 300)
+    with pytest.warns(UserWarning, match="has seen no input"):
+        optimizer.step()
+    assert optimizer.state[layer.weight]["exp_avg_sq"].isfinite().all()
+    assert_close("change", layer.weight.detach() - before, torch.full_like(before, -0.01), 0.02)

@@ -223,8 +223,9 @@ def look(model: nn.Module, batch: Any, loss_fn: Callable[..., Any]) -> tuple[flo
             handle.remove()
     for seen in chosen:
         gradients = [next(found) for _ in seen.outputs]
-        calls = [(x, dy) for x, dy in zip(seen.inputs, gradients, strict=True) if dy is not None]
+        reached = [(x, dy) for x, dy in zip(seen.inputs, gradients, strict=True) if dy is not None]
+        calls = [(x, dy) for x, dy in reached if dy.numel()]
         seen.inputs, seen.errors, seen.outputs = [x for x, _ in calls], [dy for _, dy in calls], []
         if not calls:
-            left_out[seen.name] = "the loss does not depend on it"
+            left_out[seen.name] = "it saw no rows" if reached else "the loss does not depend on it"
     return loss, [seen for seen in chosen if seen.errors], left_out

@@ -178,6 +178,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for gradient in gradients:
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"gradients must be dense, got a {gradient.layout} one of shape {list(gradient.shape)}"
+                )
         for group in self.param_groups:
             chosen = [parameter for parameter in group["params"] if parameter.grad is not None]
             entries = [steps.Entry(p, steps.local(p.grad), self.state[p], group) for p in chosen]

@@ -160,7 +160,7 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Gro
     step = state["step"].item() if on_host else state["step"]
     beta1, beta2 = group["betas"]
     mean = local(state["exp_avg"]).lerp_(gradient, 1 - beta1)
-    square = local(state["exp_avg_sq"]).mul_(beta2).add_(gradient.square_(), alpha=1 - beta2)
+    square = local(state["exp_avg_sq"]).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     if group["amsgrad"]:
         square = torch.maximum(local(state["max_exp_avg_sq"]), square, out=local(state["max_exp_avg_sq"]))
     first, second = 1 - beta1**step, 1 - beta2**step
