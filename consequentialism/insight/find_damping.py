@@ -260,8 +260,9 @@ class _Owner:
             if damping is not None:
                 before = self.optimizer
                 same = {n: getattr(before, n) for n in ("exponent", "scale", "memory", "refresh_every", "block")}
+                taken = {name for unit in before.units for name in unit.names}
                 stepper = Emended(
-                    stepper, own, damping=damping, process_group=None, filter_fn=before._filter_fn, **same
+                    stepper, own, damping=damping, process_group=None, filter_fn=lambda _, name: name in taken, **same
                 )
         elif damping is None:
             revert(own)

@@ -217,7 +217,7 @@ class Monitor:
         state = {} if unit is None else self.optimizer.state.get(unit.weight, {})
         if unit is None or unit.diagonal or float(state.get("emended_steps", 0)) == 0:
             return math.nan
-        if "root" not in state:  # with shard_state another rank has it
+        if "root" not in state or float(state["gram_rows"]) == 0:  # with shard_state another rank has it
             return math.nan
         per_sample = self.optimizer.scale == "nlms"
         gram = gram_of(unit.kind, unit.blocks, taken.input, per_sample, unit.slot.dtype)

@@ -21,7 +21,17 @@ from ..options import check_choice
 from ..solve.gram import Gram
 from . import memory
 from .checks import check_numbers, check_optimizer, check_process_group, check_shard_state
-from .inside import POSITION, Part, Rooted, parts_of, standing_in, step_all, step_weight_by_weight
+from .inside import (
+    POSITION,
+    Part,
+    Rooted,
+    hooks_around,
+    parts_of,
+    standing_in,
+    step_all,
+    step_weight_by_weight,
+    without_gradients,
+)
 from .join import JoinHook, notify
 from .record import Hook, Recorder
 from .rules import decay_of, defaults_of, rule_of
@@ -75,7 +85,8 @@ class Emended(torch.optim.Optimizer):
         refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1; None: 10, and 25 for optimizers
             that orthogonalise, which stale roots cost nothing. Before that many steps they are refreshed after 0, 1,
             2, 4, 8, ... of them, for inputs change fast at first: roots of the first batch alone leave Adam second
-            moments of another scale.
+            moments of another scale. A layer whose first gradients come in between waits one step for a refresh, over
+            several processes until one is due.
         block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks, a
             convolution's between channels where they divide. None: 256, and 128 for optimizers that orthogonalise. A
             step's two products cost ``4 O I block`` operations.
@@ -137,7 +148,6 @@ class Emended(torch.optim.Optimizer):
         self._sharding = Sharding(self._process_groups) if shard_state else None
         self._recorder = Recorder()
         self._steps = torch.zeros((), dtype=torch.int64)
-        self._unseen_named = False
         self.units: list[Unit] = []
         self.left_alone: dict[str, str] = {}
         groups = optimizer.param_groups
@@ -214,9 +224,6 @@ class Emended(torch.optim.Optimizer):
         owned = {id(p) for group in self.param_groups for p in group["params"]}
         if not owned & {id(p) for p in self._model.parameters()}:
             raise ValueError("model: the optimizer has none of its parameters; give both the same model")
-        self._recorder.detach()
-        self._recorder.end()
-        self._recorder.slots = []
         if math.isinf(self.damping):
             return
         with_biases = not self._rule.orthogonalises
@@ -236,14 +243,29 @@ class Emended(torch.optim.Optimizer):
                             "set it to 0"
                         )
         self._check_one_process()
+        self._hook()
+        if self._is_due():
+            self._recorder.begin()
+
+    def _hook(self) -> None:
+        """Put hooks on the layers of all units, and on no others."""
+        self._recorder.detach()
+        self._recorder.end()
+        self._recorder.slots = []
         per_sample = self.scale == "nlms"
         for unit in self.units:
             self._recorder.slots.append(unit.slot)
             for module, kind in unit.uses:
                 hook = Hook(self._recorder, unit.slot, kind, unit.blocks, per_sample)
                 self._recorder.handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        if self._is_due():
-            self._recorder.begin()
+
+    def _check_weights(self) -> None:
+        moved = [unit.name for unit in self.units if unit.weight is not unit.own]
+        if moved:
+            raise RuntimeError(
+                f"consequentialism.optim.Emended: the weights of {', '.join(map(repr, moved[:5]))} were replaced "
+                "or tied after it was made; make the optimizer then"
+            )
 
     def _check_converted(self) -> None:
         converted = [unit.name for unit in self.units if isinstance(unit.module, EmendedModule)]
@@ -320,6 +342,7 @@ class Emended(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_weights()
         states = self._states()
         recorder = self._recorder
         notify(self, recorder.wrapper and recorder.wrapper())
@@ -330,22 +353,26 @@ class Emended(torch.optim.Optimizer):
                 "consequentialism.optim.Emended refreshes its roots in this step, which a CUDA graph cannot hold: take "
                 "it eagerly where is_recording says so, and capture one between refreshes"
             )
-        unseen = self._unseen() if due and (ran or self._rates_count()) else None
+        unseen = self._unmet() if due and (ran or self._rates_count()) else []
+        waiting = [] if due else self._unmet()
         # Ranks refresh together, one on which no layer ran too.
         refreshes = due and (ran or bool(self._process_groups() and self._rates_count()))
         if refreshes:
             self._refresh(states)
-        if unseen is not None:
+        if unseen:
             self._name_unseen(unseen)
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        parts = parts_of(self.units, states, groups, self._rule, self._name)
-        rooted: Rooted = iter
-        if self._sharding is not None:
-            parts, rooted = self._sharding.in_order(parts), self._rooted
-        if self._own_step is not None:
-            step_weight_by_weight(self.optimizer, parts, self._own_step, rooted)
-        else:
-            step_all(self.optimizer, parts, states, self._rule, rooted)
+        with hooks_around(self.optimizer), without_gradients(waiting):
+            groups = {id(p): group for group in self.param_groups for p in group["params"]}
+            parts = parts_of(self.units, states, groups, self._rule, self._name)
+            rooted: Rooted = iter
+            if self._sharding is not None:
+                parts, rooted = self._sharding.in_order(parts), self._rooted
+            if self._own_step is not None:
+                step_weight_by_weight(self.optimizer, parts, self._own_step, rooted)
+            else:
+                step_all(self.optimizer, parts, states, self._rule, rooted)
+        if waiting and not self._process_groups():  # over several, ranks might not agree
+            recorder.begin()
         if due and not refreshes:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
             return loss
         if not capturing:
@@ -393,16 +420,15 @@ class Emended(torch.optim.Optimizer):
         rates = [group.get("lr", 1) for group in self.param_groups]
         return any(rate.device.type != "cpu" or bool(rate) if isinstance(rate, Tensor) else rate != 0 for rate in rates)
 
-    def _unseen(self) -> list[Unit] | None:
-        """At the first refresh, the layers that have gradients but were not recorded here."""
-        if self._unseen_named:
-            return None
-        self._unseen_named = True
-        return [unit for unit in self.units if not unit.slot.changes() and unit.weight.grad is not None]
+    def _unmet(self) -> list[Unit]:
+        """The layers that have gradients for the first time, or had their first ones between refreshes."""
+        return [unit for unit in self.units if not unit.met and unit.weight.grad is not None]
 
     def _name_unseen(self, units: Sequence[Unit]) -> None:
-        """Warn of those that no other rank has recorded either."""
+        """Warn, once, of those that no rank has recorded in a refresh."""
         unseen = [unit.name for unit in units if float(self.state[unit.weight]["gram_rows"]) == 0]
+        for unit in units:
+            unit.met = True
         if unseen:
             warnings.warn(
                 f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, unseen))}, which have "
@@ -450,10 +476,24 @@ class Emended(torch.optim.Optimizer):
         if "optimizer" not in self.__dict__:  # torch's own constructor
             super().add_param_group(param_group)
             return
+        recording, before = self._recorder.recording, (self.units, self.left_alone)
         self.optimizer.add_param_group(param_group)
-        recording, before = self._recorder.recording, len(self.units)
-        self._attach()
-        if (recording or len(self.units) > before) and not self._recorder.recording:
+        try:
+            self._attach()
+        except Exception:
+            self.optimizer.param_groups.pop()
+            self.units, self.left_alone = before
+            self._hook()
+            if recording:
+                self._recorder.begin()
+            raise
+        for unit in self.units:  # a bias that has come or gone changes the order
+            state = self.state.get(unit.weight, {})
+            if "root" in state and tuple(state["root"].shape) != unit.stored_shape():
+                for key in memory.KEYS:
+                    del state[key]
+                recording = True
+        if (recording or len(self.units) > len(before[0])) and not self._recorder.recording:
             self._recorder.begin()
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
@@ -544,6 +584,8 @@ class Emended(torch.optim.Optimizer):
     def _begin_anew(self) -> None:
         """Forget the coordinates: the next step refreshes them, as the first one does."""
         self._steps = torch.zeros((), dtype=torch.int64)
+        for unit in self.units:
+            unit.met = False
         if self._sharding is not None:
             self._sharding.forget()
         self._recorder.end()
@@ -558,6 +600,7 @@ class Emended(torch.optim.Optimizer):
             if same is state:
                 known.append(state)
             self.state[unit.weight].update(same, emended_steps=self._steps)
+            unit.met = float(state["gram_rows"]) > 0
         if self._sharding is not None:
             self._sharding.keep(self.units, self._states())
         self._recorder.end()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +86,35 @@ def parts_of(
         root = state["root"].view(unit.slot.shape) if "root" in state else None
         parts.append(Part(unit, root, parameters, own, [decay_of(rule, group, name) for group in own]))
     return parts
+
+
+@contextlib.contextmanager
+def without_gradients(units: Sequence[Unit]) -> Iterator[None]:
+    """The units' gradients are not seen within."""
+    owners = [p for unit in units for p in (unit.weight, unit.bias) if p is not None]
+    hidden = [(parameter, parameter.grad) for parameter in owners]
+    try:
+        for parameter, _ in hidden:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def hooks_around(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The optimizer's own step hooks run before and after all that is done within, with the gradients in place."""
+    before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    for hook in list(before.values()):
+        hook(optimizer, (), {})
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
+    for hook in list(after.values()):
+        hook(optimizer, (), {})
 
 
 def step_weight_by_weight(

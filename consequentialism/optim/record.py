@@ -144,11 +144,12 @@ def joined(parts: Sequence[Gram]) -> Gram:
     return Gram(torch.cat(matrices), count)
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The tensor that a module returns, or the first of a tuple; of a packed sequence its data."""
-    while isinstance(output, tuple) and not isinstance(output, Tensor):
-        output = output[0]
-    return output
+def tensors_of(output: Any) -> list[Tensor]:
+    """What a module returns that has gradients, as a recurrent layer's outputs and last states."""
+    if isinstance(output, Tensor):
+        return [output] if output.requires_grad else []
+    parts = output if isinstance(output, tuple) else ()  # a packed sequence is one too
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 class Hook:
@@ -179,7 +180,7 @@ class Hook:
         if torch.compiler.is_compiling():
             self._trace(inputs)
         elif not _torch.transforms_active():
-            self._note(inputs, first_tensor(output))
+            self._note(inputs, tensors_of(output))
 
     def _trace(self, inputs: Sequence[Tensor]) -> None:
         """In a compiled forward the Gram enters at once, for a graph has no hooks on its tensors."""
@@ -188,9 +189,9 @@ class Hook:
             assert self.slot.gram is not None
             self.slot.gram.add_(joined(parts))
 
-    def _note(self, inputs: Sequence[Tensor], output: Tensor) -> None:
+    def _note(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Backward enters the Gram: once, whatever checkpointing runs again, and only with its gradient."""
-        if not output.requires_grad:
+        if not outputs:
             return
         wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
         self.recorder.wrapper = None if wrapper is None else weakref.ref(wrapper)
@@ -205,7 +206,9 @@ class Hook:
             ]
             gram = joined([part for part, _ in parts])
             call = parts[0][1] if len(parts) == 1 else self.recorder.number()
-        output.register_hook(_Entry(self.slot, gram, call))
+        entry = _Entry(self.slot, gram, call)
+        for output in outputs:
+            output.register_hook(entry)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         return NoHook, ()
@@ -222,13 +225,18 @@ class NoHook:
 
 
 class _Entry:
-    """A hook on a layer's output that enters the Gram."""
+    """A hook on a layer's outputs that enters the Gram, once in a backward."""
 
     def __init__(self, slot: Slot, gram: Gram, call: int) -> None:
         self.entry = slot, gram, call
+        self.backward = -1
 
     def __call__(self, grad: Tensor) -> None:
         slot, gram, call = self.entry
+        backward = _torch.backward_number()
+        if backward == self.backward >= 0:
+            return
+        self.backward = backward
         if slot.gram is None:  # a step was taken between forward and backward
             return
         with torch.no_grad():

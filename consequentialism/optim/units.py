@@ -31,6 +31,8 @@ class Unit:
         with_bias: Whether the bias is a column of the coordinates.
         groups: Of a convolution.
         blocks: How the inputs are cut.
+        own: The weight as it was found.
+        met: Whether a refresh has seen its gradients.
     """
 
     def __init__(self, names: list[str], uses: list[tuple[nn.Module, Kind]], with_bias: bool, block: int) -> None:
@@ -46,6 +48,8 @@ class Unit:
         square = (self.groups, self.blocks.count, self.blocks.order, self.blocks.order)
         shape = (self.blocks.inputs,) if self.diagonal else square
         device = weight.to_local().device if _torch.is_dtensor(weight) else weight.device
+        self.own = weight
+        self.met = False
         self.slot = Slot(shape, moment_dtype(weight.dtype), device)
         self.check_sharding()
 

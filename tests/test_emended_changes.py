@@ -1,0 +1,135 @@
+"""`consequentialism.optim.Emended` where the model or the groups change during training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import F64, assert_close, assert_identical, randn
+from emended_helpers import EXACT, mlp, parameters_of, squares, train
+from torch import nn
+
+import consequentialism as cw
+
+
+def emended(model: nn.Module, lr: float = 0.5, **options: Any) -> cw.optim.Emended:
+    return cw.optim.Emended(torch.optim.SGD(model.parameters(), lr), model, **options)
+
+
+def test_a_layer_unfrozen_between_refreshes_waits_for_one() -> None:
+    model = mlp(F64)
+    model[0].requires_grad_(False)
+    optimizer = cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.2), model)
+    x = 10 * randn(20, 6)
+    train(model, optimizer, x, 5)
+    model[0].requires_grad_(True)
+    before = parameters_of(model)
+    train(model, optimizer, x, 1)
+    assert_identical("waiting", model[0].weight.detach(), before[0])
+    assert (model[2].weight != before[2]).any()
+    assert optimizer.is_recording
+    train(model, optimizer, x, 1)
+    assert float(optimizer.state[model[0].weight]["gram_rows"]) > 0
+    assert (model[0].weight != before[0]).any()
+
+
+def test_an_expert_first_used_between_refreshes_is_emended() -> None:
+    experts = nn.ModuleList([nn.Linear(16, 4, dtype=F64), nn.Linear(16, 4, dtype=F64)])
+    optimizer, x = emended(experts), 10 * randn(256, 16)
+    train(experts[0], optimizer, x, 11)
+    losses = train(experts[1], optimizer, x, 8)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_replaced_afterwards_is_refused(tied: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, False), nn.ReLU(), nn.Linear(8, 8, False))
+    optimizer = emended(model)
+    model[2].weight = model[0].weight if tied else nn.Parameter(torch.randn(8, 8))
+    squares(model(torch.randn(5, 8))).backward()
+    before = parameters_of(model)
+    with pytest.raises(RuntimeError, match="the weights of '2' were replaced or tied"):
+        optimizer.step()
+    for own, expected in zip(parameters_of(model), before, strict=True):
+        assert_identical("weight", own, expected)
+
+
+def test_biases_added_later_begin_their_layers_anew() -> None:
+    model = mlp(F64)
+    weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    optimizer = cw.optim.Emended(torch.optim.AdamW(weights, 0.02), model)
+    train(model, optimizer, randn(20, 6), 3)
+    optimizer.add_param_group({"params": biases})
+    train(model, optimizer, randn(20, 6), 1)
+    assert optimizer.state[model[0].weight]["root"].shape == (7, 7)
+    assert float(optimizer.state[model[0].weight]["gram_rows"]) == 20 * (1 - 0.95)
+
+
+def test_a_group_that_is_refused_changes_nothing() -> None:
+    class Unknown(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+    model = mlp(F64)
+    inner = Unknown(model[0].parameters(), {"lr": 0.1, "weight_decay": 0.0})
+    optimizer = cw.optim.Emended(inner, model, refresh_every=1)
+    train(model, optimizer, randn(20, 6), 2)
+    with pytest.raises(ValueError, match="weight"):
+        optimizer.add_param_group({"params": list(model[2].parameters()), "weight_decay": 0.1})
+    assert len(optimizer.param_groups) == 1
+    rows = float(optimizer.state[model[0].weight]["gram_rows"])
+    train(model, optimizer, randn(20, 6), 1)
+    assert float(optimizer.state[model[0].weight]["gram_rows"]) != rows
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_of_which_only_the_last_state_is_used(kind: type[nn.Module]) -> None:
+    """One function, read from the outputs or from the last state."""
+    found = []
+    for last in (False, True):
+        torch.manual_seed(0)
+        layer: Any = kind(5, 4, batch_first=True, dtype=F64)
+        optimizer = emended(layer)
+        out, state = layer(randn(6, 7, 5))
+        squares((state[0] if kind is nn.LSTM else state)[-1] if last else out[:, -1]).backward()
+        optimizer.step()
+        found.append(layer.weight_ih_l0.detach())
+    assert_close("weight", found[1], found[0], EXACT)
+
+
+def test_both_outputs_of_a_recurrent_layer_enter_its_rows_once() -> None:
+    layer = nn.GRU(5, 4, batch_first=True, dtype=F64)
+    optimizer = emended(layer)
+    out, state = layer(randn(6, 7, 5))
+    (squares(out) + squares(state)).backward()
+    optimizer.step()
+    assert float(optimizer.state[layer.weight_ih_l0]["gram_rows"]) == pytest.approx(42 * (1 - 0.95))
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_hooks_of_the_optimizer_inside_see_every_gradient(own_step: bool) -> None:
+    class Subclass(torch.optim.SGD):
+        pass
+
+    model = mlp(F64)
+    inner = (torch.optim.SGD if own_step else Subclass)(model.parameters(), 0.1)
+    seen: list[int] = []
+
+    def zeroed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(len(gradients))
+        for gradient in gradients:
+            gradient.zero_()
+
+    inner.register_step_pre_hook(zeroed)
+    inner.register_step_post_hook(lambda *_: seen.append(-1))
+    optimizer = cw.optim.Emended(inner, model)
+    before = copy.deepcopy(parameters_of(model))
+    train(model, optimizer, randn(20, 6), 2)
+    assert seen == [4, -1, 4, -1]
+    for own, expected in zip(parameters_of(model), before, strict=True):
+        assert_identical("weight", own, expected)
