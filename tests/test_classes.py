@@ -275,3 +275,18 @@ def test_a_convert_that_converts_nothing_says_so() -> None:
             cw.convert(model)
     with pytest.warns(UserWarning, match="converted nothing"):
         cw.convert(nn.Linear(5, 3), filter_fn=lambda module, name: False)
+
+
+def test_a_parameter_of_another_name_beside_one_of_the_usual_name_is_refused() -> None:
+    class Kernel(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.kernel, self.bias)
+
+    class Property(nn.Module):
+        @property
+        def weight(self) -> Tensor:
+            return self.kernel.t()
+
+    for cls in (Kernel, Property):
+        with pytest.raises(ValueError, match="weight must be 'weight' where cls has"):
+            cw.register(cls, like=nn.Linear, weight="kernel")

@@ -446,3 +446,13 @@ def test_where_auto_takes_it_the_error_is_that_of_plain_pytorch(
             allowed = FACTOR * math.sqrt(sum(plain_errors) / 3) + FLOOR[dtype]
             error = math.sqrt(sum(own_errors) / 3)
             assert error <= allowed, f"{rows}x{inputs}x{outputs}: {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize(("seed", "rows", "damping", "iterations"), [(16, 2, 0.1, 200), (92, 3, 0.01, 80)])
+def test_more_iterations_than_needed_change_nothing(seed: int, rows: int, damping: float, iterations: int) -> None:
+    torch.manual_seed(seed)
+    x, dy = torch.randn(rows, 6), torch.randn(rows, 64)
+    own = cw.emended_weight_grad(x, dy, damping=damping, solver="cg", iterations=iterations)
+    exact = cw.emended_weight_grad(x.double(), dy.double(), damping=damping)
+    for found, expected in zip(own, exact, strict=True):
+        assert_close("gradient", found, expected, 1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import F32, F64, TOLERANCE, assert_close, assert_identical, oracle, randn
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import consequentialism as cw
 from consequentialism.nn.module import EmendedModule
@@ -388,3 +388,23 @@ def test_param_groups_lists_a_tied_parameter_once() -> None:
 def test_bad_arguments_of_param_groups(arguments: dict, error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
         cw.param_groups(nn.Linear(5, 3), **arguments)
+
+
+def test_a_class_that_cannot_be_subclassed_is_left_alone() -> None:
+    class Tagged(nn.Linear):
+        def __init_subclass__(cls, *, tag: str) -> None: ...
+
+    model = nn.Sequential(nn.Linear(4, 4), Tagged(4, 4), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="1: its class cannot be subclassed"):
+        cw.convert(model)
+    assert [isinstance(layer, cw.Linear) for layer in model] == [True, False, True]
+
+
+def test_pruned_and_normed_weights_are_in_the_emended_group() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    cw.convert(model)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    nn.utils.spectral_norm(model[1])
+    emended, *others = cw.param_groups(model, lr=1.0, other={"lr": 1e-3})
+    assert {id(p) for p in emended["params"]} == {id(p) for p in model.parameters()}
+    assert not any(group["params"] for group in others)

@@ -288,3 +288,11 @@ def test_meta_tensors_have_shapes() -> None:
     out = layer(x)
     assert out.shape == (8, 3)
     assert out.is_meta
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+def test_a_layer_without_inputs(dtype: torch.dtype) -> None:
+    layer = cw.Linear(0, 3, bias=False, dtype=dtype)
+    layer(torch.randn(4, 0, dtype=dtype)).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.shape == (3, 0)

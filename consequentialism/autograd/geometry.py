@@ -165,7 +165,9 @@ class TransposedGeometry(Geometry):
         return weight.shape[1] * self.groups
 
     def rows_of(self, weight: Tensor) -> Tensor:
-        own = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)  # [groups, O/groups, C/groups, *kernel]
+        own = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(
+            1, 2
+        )  # [groups, O/groups, C/groups, *kernel]
         return own.reshape(self.groups, weight.shape[1], -1)
 
     def weight_of(self, rows: Tensor) -> Tensor:

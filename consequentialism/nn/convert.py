@@ -77,7 +77,7 @@ def convert(
                 f"model: consequentialism.optim.Emended steps layer {name!r} in coordinates already, and a gradient is "
                 "emended once; leave the layer out by a filter_fn, there or here"
             )
-        reason = _obstacle(module, tied)
+        reason = _obstacle(module, tied) or (None if emended else _class_obstacle(type(module)))
         if reason is None:
             chosen.append((name, module, module.options.changed(**options) if emended else settings))
         else:
@@ -101,6 +101,18 @@ def convert(
         said += ["consequentialism.convert left alone " + "; ".join(left_alone)] if left_alone else []
         warnings.warn(": ".join(said), UserWarning, stacklevel=2)
     return model
+
+
+def _class_obstacle(cls: type[nn.Module]) -> str | None:
+    """Why no emended class can be made of a layer's class, if none can."""
+    form = form_of(cls)
+    if form is None:
+        return None
+    try:
+        emended_class(cls, form)
+    except Exception as error:  # what a class does where it is subclassed is its own
+        return f"its class cannot be subclassed ({type(error).__name__}: {error})"
+    return None
 
 
 def revert(model: Model) -> Model:

@@ -115,6 +115,9 @@ class EmendedModule(nn.Module):
                 yield parameter
             elif name in parametrized:
                 yield from parametrized[name].parameters()
+            else:  # as torch.nn.utils' pruning, weight_norm and spectral_norm name them
+                own = (self._parameters.get(name + end) for end in ("_orig", "_g", "_v"))
+                yield from (found for found in own if found is not None)
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -106,7 +106,8 @@ def register(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: A ``like`` that has no emended form, or ``transposed`` where ``like`` is not `torch.nn.Linear`.
+        ValueError: A ``like`` that has no emended form, ``transposed`` where ``like`` is not `torch.nn.Linear`, or a
+            parameter of another name where ``cls`` has something of the usual one.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of torch.nn.Module, got {cls!r} ({type(cls).__name__})")
@@ -118,6 +119,10 @@ def register(
     for name, value in (("weight", weight), ("bias", bias)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be the name of a parameter, got {value!r} ({type(value).__name__})")
+        if value != name and (issubclass(cls, like) or hasattr(cls, name)):
+            raise ValueError(
+                f"{name} must be {name!r} where cls has an attribute of that name already, got {value!r} for {cls!r}"
+            )
     if not isinstance(transposed, bool):
         raise TypeError(f"transposed must be True or False, got {transposed!r} ({type(transposed).__name__})")
     if transposed and like is not nn.Linear:

@@ -75,8 +75,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b``, and 0 where ``b`` is: nothing is left to do there. NaN stays NaN."""
-    return torch.where(b == 0, torch.zeros_like(a), a / b)
+    """``a / b``, and 0 where ``b`` is 0 or has four bits left or fewer: nothing is left to do there. NaN stays NaN."""
+    few_bits = torch.finfo(b.dtype).tiny * torch.finfo(b.dtype).eps * 2**4
+    return torch.where(b.abs() < few_bits, torch.zeros_like(a), a / b)
 
 
 def solve_gram(

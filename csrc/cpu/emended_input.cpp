@@ -34,6 +34,7 @@ struct Inversion {
 // Where float64 squares of x may leave their range, a power of two near its largest entry; else 1.
 double unit_of(const at::Tensor& gram, const at::Tensor& x) {
   constexpr double kMinTrace = 1e-250;
+  if (x.numel() == 0) return 1;
   const double trace = gram.diagonal().sum().item<double>();
   if (trace > kMinTrace && trace < 1 / kMinTrace) return 1;
   const double largest = at::amax(x.abs()).item<double>();
