@@ -1,14 +1,20 @@
-"""Checks of the arguments of `Emended`: an error names the argument, the value and what is allowed."""
+"""Checks of `Emended`'s arguments and layers: an error names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .rules import rule_of
+from .. import _torch
+from ..nn.module import EmendedModule
+from .rules import Rule, decay_of, rule_of
+from .units import Unit
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -70,4 +76,42 @@ def check_shard_state(shard_state: Any, group: Any, optimizer: torch.optim.Optim
         raise ValueError(
             f"shard_state=True: {type(optimizer).__name__} moves the weights in train() and eval(), which one rank may "
             "call alone, and needs every root for it"
+        )
+
+
+def check_weights(units: Sequence[Unit]) -> None:
+    moved = [unit.name for unit in units if unit.weight is not unit.own]
+    if moved:
+        raise RuntimeError(
+            f"consequentialism.optim.Emended: the weights of {', '.join(map(repr, moved[:5]))} were replaced or tied "
+            "after it was made; make the optimizer then"
+        )
+
+
+def check_converted(units: Sequence[Unit]) -> None:
+    converted = [unit.name for unit in units if isinstance(unit.module, EmendedModule)]
+    if converted:
+        raise ValueError(
+            f"model: layers {', '.join(map(repr, converted[:5]))} are emended by consequentialism.convert already, and "
+            "a gradient is emended once; consequentialism.revert(model) first, or leave them out by filter_fn"
+        )
+
+
+def check_decay(units: Sequence[Unit], groups: Mapping[int, Any], rule: Rule, name: str) -> None:
+    """Whether the weight decay of the units' groups, by the ids of their parameters, can act on ``W``."""
+    for parameter in [p for unit in units for p in (unit.weight, unit.bias) if p is not None]:
+        if decay_of(rule, groups[id(parameter)], name) != "none" and rule.reads == "position":
+            raise ValueError(
+                f"optimizer: weight_decay of {name} acts on several places in the coordinates; set it to 0"
+            )
+
+
+def check_one_process(units: Sequence[Unit], model: nn.Module, process_group: Any) -> None:
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    sharded = any(_torch.is_dtensor(unit.weight) for unit in units)
+    if process_group is None and (wrapped or sharded):
+        which = "DistributedDataParallel" if wrapped else "a device mesh"
+        raise ValueError(
+            f"process_group must not be None with {which}: replicas with roots of their own would drift apart; use "
+            "process_group='auto'"
         )

@@ -16,11 +16,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
 from ..backend import dispatch
-from ..nn.module import EmendedModule
 from ..options import check_choice
 from ..solve.gram import Gram
 from . import memory
-from .checks import check_numbers, check_optimizer, check_process_group, check_shard_state
+from .checks import (
+    check_converted,
+    check_decay,
+    check_numbers,
+    check_one_process,
+    check_optimizer,
+    check_process_group,
+    check_shard_state,
+    check_weights,
+)
 from .inside import (
     POSITION,
     Part,
@@ -34,7 +42,7 @@ from .inside import (
 )
 from .join import JoinHook, notify
 from .record import Hook, Recorder
-from .rules import decay_of, defaults_of, rule_of
+from .rules import defaults_of, rule_of
 from .sharding import Sharding
 from .steps import local, rule_for
 from .units import Unit, find_units
@@ -231,18 +239,11 @@ class Emended(torch.optim.Optimizer):
         if not self.units:
             why = "; ".join(f"{name or '(the model itself)'}: {reason}" for name, reason in self.left_alone.items())
             raise ValueError(f"model: it has no layer that can be stepped in coordinates. {why}".rstrip())
-        self._check_converted()
+        check_converted(self.units)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        for unit in self.units:
-            for parameter in (unit.weight, unit.bias):
-                if parameter is not None:
-                    decay = decay_of(self._rule, groups[id(parameter)], self._name)
-                    if decay != "none" and self._rule.reads == "position":
-                        raise ValueError(
-                            f"optimizer: weight_decay of {self._name} acts on several places in the coordinates; "
-                            "set it to 0"
-                        )
-        self._check_one_process()
+        check_decay(self.units, groups, self._rule, self._name)
+        check_one_process(self.units, self._model, self.process_group)
+        self._recorder.one_process = self.process_group is None
         self._hook()
         if self._is_due():
             self._recorder.begin()
@@ -258,33 +259,6 @@ class Emended(torch.optim.Optimizer):
             for module, kind in unit.uses:
                 hook = Hook(self._recorder, unit.slot, kind, unit.blocks, per_sample)
                 self._recorder.handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def _check_weights(self) -> None:
-        moved = [unit.name for unit in self.units if unit.weight is not unit.own]
-        if moved:
-            raise RuntimeError(
-                f"consequentialism.optim.Emended: the weights of {', '.join(map(repr, moved[:5]))} were replaced "
-                "or tied after it was made; make the optimizer then"
-            )
-
-    def _check_converted(self) -> None:
-        converted = [unit.name for unit in self.units if isinstance(unit.module, EmendedModule)]
-        if converted:
-            raise ValueError(
-                f"model: layers {', '.join(map(repr, converted[:5]))} are emended by consequentialism.convert already, "
-                "and a gradient is emended once; consequentialism.revert(model) first, or leave them out by filter_fn"
-            )
-
-    def _check_one_process(self) -> None:
-        wrapped = any(isinstance(module, DistributedDataParallel) for module in self._model.modules())
-        sharded = any(_torch.is_dtensor(unit.weight) for unit in self.units)
-        self._recorder.one_process = self.process_group is None
-        if self.process_group is None and (wrapped or sharded):
-            which = "DistributedDataParallel" if wrapped else "a device mesh"
-            raise ValueError(
-                f"process_group must not be None with {which}: replicas with roots of their own would drift apart; use "
-                "process_group='auto'"
-            )
 
     def _is_due(self) -> bool:
         return memory.steps_to_refresh(int(self._steps), self.refresh_every) == 0
@@ -342,7 +316,7 @@ class Emended(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_weights()
+        check_weights(self.units)
         states = self._states()
         recorder = self._recorder
         notify(self, recorder.wrapper and recorder.wrapper())
