@@ -455,4 +455,4 @@ def test_more_iterations_than_needed_change_nothing(seed: int, rows: int, dampin
     own = cw.emended_weight_grad(x, dy, damping=damping, solver="cg", iterations=iterations)
     exact = cw.emended_weight_grad(x.double(), dy.double(), damping=damping)
     for found, expected in zip(own, exact, strict=True):
-        assert_close("gradient", found, expected, 1e-4)
+        assert_close("gradient", found, expected, TOLERANCE[F32])

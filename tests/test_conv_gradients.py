@@ -135,3 +135,14 @@ def test_output_can_be_changed_in_place(way: str) -> None:
         )
         for own, want in zip(conv_gradients(layer), expected, strict=True):
             assert_close("gradient", own, want, TOLERANCE[F64])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batched_gradients_of_a_transposed_convolution(groups: int) -> None:
+    layer = cw.ConvTranspose1d(4, 6, 3, groups=groups, dtype=F32)
+    y = layer(randn(2, 4, 5, dtype=F32))
+    dy = randn(3, *y.shape, seed=1, dtype=F32)
+    (batched,) = torch.autograd.grad(y, [layer.weight], dy, is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        (each,) = torch.autograd.grad(y, [layer.weight], dy[k], retain_graph=True)
+        assert_close(f"weight of {k}", batched[k], each, SAME_WAY)

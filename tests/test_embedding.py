@@ -309,3 +309,22 @@ def test_sparse_and_dense_agree(scale: str, damping_mode: str) -> None:
         cw.set_samples(layer, 7)
         found.append(gradient_of(layer, dy).to_dense() if sparse else gradient_of(layer, dy))
     assert_close("dw", found[1], found[0], EXACT)
+
+
+def test_a_registered_table_whose_padding_counts_from_the_end() -> None:
+    """-1 is the last row, and not torch's sign for none."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.padding_idx = nn.Parameter(randn(5, 2, dtype=F32)), -1
+
+        def forward(self, indices: Tensor) -> Tensor:
+            return nn.functional.embedding(indices, self.weight, self.padding_idx)
+
+    cw.register(Table, like=nn.Embedding)
+    table = cw.convert(Table())
+    table(torch.tensor([0, 4, 4])).sum().backward()
+    assert table.weight.grad is not None
+    assert not table.weight.grad[-1].any()
+    assert table.weight.grad[0].all()

@@ -28,6 +28,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> str:
     return str(optimizer.state_dict())
 
 
+def test_an_optimizer_that_chose_its_layers_by_itself() -> None:
+    """`optim.Muon` knows its layers by the modules, which a copy does not have."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = [(randn(16, 6, dtype=F32), randn(16, 2, dtype=F32))]
+    optimizer = cw.optim.Muon(model, 0.02, aux={"lr": 1e-3})
+    found = cw.find_damping(model, batches, mse_loss, optimizer=optimizer, dampings=[0.03], rates=[0.02], steps=3)
+    assert 0.03 in [tried.damping for tried in found.tries]
+
+
 @pytest.mark.parametrize("kind", ["class", "adam", "converted", "emended"])
 def test_everything_is_as_before(kind: str) -> None:
     model, batches = task()

@@ -34,6 +34,8 @@ class EmendedEmbedding(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, indices, ctx.padding_idx, ctx.sparse, ctx.options, ratio = inputs
         ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
+        if ctx.padding_idx is not None:  # -1, the last row, is "none" to torch's backward
+            ctx.padding_idx %= ctx.num_embeddings
         ctx.save_for_backward(indices, ratio)
 
     @staticmethod
