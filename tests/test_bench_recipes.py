@@ -26,6 +26,7 @@ from bench.train.whole import RecipeRow
 from consequentialism.errors import UserError
 from consequentialism.experiments.data import Samples
 from consequentialism.experiments.train import class_loss
+from consequentialism.optim import Emended, Muon
 
 
 def small(**changes: object) -> recipes.Recipe:
@@ -341,17 +342,28 @@ def test_the_report_of_the_grid_gives_means_over_seeds_that_are_complete_and_div
     assert draw.grid(grid_report.rows(tmp_path)).axes
 
 
-def test_the_cost_of_a_step_counts_one_dear_step_in_ten(tmp_path: Path) -> None:
+def test_the_cost_of_a_step_counts_dear_steps_as_often_as_they_come(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_optimizer")
     step_cost.measure(tmp_path, 1, "cpu", ((64, 16),))
     rows = table.read(tmp_path / step_cost.FILE, StepCostRow)
     assert [found.optimizer for found in rows] == list(step_cost.LABELS)
     for found in rows:
-        assert found.ms == pytest.approx(0.9 * found.ordinary_ms + 0.1 * found.dear_ms, rel=1e-3)
+        share = 1 / {"adamw": 3, "muon": 3, "coordinates-muon": 25}.get(found.optimizer, 10)
+        assert found.ms == pytest.approx((1 - share) * found.ordinary_ms + share * found.dear_ms, rel=1e-3)
     assert {found.ratio for found in rows if found.optimizer in ("adamw", "muon")} == {1.0}
     assert "N = 64, width 16" in "\n".join(recipe_report.text(tmp_path, ""))
     step_cost.measure(tmp_path, 1, "cpu", ((64, 16), (64, 8)))
     assert table.read(tmp_path / step_cost.FILE, StepCostRow)[: len(rows)] == rows  # measured once
+
+
+def test_the_cost_of_a_step_counts_refreshes_by_the_defaults() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4))
+    adamw, muon = (
+        Emended(torch.optim.AdamW(model.parameters()), model),
+        Muon(model, 0.01, aux={"lr": 0.01}),
+    )
+    found = {"coordinates-adamw": adamw.refresh_every, "coordinates-muon": muon.refresh_every}
+    assert found == {name: period for name, period in step_cost.PERIODS.items() if name in found}
 
 
 def test_tasks_without_data_are_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

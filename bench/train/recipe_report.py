@@ -148,10 +148,11 @@ def _costs(found: Sequence[StepCostRow]) -> list[str]:
         (step_cost.LABELS[name], *(f"{by[name, n, w].ms:.1f} ({by[name, n, w].ratio:.2f})" for n, w in sizes))
         for name in names
     ]
+    period, of_muon = (step_cost.PERIODS[name] for name in ("coordinates-adamw", "coordinates-muon"))
     return [
         "## What a step in coordinates costs",
         f'`make bench-train ARGS="--stage step-cost"`; forward, backward and step of a transformer\'s block and a '
-        f"head, one step in {step_cost.PERIOD} refreshing; medians of {found[0].rounds} rounds in which the "
-        f"optimizers take turns; {where(found)}.",
+        f"head, one step in {period} refreshing, of Muon in {of_muon}; medians of {found[0].rounds} rounds in which "
+        f"the optimizers take turns; {where(found)}.",
         markdown(headings, lines),
     ]
