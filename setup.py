@@ -33,6 +33,7 @@ CPU_SOURCES = [
     "csrc/ops.cpp",
     "csrc/module.cpp",
     "csrc/autograd.cpp",
+    "csrc/linear_forward.cpp",
     "csrc/cpu/input_gram.cpp",
     "csrc/cpu/damped_inverse.cpp",
     "csrc/cpu/tile_inverse.cpp",

@@ -1,5 +1,7 @@
 // The derivative of an emended linear layer for eager mode: what consequentialism/autograd/linear.py does, without
 // Python between the steps. There stands the meaning of every branch; tests hold the two to the same bits.
+#include "autograd.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_unsafe_view.h>
@@ -242,6 +244,8 @@ class EmendedLinear : public torch::autograd::Function<EmendedLinear> {
   }
 };
 
+}  // namespace
+
 at::Tensor emended_linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::string_view form,
     std::string_view applied_to, double damping, std::string_view damping_mode, std::string_view scale,
@@ -249,8 +253,6 @@ at::Tensor emended_linear(
   return EmendedLinear::apply(
       x, weight, bias, form, applied_to, damping, damping_mode, scale, gram_dtype, narrow_up_to);
 }
-
-}  // namespace
 
 }  // namespace consequentialism
 

@@ -6,6 +6,7 @@
 
 #include "build_info.h"
 #include "cpu/damped_inverse.h"
+#include "linear_forward.h"
 #ifdef CONSEQUENTIALISM_CUDA_VERSION
 #include "cuda/damped_inverse_binding.h"
 #endif
@@ -52,4 +53,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of consequentialism: importing it registers torch.ops.consequentialism.*";
   m.def("build_info", &build_info, "Version, torch, compiler, CUDA version and architectures.");
   m.def("breakdowns", &breakdowns, "How many factors of this process broke down and were retried with more damping.");
+  m.def("linear_forward", &consequentialism::linear_forward, "The usual forward of an emended linear layer, or None.");
+  m.def("set_planner", &consequentialism::set_planner, "The function that plans a call of linear_forward.");
 }

@@ -16,6 +16,7 @@ from ..autograd import traced
 from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
 from ..backend import compiled as ops
 from ..backend import dispatch, reference
+from ..backend.protocol import Backend
 from ..options import Options, OptionsDict, options_from
 from ..samples import counted, ratio, scaled
 from ..solve import cost
@@ -76,7 +77,7 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     if options.process_group is None:
         fused_rows = backend.LIMITS.fused_rows if need_weight and not transformed else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
-    if backend.LIMITS.derivative and not transformed and plan is not None and plan.solver == "cholesky":
+    if plan is not None and not transformed and serves_whole(backend, plan):
         return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *options.ridge, *plan.type)
     with torch.no_grad(), full_precision(x.device.type):
         prepared = prepare(
@@ -91,6 +92,30 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
         )
     function = TransformableEmendedLinear if transformed else EmendedLinear
     return function.apply(x, weight, bias, backend, *prepared.flat())
+
+
+def serves_whole(backend: Backend, plan: cost.Plan) -> bool:
+    """Whether one op serves both forward and backward of a call."""
+    return backend.LIMITS.derivative and plan.solver == "cholesky"
+
+
+def compiled_plan(
+    x: Tensor, has_bias: bool, outputs: int, options: Options, need_weight: bool
+) -> tuple[Any, ...] | None:
+    """What ``csrc/linear_forward.cpp`` remembers for calls with these options and sizes.
+
+    Returns:
+        The last arguments of the compiled ``emended_linear``, or None where that op does not serve such calls.
+    """
+    if options.samples is not None or options.process_group is not None:
+        return None
+    backend = dispatch.select(options.backend, x)
+    plan = cost.plan(x, has_bias, outputs, options, backend.LIMITS.fused_rows if need_weight else 0)
+    return (plan.form, plan.applied_to, *options.ridge, *plan.type) if serves_whole(backend, plan) else None
+
+
+if ops.module is not None:
+    ops.module.set_planner(compiled_plan)
 
 
 def emended_weight_grad(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ..backend import compiled as ops
 from ..functional.checks import check_linear
 from ..functional.linear import autocast, emended_linear_with
 from ..options import LinearOptions
@@ -67,6 +68,8 @@ class Linear(EmendedModule, nn.Linear):
         settings = self.settings_from(options)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.set_options(settings)
+
+    shortcut = None if ops.module is None else ops.module.linear_forward
 
     def emended_forward(self, input: Tensor) -> Tensor:
         linear = emended_linear_with if self.recorder is None else self.recorder.linear

@@ -177,7 +177,7 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
         bases: tuple[type, ...] = (own, cls)
     else:
         bases = (EmendedModule, cls)
-        borrowed = {name: getattr(own, name) for name in ("emended_forward", "check_input")}
+        borrowed = {name: getattr(own, name) for name in ("emended_forward", "check_input", "shortcut")}
         defaults = {name: value for name, value in DEFAULTS[form.like].items() if not hasattr(cls, name)}
         namespace.update(borrowed, **defaults)
         for name, parameter in (("weight", form.weight), ("bias", form.bias)):
