@@ -6,6 +6,8 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/accumulate.h>
 #include <c10/util/hash.h>
 #include <torch/csrc/autograd/python_variable.h>
