@@ -245,13 +245,20 @@ def row(name: str, scores: list[float], seed: int = 0, steps: int = 20, **change
     )
 
 
-def test_a_share_is_that_of_the_first_evaluation_as_good_as_the_others_end() -> None:
+def test_a_share_is_where_the_line_between_evaluations_is_as_good_as_the_others_end() -> None:
     falling = [2 - k / 20 for k in range(21)]
     slow, fast = row("adamw", falling), row("muon", [2 - k / 10 for k in range(21)])
     recipe = RECIPES["nanogpt"]
     assert recipe_report.share(recipe, [fast], [slow]) == 0.5
     assert recipe_report.share(recipe, [slow], [slow]) == 1
     assert recipe_report.share(recipe, [slow], [fast]) == math.inf
+    assert recipe_report.share(recipe, [slow], [row("muon", [9.0, 1.3625])]) == pytest.approx(
+        0.6375
+    )  # between two of twenty
+    assert recipe_report.share(recipe, [row("muon", [1.0] * 21)], [slow]) == 0  # from the start
+    assert recipe_report.share(
+        RECIPES["vit"], [row("muon", [k / 20 for k in range(21)])], [row("adamw", [0.0, 0.275])]
+    ) == (pytest.approx(0.275))
     assert math.isnan(recipe_report.share(recipe, [slow], [row("muon", falling, seed=1)]))
 
 

@@ -29,8 +29,8 @@ def text(folder: Path, pictures: str) -> list[str]:
             "Everybody may have eight trials, with a seed of their own, one knob after the other: the rate, the "
             "auxiliary rate of Muon's AdamW, in coordinates the damping, and weight decay; so many as the column says "
             "were made. "
-            "Steps to another's end are those of the first of twenty "
-            "evaluations that is as good, each on the schedule of its own; a shorter schedule would get there sooner. "
+            "Steps to another's end are those where the straight lines between a run's twenty evaluations are first "
+            "as good, each on the schedule of its own, medians over the seeds; a shorter one would get there sooner. "
             "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "
             "CIFAR-10 is 12,000 of "
             "its training images, as JPEG, whose pixels differ slightly from the binary release.",
@@ -65,8 +65,15 @@ def share(recipe: Recipe, mine: Sequence[RecipeRow], other: Sequence[RecipeRow])
 
 
 def _reached(recipe: Recipe, row: RecipeRow, goal: float) -> float:
-    good = (step for step, score in row.curve() if (score <= goal if recipe.by_loss else score >= goal))
-    return next(good, math.inf)
+    """Steps to the goal, on straight lines between evaluations; infinity where none is as good."""
+    before, before_score = 0.0, goal  # a run that begins there needs no step
+    for step, score in row.curve():
+        if score <= goal if recipe.by_loss else score >= goal:
+            if before_score == goal or not math.isfinite(before_score):
+                return step
+            return before + (step - before) * (goal - before_score) / (score - before_score)
+        before, before_score = step, score
+    return math.inf
 
 
 def _task(

@@ -145,7 +145,7 @@ class Setting:
 
 
 def _coordinates(name: str, lr: float, exponent: float, **changes: Any) -> Setting:
-    """The package's defaults."""
+    """The same refreshes and blocks for all: the package's defaults but for Muon's, which are rarer and smaller."""
     defaults = Setting(name, lr, None, 0.1, 0.03, exponent, "around", 10, 0.95, 256)
     return dataclasses.replace(defaults, **changes)
 
