@@ -100,6 +100,11 @@ def test_with_kernels_that_cannot_be_loaded(pure: Path) -> None:
     assert_falls_back(run(STEP, pure), pure, "cannot be loaded")
 
 
+def test_with_kernels_of_older_sources(pure: Path) -> None:
+    (pure / "consequentialism/_C.py").write_text("def build_info(): ...\ndef breakdowns(): ...\n")
+    assert_falls_back(run(STEP, pure), pure, "built from older sources, without linear_forward, set_planner")
+
+
 @pytest.mark.parametrize("built_for", ["2.9.1", torch.__version__ + ".post1"])
 def test_with_kernels_for_another_torch(pure: Path, built_for: str) -> None:
     import sysconfig

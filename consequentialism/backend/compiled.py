@@ -33,6 +33,8 @@ NEEDED = (
     "fused_weight_grad",
 )
 
+FUNCTIONS = ("build_info", "breakdowns", "linear_forward", "set_planner")  # of the module itself
+
 BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
 
 
@@ -54,6 +56,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         if built_for is not None and built_for != torch.__version__:
             return None, _moved(built_for)
         return None, f"built, but it cannot be loaded with torch {torch.__version__}: {error}"
+    without = [name for name in FUNCTIONS if not hasattr(_C, name)]
+    if without:
+        return None, f"built from older sources, without {', '.join(without)}; {BUILD_AGAIN}"
     return _C, None
 
 
