@@ -64,13 +64,15 @@ std::optional<Plan> plan_of(const py::object& told) {
               plan[6].cast<double>()};
 }
 
-const std::optional<Plan>& known_plan(
+// None for options that are not for long: they would be kept alive.
+std::optional<Plan> known_plan(
     const at::Tensor& x, int64_t rows, int64_t outputs, bool has_bias, bool needs_weight, PyObject* options) {
   const Call call{options, rows, x.size(-1), outputs, x.scalar_type(), x.device(), has_bias, needs_weight};
   auto& plans = known_plans();
   const auto found = plans.find(call);
   if (found != plans.end()) return found->second.plan;
   const auto held = py::reinterpret_borrow<py::object>(options);
+  if (!held.attr("samples").is_none() || !held.attr("process_group").is_none()) return std::nullopt;
   std::optional<Plan> plan = plan_of(planner()(x, has_bias, outputs, held, needs_weight));
   if (plans.size() >= kMostEntries) plans.clear();
   return plans.emplace(call, Entry{held, std::move(plan)}).first->second.plan;
@@ -140,10 +142,9 @@ py::object linear_forward(py::handle layer, py::handle input) {
   const auto sizes = x->sizes();
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
   if (rows == 0) return py::none();
-  const std::optional<Plan>& plan = known_plan(*x, rows, outputs, has_bias, needs_weight, options);
+  const std::optional<Plan> plan = known_plan(*x, rows, outputs, has_bias, needs_weight, options);
   if (!plan) return py::none();
-  // Copies, for another thread may replace a parameter, or clear the table.
-  const Plan taken = *plan;
+  // Copies, for another thread may replace a parameter.
   const at::Tensor rows_of_x = *x;
   const at::Tensor matrix = transposed ? weight->t() : *weight;
   const auto column = has_bias ? std::optional(*bias) : std::nullopt;
@@ -151,8 +152,8 @@ py::object linear_forward(py::handle layer, py::handle input) {
   {
     const py::gil_scoped_release others_run;
     y = emended_linear(
-        rows_of_x, matrix, column, taken.form, taken.applied_to, taken.damping, taken.damping_mode, taken.scale,
-        taken.gram_dtype, taken.narrow_up_to);
+        rows_of_x, matrix, column, plan->form, plan->applied_to, plan->damping, plan->damping_mode, plan->scale,
+        plan->gram_dtype, plan->narrow_up_to);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
 }

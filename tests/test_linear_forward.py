@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -112,6 +113,15 @@ def test_a_shape_is_planned_once_and_new_options_anew(monkeypatch: pytest.Monkey
         ops.module.set_planner(functional.compiled_plan)
     expected, _ = cw.emended_weight_grad(x, dy, damping=0.25)
     assert_identical("dw", dw, expected)
+
+
+def test_options_of_one_batch_are_not_kept_alive() -> None:
+    layer, x = cw.Linear(5, 4), randn(3, 5, dtype=F32)
+    cw.set_samples(layer, torch.tensor(2))
+    before = sys.getrefcount(layer.options)
+    layer(x)
+    after = sys.getrefcount(layer.options)
+    assert after == before
 
 
 def test_a_subclass_with_its_own_forward_of_emended_inputs_is_asked() -> None:

@@ -104,11 +104,12 @@ def compiled_plan(
 ) -> tuple[Any, ...] | None:
     """What ``csrc/linear_forward.cpp`` remembers for calls with these options and sizes.
 
+    Args:
+        options: Without a batch's own ``samples`` and without a process group, which must not be kept alive.
+
     Returns:
         The last arguments of the compiled ``emended_linear``, or None where that op does not serve such calls.
     """
-    if options.samples is not None or options.process_group is not None:
-        return None
     backend = dispatch.select(options.backend, x)
     plan = cost.plan(x, has_bias, outputs, options, backend.LIMITS.fused_rows if need_weight else 0)
     return (plan.form, plan.applied_to, *options.ridge, *plan.type) if serves_whole(backend, plan) else None
