@@ -235,16 +235,23 @@ def _speeds(rows: Sequence[Row]) -> str:
     )
 
 
+def _seeds(runs: Sequence[RunRow]) -> str:
+    """How many runs count, and on which tasks more."""
+    counts = {task: len({row.seed for row in runs if row.task == task}) for task in {row.task for row in runs}}
+    fewest = min(counts.values())
+    more = [f"{counts[task]} on {task} (`--seeds {counts[task]}`)" for task in sorted(counts) if counts[task] > fewest]
+    return f"{fewest} seeds" + (f", {' and '.join(more)}" if more else "")
+
+
 def _training(folder: Path) -> list[str]:
     tasks = show.lines(folder)
     runs = table.read(folder / "runs.csv", RunRow)
     skips = table.read(folder / "skipped.csv", SkipRow)
-    seeds = len({row.seed for row in runs})
     pictures = f"benchmarks/{folder.parent.name}"
     parts = [
         "## Training",
         f"`make bench-train`; {where(runs)}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
-        f"{VALIDATION:.0%} of the training samples held out and with another seed; then {seeds} seeds, the target "
+        f"{VALIDATION:.0%} of the training samples held out and with another seed; then {_seeds(runs)}, the target "
         "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row "
         "that are as good. Seconds are steps times the cost of a step, measured on one thread for all optimizers of a "
         "task in turns. The grid search's cost is given the same way; a trial that was beaten stopped there.",
@@ -370,6 +377,7 @@ def readme_figures(results: Path) -> str:
             runs = table.read(folder / "train" / "runs.csv", RunRow)
             tasks = show.lines(folder / "train")
             parts += [f"{overview(tasks)}\n\n({where(runs)})"]
+            parts += filter(None, [recipe_report.overview(folder / "train")])
         if (folder / "step_cost.csv").exists():
             rows = table.read(folder / "step_cost.csv", Row)
             parts += [f"{step_range(rows)} ({where(rows)})"]

@@ -245,6 +245,24 @@ def row(name: str, scores: list[float], seed: int = 0, steps: int = 20, **change
     )
 
 
+def test_readme_says_how_soon_each_optimizer_in_coordinates_is_where_the_same_one_ends(tmp_path: Path) -> None:
+    assert recipe_report.overview(tmp_path) == ""
+    plain, faster = [2 - k / 20 for k in range(21)], [2 - k / 10 for k in range(21)]
+    ends = {"adamw": plain, "coordinates-adamw": faster, "muon": faster, "coordinates-muon": faster}
+    rows = [row(name, scores, seed) for name, scores in ends.items() for seed in (whole.SEARCH_SEED, 0, 1)]
+    rows += [row(name, scores, 0, steps=40) for name, scores in ends.items()]  # of a longer schedule one seed alone
+    table.write(rows, RecipeRow, tmp_path / whole.FILE)
+    assert recipe_report.overview(tmp_path) == ""  # nobody has timed it
+    here = dataclasses.asdict(environment())
+    times = [
+        whole.RecipeTimeRow(**here, task="nanogpt", optimizer=name, ms=1.0, ratio=2.0 if "-" in name else 1.0, blocks=1)
+        for name in ends
+    ]
+    table.write(times, whole.RecipeTimeRow, tmp_path / whole.TIMES)
+    text = recipe_report.overview(tmp_path)
+    assert ", 20 steps | 1.000 / 0.000 | 0.50 (1.00) | 0.000 / 0.000 | 1.00 (2.00) |" in text
+
+
 def test_a_share_is_where_the_line_between_evaluations_is_as_good_as_the_others_end() -> None:
     falling = [2 - k / 20 for k in range(21)]
     slow, fast = row("adamw", falling), row("muon", [2 - k / 10 for k in range(21)])

@@ -19,9 +19,7 @@ def text(folder: Path, pictures: str) -> list[str]:
     """The sections of whatever files there are."""
     found = whole.rows_in(folder)
     parts: list[str] = []
-    times: dict[tuple[str, str], RecipeTimeRow] = {}
-    if (folder / whole.TIMES).exists():
-        times = {(row.task, row.optimizer): row for row in table.read(folder / whole.TIMES, RecipeTimeRow)}
+    times = _times(folder)
     if found:
         parts += [
             "## Tasks that outsiders know",
@@ -43,6 +41,45 @@ def text(folder: Path, pictures: str) -> list[str]:
     if (folder / step_cost.FILE).exists():
         parts += _costs(table.read(folder / step_cost.FILE, StepCostRow))
     return parts
+
+
+def overview(folder: Path) -> str:
+    """README's table: how soon an optimizer in coordinates is where the same one ends, on each task's longest schedule
+    that several seeds ran; nothing where there is none."""
+    found = whole.rows_in(folder)
+    times = _times(folder)
+    lines, shown = [], []
+    for task in dict.fromkeys(row.task for row in found):
+        recipe = RECIPES[task]
+        several = [row.steps for row in found if row.task == task and row.seed not in (0, SEARCH_SEED)]
+        own = [row for row in found if row.task == task and row.steps == max(several, default=0)]
+        cells = []
+        for name in ("adamw", "muon"):
+            other, mine = counted(own, name), counted(own, f"coordinates-{name}")
+            steps = share(recipe, mine, other)
+            pair = [times.get((task, some)) for some in (f"coordinates-{name}", name)]
+            if math.isnan(steps) or pair[0] is None or pair[1] is None:
+                break
+            ends = (_score(recipe, median(row.score for row in some)) for some in (other, mine))
+            seconds = steps * pair[0].ratio / pair[1].ratio
+            cells += [" / ".join(ends), f"{number(steps, '.2f')} ({number(seconds, '.2f')})"]
+            shown += [*other, *mine]
+        else:
+            if own:
+                lines.append((f"{recipe.title}, {own[0].steps:,} steps", *cells))
+    if not lines:
+        return ""
+    headings = (
+        "trained to the end of a schedule", "AdamW / in coordinates", "its end after, of its steps (seconds)",
+        "Muon / in coordinates", "its end after, of its steps (seconds)",
+    )  # fmt: skip
+    return f"{markdown(headings, lines)}\n\n(Validation loss or test accuracy, medians over seeds; {where(shown)})"
+
+
+def _times(folder: Path) -> dict[tuple[str, str], RecipeTimeRow]:
+    path = folder / whole.TIMES
+    rows = table.read(path, RecipeTimeRow) if path.exists() else []
+    return {(row.task, row.optimizer): row for row in rows}
 
 
 def counted(own: Sequence[RecipeRow], name: str) -> list[RecipeRow]:
