@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .. import _torch
 from ..backend import dispatch, reference
-from ..backend.protocol import Backend
 from ..backend.reference import conv_errors
 from ..options import Form, Options, Scale
 from ..solve import conjugate, cost, distributed
@@ -63,7 +62,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
     dtype, rank = plan.dtype, max(min(rows, inputs), 1)
 
     def gram_in(unit: Tensor | None) -> Gram:
-        matrix = _matrix_of(backend, x, geometry, bias, plan.form, unit, options.patch_bytes, dtype)
+        matrix = _matrix_of(x, geometry, bias, plan.form, unit, options, dtype)
         gram = Gram(matrix, batch, rank, unit)
         return gram if options.process_group is None else gram.all_reduce(distributed.group_of(options))
 
@@ -78,14 +77,7 @@ def prepare(x: Tensor, geometry: Geometry, bias: bool, outputs: int, options: Op
 
 
 def _matrix_of(
-    backend: Backend,
-    x: Tensor,
-    geometry: Geometry,
-    bias: bool,
-    form: Form,
-    unit: Tensor | None,
-    patch_bytes: int,
-    dtype: torch.dtype,
+    x: Tensor, geometry: Geometry, bias: bool, form: Form, unit: Tensor | None, options: Options, dtype: torch.dtype
 ) -> Tensor:
     """The Gram ``[groups, n, n]`` of this rank's rows of ``x``, or of ``x / unit``."""
     x = in_unit(x, unit)
@@ -94,7 +86,8 @@ def _matrix_of(
         ones = int(bias) if unit is None else bias / unit / unit
         gram = patches @ patches.mT + ones
     else:
-        gram = geometry.gram(backend, x, bias, patch_bytes, dtype)
+        backend = dispatch.for_convolution(options.backend, x, dtype)
+        gram = geometry.gram(backend, x, bias, options.patch_bytes, dtype)
         if unit is not None and bias:
             columns = torch.cat([torch.ones_like(gram[:, :1, :-1]), 1 / unit], 2)  # [groups, 1, I]
             gram = gram * columns * columns.mT
