@@ -107,7 +107,8 @@ case "$*" in
   *get_device_capability*) echo 9.0 ;;
   *device_types*) exit ${PREBUILT:-1} ;;
   *build_ext*) echo "for $TORCH_CUDA_ARCH_LIST"; exit ${BUILD:-0} ;;
-  *--here*) echo "sanitized with $PYTHONPATH"; [ "${!#}" != "$SPOILT" ] ;;
+  *--here*)
+    echo "sanitized with $PYTHONPATH, uncached ${PYTORCH_NO_CUDA_MEMORY_CACHING:-0}: $*"; [ "${!#}" != "$SPOILT" ] ;;
   *gpu_first.py*) echo "right gram_dual float32"; exit ${FIRST:-0} ;;
   *"consequentialism bench"*)
     echo "met  a target"; while [ "$1" != --out ]; do shift; done; echo "op,provider" > "$2" ;;
@@ -143,11 +144,25 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
             "first",
             {},
             0,
-            ["ok    build", "right gram_dual", "ok    memcheck: 0 bad of 9", "ok    tests", "ok    bench inverse"],
+            [
+                "ok    build",
+                "right gram_dual",
+                "ok    memcheck: 0 bad of 12",
+                "ok    synccheck: 0 bad of 3",
+                "ok    tests",
+                "ok    bench inverse",
+            ],
         ),
         ("first", {"PREBUILT": "0", "TESTS": "1"}, 1, ["FAIL  tests: exit 1", "FAILED tests/a.py", "ok    check"]),
-        ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 6", "FAILED in"]),
-        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 9"]),
+        ("first", {"REPEATS": "7"}, 0, ["ok    synccheck: 0 bad of 3", "all passed"]),
+        ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 9", "FAILED in"]),
+        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 12"]),
+        (
+            "first",
+            {"SPOILT": "graph"},
+            1,
+            ["FAIL  memcheck: 1 bad of 12", "FAIL  racecheck: 1 bad of 9", "FAIL  synccheck: 1 bad of 3"],
+        ),
         ("first", {"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED in"]),
         ("first", {"SECONDS_ALLOWED": "4"}, 1, ["FAIL  build: no time was left for it"]),
         ("bench", {}, 0, ["ok    bench whole", "ok    ncu", "ok    bench others", "met  a target", "all passed"]),
@@ -165,7 +180,11 @@ def test_gpu_script(tmp_path: Path, call: str, settings: dict[str, str], code: i
     log = (tmp_path / "out" / "log.txt").read_text() if call else ""
     assert ("for 9.0" in log) == (bool(call) and "PREBUILT" not in settings and "SECONDS_ALLOWED" not in settings)
     if "memcheck.txt" in results:  # the package is found though nothing is installed
-        assert f"sanitized with {ROOT}" in (tmp_path / "out" / "memcheck.txt").read_text()
+        text = (tmp_path / "out" / "memcheck.txt").read_text()
+        repeats = settings.get("REPEATS", "3")
+        for kind, uncached in (("gram_primal", 1), ("repeat", 1), ("graph", 0), ("streams", 0)):
+            end = f"--repeats {repeats} {kind}"
+            assert re.search(rf"sanitized with {re.escape(str(ROOT))}, uncached {uncached}: .*{end}$", text, re.M), text
     if call == "bench":
         assert {"whole.csv", "parts.csv", "conv.csv", "others.csv", "log.txt"} <= set(results)
 
@@ -178,6 +197,17 @@ def test_kinds_of_first_contact_are_right_on_the_cpu(kind: str) -> None:
     slow = {"inverse_1025", "inverse_stock", "gram_large", "apply_large"}
     for name in ("float32",) if kind in slow else gpu_kinds.TYPES:
         assert gpu_first.here(kind, name, "cpu").startswith(f"right {kind} {name}"), gpu_first.here(kind, name, "cpu")
+
+
+def test_repeats_of_first_contact(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_kinds, "REPEATS", 50)
+    calls = []
+    monkeypatch.setattr(gpu_kinds, "_calls", lambda dtype, device: lambda: calls.append(dtype) or [])
+    assert gpu_first.main(["--here", "--device", "cpu", "--type", "float32", "--repeats", "3", "repeat"]) == 0
+    assert len(calls) == 4  # the first and three more
+    with pytest.raises(SystemExit):
+        gpu_first.main(["--repeats", "0", "repeat"])
+    assert "--repeats must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_first_contact_says_who_died_and_who_hung(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

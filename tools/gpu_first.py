@@ -3,6 +3,7 @@
     python tools/gpu_first.py                    all kinds and types, a line for each as soon as it is known
     python tools/gpu_first.py gram_dual repeat   these kinds
     python tools/gpu_first.py --here gram_dual   in this process, for a sanitizer
+    python tools/gpu_first.py --repeats 3 graph  fewer runs of repeat, graph and streams, for a slow tool
 
 A line says ``right``, ``WRONG`` with the error or what was found, ``DIED`` with the exit code, or ``HUNG``: a kernel
 that hangs or kills its process costs its own line only. An error of order 1 is a wrong layout or index, one of 1e-3 in
@@ -39,8 +40,11 @@ def here(kind: str, name: str, device: str) -> str:
 
 def apart(kind: str, name: str, device: str, seconds: float) -> str:
     """The same in a process of its own."""
+    import gpu_kinds
+
     start = time.monotonic()
-    command = [sys.executable, __file__, "--here", "--device", device, "--type", name, kind]
+    command = [sys.executable, __file__, "--here", "--device", device, "--type", name]
+    command += ["--repeats", str(gpu_kinds.REPEATS), kind]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -64,7 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true", help="in this process")
     parser.add_argument("--seconds", type=float, default=60, help="for one process (default: 60)")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes at once")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=gpu_kinds.REPEATS,
+        help="runs of repeat, graph and streams (default: %(default)s)",
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {chosen.repeats}")
+    gpu_kinds.REPEATS = chosen.repeats
     if unknown := set(chosen.kinds) - gpu_kinds.KINDS.keys():
         parser.error(f"KIND must be of {', '.join(gpu_kinds.KINDS)}, got {', '.join(sorted(unknown))}")
     cases = [(kind, name) for kind in chosen.kinds or gpu_kinds.KINDS for name in chosen.type or gpu_kinds.TYPES]

@@ -20,7 +20,7 @@ from consequentialism.solve import root
 OPTIONS: tuple[Any, ...] = (1.0, "relative", "nlms")
 TYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 BOUNDS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-10}
-REPEATS = 50
+REPEATS = 50  # `gpu_first.py --repeats` sets it
 Kind = Callable[[torch.dtype, str], float]
 
 
@@ -207,7 +207,7 @@ def streams(dtype: torch.dtype, device: str) -> float:
     torch.cuda.synchronize()
     lanes = [torch.cuda.Stream(), torch.cuda.Stream()]
     found: list[list[Tensor]] = []
-    for _ in range(REPEATS // 2):
+    for _ in range(max(1, REPEATS // 2)):
         for lane, run in zip(lanes, runs, strict=True):
             with torch.cuda.stream(lane):
                 found.append(run())
