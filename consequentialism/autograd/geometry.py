@@ -201,8 +201,6 @@ class TransposedGeometry(Geometry):
         if x.shape[0] == 0:
             return gram
         shape = x.shape[1] // self.groups, *self.kernel
-        if x.shape[0] == 0:
-            return gram
         square = gram[:, :inputs, :inputs].unflatten(2, shape).unflatten(1, shape)
         along = [self._classes(i, size, out) for i, (size, out) in enumerate(zip(x.shape[2:], positions, strict=True))]
         for classes in itertools.product(*along):
