@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 
 SECOND_DERIVATIVE = (  # csrc/autograd.cpp says the same
     "consequentialism: trying to differentiate twice an emended gradient, which is @once_differentiable: it has no "
@@ -28,6 +29,11 @@ JACOBIAN = (
 def is_exporting() -> bool:
     """Whether torch.export runs. Under torch.compile, torch 2.11 answers its public question with True always."""
     return torch.compiler._is_exporting_flag
+
+
+def is_traced_by_fx() -> bool:
+    """Whether `torch.fx.symbolic_trace` runs, to which parameters are names."""
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 def tracer() -> Any:

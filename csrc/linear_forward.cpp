@@ -66,21 +66,27 @@ std::optional<Plan> plan_of(const py::object& told) {
 
 // None for options that are not for long: they would be kept alive.
 std::optional<Plan> known_plan(
-    const at::Tensor& x, int64_t rows, int64_t outputs, bool has_bias, bool needs_weight, PyObject* options) {
-  const Call call{options, rows, x.size(-1), outputs, x.scalar_type(), x.device(), has_bias, needs_weight};
+    const at::Tensor& x, int64_t rows, int64_t outputs, bool has_bias, bool needs_weight, const py::object& options) {
+  const Call call{options.ptr(), rows, x.size(-1), outputs, x.scalar_type(), x.device(), has_bias, needs_weight};
   auto& plans = known_plans();
   const auto found = plans.find(call);
   if (found != plans.end()) return found->second.plan;
-  const auto held = py::reinterpret_borrow<py::object>(options);
-  if (!held.attr("samples").is_none() || !held.attr("process_group").is_none()) return std::nullopt;
-  std::optional<Plan> plan = plan_of(planner()(x, has_bias, outputs, held, needs_weight));
+  if (!options.attr("samples").is_none() || !options.attr("process_group").is_none()) return std::nullopt;
+  std::optional<Plan> plan = plan_of(planner()(x, has_bias, outputs, options, needs_weight));
   if (plans.size() >= kMostEntries) plans.clear();
-  return plans.emplace(call, Entry{held, std::move(plan)}).first->second.plan;
+  return plans.emplace(call, Entry{options, std::move(plan)}).first->second.plan;
 }
 
 // An attribute's name, made once.
 PyObject* name_of(const char* text) {
   return PyUnicode_InternFromString(text);
+}
+
+// A dictionary's value, null where there is none.
+PyObject* value_of(PyObject* dictionary, PyObject* name) {
+  PyObject* const value = PyDict_GetItemWithError(dictionary, name);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
 }
 
 // Nothing records, traces, transforms or casts but autograd.
@@ -113,47 +119,52 @@ py::object linear_forward(py::handle layer, py::handle input) {
   static PyObject* const options_name = name_of("options");
   static PyObject* const watched_name = name_of("watched");
   static PyObject* const recorder_name = name_of("recorder");
+  static PyObject* const forward_name = name_of("emended_forward");
   static PyObject* const weight_name = name_of("weight_name");
   static PyObject* const bias_name = name_of("bias_name");
   static PyObject* const transposed_name = name_of("transposed");
-  const at::Tensor* const x = tensor_in(input.ptr());
-  if (x == nullptr || !is_usual_mode()) return py::none();
+  const at::Tensor* const input_tensor = tensor_in(input.ptr());
+  if (input_tensor == nullptr || !is_usual_mode()) return py::none();
   const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer.ptr(), nullptr));
-  PyObject* const parameters = PyDict_GetItemWithError(own.ptr(), parameters_name);
-  PyObject* const options = PyDict_GetItemWithError(own.ptr(), options_name);
-  if (parameters == nullptr || !PyDict_Check(parameters) || options == nullptr) return py::none();
-  if (PyDict_Contains(own.ptr(), watched_name) != 0 || PyDict_Contains(own.ptr(), recorder_name) != 0) {
-    return py::none();
+  if (!own) throw py::error_already_set();
+  const auto cls = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(layer.ptr())));
+  const py::object name_of_weight = cls.attr(weight_name);
+  const py::object name_of_bias = cls.attr(bias_name);
+  const bool transposed = py::object(cls.attr(transposed_name)).ptr() == Py_True;
+  // What an instance has of its own hides the class's and its parameters.
+  for (PyObject* const name : {watched_name, recorder_name, forward_name, name_of_weight.ptr(), name_of_bias.ptr()}) {
+    if (value_of(own.ptr(), name) != nullptr) return py::none();
   }
-  const auto names = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(Py_TYPE(layer.ptr())));
-  const at::Tensor* const weight =
-      tensor_in(PyDict_GetItemWithError(parameters, py::object(names.attr(weight_name)).ptr()));
-  PyObject* const bias_object = PyDict_GetItemWithError(parameters, py::object(names.attr(bias_name)).ptr());
-  const at::Tensor* const bias = tensor_in(bias_object);
+  PyObject* const parameters = value_of(own.ptr(), parameters_name);
+  PyObject* const options_now = value_of(own.ptr(), options_name);
+  if (parameters == nullptr || !PyDict_CheckExact(parameters) || options_now == nullptr) return py::none();
+  PyObject* const bias_object = value_of(parameters, name_of_bias.ptr());
+  const at::Tensor* const weight_tensor = tensor_in(value_of(parameters, name_of_weight.ptr()));
+  const at::Tensor* const bias_tensor = tensor_in(bias_object);
   const bool has_bias = bias_object != Py_None;
-  if (weight == nullptr || (has_bias && bias == nullptr)) return py::none();
-  const bool transposed = py::object(names.attr(transposed_name)).ptr() == Py_True;
-  const bool needs_weight = weight->requires_grad();
+  if (weight_tensor == nullptr || (has_bias && bias_tensor == nullptr)) return py::none();
+  // Copies: while Python plans, or others run, someone may replace a parameter.
+  const at::Tensor x = *input_tensor;
+  const at::Tensor weight = *weight_tensor;
+  const auto bias = has_bias ? std::optional(*bias_tensor) : std::nullopt;
+  const auto options = py::reinterpret_borrow<py::object>(options_now);
+  const bool needs_weight = weight.requires_grad();
   if (!needs_weight && !(has_bias && bias->requires_grad())) return py::none();
-  if (!is_usual(*x, *x) || !is_usual(*weight, *x) || (has_bias && !is_usual(*bias, *x))) return py::none();
-  if (x->dim() == 0 || weight->dim() != 2 || weight->size(transposed ? 0 : 1) != x->size(-1)) return py::none();
-  const int64_t outputs = weight->size(transposed ? 1 : 0);
+  if (!is_usual(x, x) || !is_usual(weight, x) || (has_bias && !is_usual(*bias, x))) return py::none();
+  if (x.dim() == 0 || weight.dim() != 2 || weight.size(transposed ? 0 : 1) != x.size(-1)) return py::none();
+  const int64_t outputs = weight.size(transposed ? 1 : 0);
   if (has_bias && (bias->dim() != 1 || bias->size(0) != outputs)) return py::none();
-  const auto sizes = x->sizes();
+  const auto sizes = x.sizes();
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
   if (rows == 0) return py::none();
-  const std::optional<Plan> plan = known_plan(*x, rows, outputs, has_bias, needs_weight, options);
+  const std::optional<Plan> plan = known_plan(x, rows, outputs, has_bias, needs_weight, options);
   if (!plan) return py::none();
-  // Copies, for another thread may replace a parameter.
-  const at::Tensor rows_of_x = *x;
-  const at::Tensor matrix = transposed ? weight->t() : *weight;
-  const auto column = has_bias ? std::optional(*bias) : std::nullopt;
   at::Tensor y;
   {
     const py::gil_scoped_release others_run;
     y = emended_linear(
-        rows_of_x, matrix, column, plan->form, plan->applied_to, plan->damping, plan->damping_mode, plan->scale,
-        plan->gram_dtype, plan->narrow_up_to);
+        x, transposed ? weight.t() : weight, bias, plan->form, plan->applied_to, plan->damping, plan->damping_mode,
+        plan->scale, plan->gram_dtype, plan->narrow_up_to);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
 }

@@ -1,5 +1,6 @@
 // The Python module `consequentialism._C`: what was built, and the counter of broken-down factors.
 // Importing it registers the ops.
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -53,6 +54,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of consequentialism: importing it registers torch.ops.consequentialism.*";
   m.def("build_info", &build_info, "Version, torch, compiler, CUDA version and architectures.");
   m.def("breakdowns", &breakdowns, "How many factors of this process broke down and were retried with more damping.");
-  m.def("linear_forward", &consequentialism::linear_forward, "The usual forward of an emended linear layer, or None.");
+  m.def(
+      "linear_forward", torch::wrap_pybind_function(&consequentialism::linear_forward),
+      "The usual forward of an emended linear layer, or None.");
   m.def("set_planner", &consequentialism::set_planner, "The function that plans a call of linear_forward.");
 }

@@ -131,3 +131,115 @@ def test_a_subclass_with_its_own_forward_of_emended_inputs_is_asked() -> None:
 
     layer, x = Doubled(5, 4), randn(3, 5, dtype=F32)
     torch.testing.assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
+
+
+class Binary(nn.Linear):
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return nn.Module.__getattr__(self, "weight").sign()  # type: ignore[no-any-return]
+
+
+class Asked(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return found.sign() if name == "weight" else found
+
+
+@pytest.mark.parametrize("cls", [Binary, Asked])
+def test_a_weight_that_is_no_parameter_of_that_name_is_asked_of_python(cls: type[nn.Linear]) -> None:
+    layer, x = nn.Sequential(cls(5, 4)), randn(3, 5, dtype=F32)
+    expected = layer(x).detach()
+    cw.convert(layer)
+    for _ in range(3):
+        assert_identical("y", layer(x), expected)
+
+
+def test_what_an_instance_has_of_its_own_counts() -> None:
+    x = randn(3, 5, dtype=F32)
+    layer = cw.Linear(5, 4, bias=False)
+    layer.__dict__["weight"] = torch.ones(4, 5)
+    assert_identical("y", layer(x), nn.functional.linear(x, torch.ones(4, 5)))
+    layer = cw.Linear(5, 4)
+    layer.emended_forward = lambda input: input.sum()  # type: ignore[method-assign]
+    assert_identical("y", layer(x), x.sum())
+
+    class Gathering(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            return super().__getitem__(name) * 2
+
+    layer = cw.Linear(5, 4)
+    layer._parameters = Gathering(layer._parameters)
+    assert not served(layer, x)
+
+
+def test_methods_of_a_mixin_count() -> None:
+    class Mixin:
+        def emended_forward(self, input: Tensor) -> Tensor:
+            return 2 * super().emended_forward(input)  # type: ignore[misc, no-any-return]
+
+    class Doubled(Mixin, cw.Linear):
+        pass
+
+    class Damped(cw.Linear):
+        def options_now(self) -> cw.Options:
+            return super().options_now().changed(damping=100.0)
+
+    x, dy = randn(3, 5, dtype=F32), randn(3, 4, seed=1, dtype=F32)
+    layer = Doubled(5, 4)
+    torch.testing.assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
+    damped = Damped(5, 4)
+    (dw,) = torch.autograd.grad(damped(x), [damped.weight], dy)
+    assert_identical("dw", dw, cw.emended_weight_grad(x, dy, damping=100.0)[0])
+
+
+def test_registered_classes_keep_it() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(randn(5, 4, dtype=F32))
+            self.bias = nn.Parameter(randn(4, seed=1, dtype=F32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.kernel + self.bias
+
+    cw.register(Own, like=nn.Linear, weight="kernel", transposed=True)
+    layer, x = cw.convert(nn.Sequential(Own())), randn(3, 5, dtype=F32)
+    layer(x)
+    assert served(layer[0], x)  # type: ignore[arg-type]
+
+
+def test_parameters_may_be_replaced_while_python_plans() -> None:
+    assert ops.module is not None
+    layer, x = cw.Linear(5, 4), randn(6, 5, dtype=F32)
+    expected, junk = nn.functional.linear(x, layer.weight, layer.bias).detach(), []
+
+    def replacing(*arguments: Any) -> Any:
+        layer.weight, layer.bias = nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(4))
+        junk.extend(nn.Parameter(torch.full((7,), 3.0)) for _ in range(200))
+        return functional.compiled_plan(*arguments)
+
+    ops.module.set_planner(replacing)
+    try:
+        torch.testing.assert_close(layer(x), expected)
+    finally:
+        ops.module.set_planner(functional.compiled_plan)
+
+
+def test_a_symbolic_trace_does_not_bake_the_output_in() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = cw.Linear(5, 4)
+            self.register_buffer("rows", randn(3, 5, dtype=F32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(self.rows)
+
+    with pytest.raises(TypeError, match="Proxy"):
+        torch.fx.symbolic_trace(Model())
+
+
+def test_an_object_without_attributes_is_an_error() -> None:
+    assert ops.module is not None
+    with pytest.raises(AttributeError):
+        ops.module.linear_forward(object(), randn(3, 5, dtype=F32))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
+from .. import _torch
 from ..functional import plain_path
 from ..options import (
     OPTION_NAMES,
@@ -85,11 +86,11 @@ class EmendedModule(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "emended_forward" in cls.__dict__ and "shortcut" not in cls.__dict__:
-            cls.shortcut = None  # it stands for the forward of the class that named it
+        if not _keeps_shortcut(cls):
+            cls.shortcut = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or _torch.is_traced_by_fx()):
             shortcut = type(self).shortcut
             y = None if shortcut is None else shortcut(self, input)
             if y is not None:
@@ -213,6 +214,30 @@ class EmendedModule(nn.Module):
         if self.recorder is not None and self.recorder.label:
             changed.append(self.recorder.label)
         return ", ".join([super().extra_repr(), *changed])
+
+
+def _keeps_shortcut(cls: type[EmendedModule]) -> bool:
+    """Whether a class forwards as the one that named its shortcut does, and finds weight and bias where it looks."""
+    named = next(base for base in cls.__mro__ if "shortcut" in base.__dict__)
+    own: Any = cls  # whose attributes a type checker would call methods
+    methods = ("emended_forward", "options_now", "note_run")
+    return (
+        all(getattr(own, name) is getattr(named, name) for name in methods)
+        and own.__getattr__ is nn.Module.__getattr__
+        and own.__getattribute__ is nn.Module.__getattribute__
+        and all(
+            isinstance(base.__dict__.get(name, OptionalBias()), OptionalBias)
+            for base in cls.__mro__
+            for name in (cls.weight_name, cls.bias_name)
+        )
+    )
+
+
+class OptionalBias:
+    """The bias of modules that may have no attribute of that name; not None itself, which would hide the parameter."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else module._parameters.get("bias")
 
 
 def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:

@@ -11,7 +11,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import Linear
-from .module import EmendedModule
+from .module import EmendedModule, OptionalBias
 
 EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Linear: Linear,
@@ -184,7 +184,7 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
             if parameter != name and not hasattr(cls, name):
                 namespace[name] = _Renamed(parameter)
         if form.bias == "bias" and not hasattr(cls, "bias"):
-            namespace["bias"] = _Optional()
+            namespace["bias"] = OptionalBias()
     return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
 
 
@@ -196,13 +196,6 @@ class _Renamed:
 
     def __get__(self, module: Any, owner: type) -> Any:
         return self if module is None else getattr(module, self.parameter, None)
-
-
-class _Optional:
-    """The bias of modules that may have no attribute of that name; not None itself, which would hide the parameter."""
-
-    def __get__(self, module: Any, owner: type) -> Any:
-        return self if module is None else module._parameters.get("bias")
 
 
 def _reduce(module: EmendedModule, protocol: Any) -> tuple[Any, ...]:
