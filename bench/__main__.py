@@ -105,12 +105,15 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0 where everything that is installed was right, 1 where something was not, 2 for bad arguments.
     """
     own = sys.argv[1:] if arguments is None else arguments
+    threads = torch.get_num_threads()
     try:
         chosen = parser().parse_args(own)
         return _worker(chosen) if chosen.worker else _run(chosen, own)
     except UserError as error:
         print(f"consequentialism bench: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _device(chosen: argparse.Namespace) -> tuple[str, Device]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import against, plot, table
 from bench.__main__ import main
@@ -123,3 +124,14 @@ def test_without_matplotlib_there_are_no_plots(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="no plots: matplotlib is not installed"):
         plot.save(OLD, tmp_path)
+
+
+def test_the_number_of_threads_is_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert main(["--device", "cpu", "--against", "one", "two", "three"]) == 2
+        assert "--against" in capsys.readouterr().err  # the device, and so its threads, was chosen by then
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -165,10 +165,8 @@ class TransposedGeometry(Geometry):
         return weight.shape[1] * self.groups
 
     def rows_of(self, weight: Tensor) -> Tensor:
-        own = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(
-            1, 2
-        )  # [groups, O/groups, C/groups, *kernel]
-        return own.reshape(self.groups, weight.shape[1], -1)
+        own = weight.reshape(self.groups, -1, *weight.shape[1:])  # [groups, C/groups, O/groups, *kernel]
+        return own.transpose(1, 2).reshape(self.groups, weight.shape[1], -1)
 
     def weight_of(self, rows: Tensor) -> Tensor:
         channels = rows.shape[2] // math.prod(self.kernel)
