@@ -19,7 +19,7 @@ from bench.train import draw, grid_report, head_to_head, recipe_report, recipes,
 from bench.train.__main__ import main
 from bench.train.images import ARCHIVE, CLASSES, RECORD, cifar
 from bench.train.models import NanoGPT, ViT, cifar_resnet
-from bench.train.recipes import KNOBS, LABELS, RECIPES, START, Setting, optimizers, prepare, rate, trials
+from bench.train.recipes import KNOBS, LABELS, RECIPES, START, Setting, optimizers, prepare, rate, start, trials
 from bench.train.step_cost import StepCostRow
 from bench.train.text import shakespeare
 from bench.train.whole import RecipeRow
@@ -129,16 +129,35 @@ def test_nanogpt_sees_no_later_character() -> None:
 
 def test_every_optimizer_has_eight_different_trials_the_package_defaults_first() -> None:
     for recipe, name in itertools.product(RECIPES.values(), START):
-        given = list(trials(recipe, name, lambda some: some[-1], 8))
+        given = list(trials(start(recipe, name), lambda some: some[-1], 8))
         assert len(given) == 8 == len(set(given))
         assert given[0] == dataclasses.replace(START[name], lr=recipe.rates.get(name, START[name].lr))
         assert {field for field, _ in KNOBS[name]} >= {"lr", "weight_decay"}
-        assert len(list(trials(recipe, name, lambda some: some[0], 3))) == 3
+        assert len(list(trials(start(recipe, name), lambda some: some[0], 3))) == 3
     assert START.keys() == LABELS.keys()
 
 
+@pytest.mark.parametrize("name", [name for name in START if name.startswith("coordinates-")])
+def test_a_search_in_coordinates_begins_with_the_package_defaults(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    if name == "coordinates-muon":
+        optimizer: Emended = Muon(model, 0.01, aux={"lr": 0.01})
+    else:
+        inner = torch.optim.AdamW if name == "coordinates-adamw" else torch.optim.SGD
+        optimizer = Emended(inner(model.parameters(), lr=0.01), model)
+    fields = ("damping", "exponent", "refresh_every", "memory", "block")
+    assert [getattr(START[name], field) for field in fields] == [getattr(optimizer, field) for field in fields]
+
+
+def test_other_refreshes_and_blocks_are_for_those_in_coordinates_alone() -> None:
+    assert start(RECIPES["vit"], "coordinates-adamw", 25, 128).kind == ("coordinates-adamw", 25, 128)
+    assert start(RECIPES["vit"], "coordinates-muon", block=64).kind == ("coordinates-muon", 25, 64)
+    assert start(RECIPES["vit"], "muon", 25, 128) == dataclasses.replace(START["muon"], lr=0.004)
+
+
 def test_a_knob_is_turned_from_the_best_so_far() -> None:
-    given = list(trials(RECIPES["nanogpt"], "muon", lambda some: min(some, key=lambda s: abs(s.lr - 0.016)), 8))
+    first = start(RECIPES["nanogpt"], "muon")
+    given = list(trials(first, lambda some: min(some, key=lambda s: abs(s.lr - 0.016)), 8))
     assert [s.lr for s in given] == [0.008, 0.004, 0.016, 0.016, 0.016, 0.016, 0.016, 0.0112]
     assert [s.aux_lr for s in given[3:5]] == [0.001, 0.004]
 
@@ -227,7 +246,22 @@ def test_stages_leave_rows_that_are_not_made_again(bench: whole.Bench, monkeypat
     whole.tune(bench)
     whole.run(bench)
     text = "\n".join(recipe_report.text(bench.out, "pictures"))
-    assert "| AdamW in coordinates | " in text
+    assert "| AdamW in coordinates | 10, 256 | " in text
+
+
+def test_each_refresh_and_block_is_searched_run_and_timed_apart(bench: whole.Bench) -> None:
+    for some in (bench, dataclasses.replace(bench, refresh_every=5, block=2)):
+        whole.tune(some)
+    kinds = [("adamw", None, None), ("coordinates-adamw", 10, 256), ("coordinates-adamw", 5, 2)]
+    assert [setting.kind for setting in whole.searched(bench, "nanogpt")] == kinds
+    whole.run(bench)
+    whole.cost(bench)
+    rows = table.read(bench.out / whole.FILE, RecipeRow)
+    assert sorted(row.setting.kind for row in rows if row.seed == 0) == sorted(kinds)
+    assert [row.kind for row in table.read(bench.out / whole.TIMES, whole.RecipeTimeRow)] == kinds
+    text = "\n".join(recipe_report.text(bench.out, "pictures"))
+    assert "| AdamW in coordinates | 10, 256 | " in text
+    assert "| AdamW in coordinates | 5, 2 | " in text
 
 
 def test_a_run_that_diverges_is_worst(bench: whole.Bench) -> None:
@@ -255,7 +289,14 @@ def test_readme_says_how_soon_each_optimizer_in_coordinates_is_where_the_same_on
     assert recipe_report.overview(tmp_path) == ""  # nobody has timed it
     here = dataclasses.asdict(environment())
     times = [
-        whole.RecipeTimeRow(**here, task="nanogpt", optimizer=name, ms=1.0, ratio=2.0 if "-" in name else 1.0, blocks=1)
+        whole.RecipeTimeRow(
+            **here,
+            task="nanogpt",
+            **dict(zip(("optimizer", "refresh_every", "block"), START[name].kind, strict=True)),
+            ms=1.0,
+            ratio=2.0 if "-" in name else 1.0,
+            blocks=1,
+        )
         for name in ends
     ]
     table.write(times, whole.RecipeTimeRow, tmp_path / whole.TIMES)
@@ -285,9 +326,9 @@ def test_a_best_value_at_the_border_of_the_search_is_told() -> None:
         row("muon", [2.0, score], whole.SEARCH_SEED, lr=lr, aux_lr=aux)
         for score, lr, aux in ((1.5, 0.004, 0.002), (1.2, 0.008, 0.002), (1.1, 0.008, 0.004), (1.3, 0.016, 0.002))
     ]
-    assert recipe_report.borders(rows, "muon") == ["auxiliary lr 0.004"]
-    assert recipe_report.borders(rows[:2], "muon") == ["lr 0.008"]
-    assert recipe_report.borders(rows[:1], "muon") == []
+    assert recipe_report.borders(rows, START["muon"].kind) == ["auxiliary lr 0.004"]
+    assert recipe_report.borders(rows[:2], START["muon"].kind) == ["lr 0.008"]
+    assert recipe_report.borders(rows[:1], START["muon"].kind) == []
 
 
 def test_the_grid_holds_every_point_once() -> None:
@@ -296,7 +337,9 @@ def test_the_grid_holds_every_point_once() -> None:
     rest = 2 * sum(len(values) - 1 for values in (head_to_head.REFRESHES, head_to_head.MEMORIES, head_to_head.BLOCKS))
     assert len(settings) == len(set(settings)) == 2 + head + rest
     assert set(START.values()) >= {s for s in settings if s.placing is None}
-    assert all(START[name] in settings for name in head_to_head.OPTIMIZERS)  # the default is a point of the grid
+    assert all(base in settings for base in head_to_head.BASE.values())
+    for name, base in head_to_head.BASE.items():  # the default, but for how it is refreshed and cut
+        assert dataclasses.replace(START[name], refresh_every=10, block=256) == base
 
 
 @pytest.mark.parametrize(("lowest", "found"), [(-3.0, 0.0625), (0.2, 0.5), (-0.4, 0.5), (1.9, 2.0), (3.0, 4.0)])
@@ -340,19 +383,44 @@ def test_the_grid_is_measured_at_its_rates_and_goes_on_where_it_stood(
 
 
 def _same_walk(row: RecipeRow, run: RecipeRow) -> bool:
-    return (row.seed, row.steps, row.optimizer, row.placing) == (whole.SEARCH_SEED, 10, run.optimizer, run.placing)
+    mine, its = ((one.steps, one.optimizer, one.placing) for one in (row, run))
+    return row.seed == whole.SEARCH_SEED and mine == its
+
+
+def test_of_the_grid_those_runs_count_that_have_the_best_rate_of_their_walk(tmp_path: Path) -> None:
+    walk = {0.002: 1.2, 0.004: 1.3, 0.008: 1.4}
+    base = head_to_head.BASE["coordinates-adamw"]
+    rows = [grid_row(score, whole.SEARCH_SEED, damping=head_to_head.TUNED_DAMPING, lr=lr) for lr, score in walk.items()]
+    rows += [grid_row(9.0, whole.SEARCH_SEED, damping=head_to_head.TUNED_DAMPING, lr=0.001, exponent=0.25)]
+    rows += [grid_row(1.0, 0, lr=0.004), grid_row(1.1, 0, lr=0.002), grid_row(1.05, 0, lr=0.002, exponent=0.25)]
+    shorter = grid_row(0.1, whole.SEARCH_SEED, damping=head_to_head.TUNED_DAMPING, lr=0.008)
+    table.write([*rows, dataclasses.replace(shorter, steps=10)], RecipeRow, tmp_path / head_to_head.FILE)
+    found = grid_report.rows(tmp_path)
+    assert [(run.score, run.lr) for run in found] == [(1.1, 0.002)]
+    assert head_to_head.runs(found, "coordinates-adamw") == found
+    assert head_to_head.runs(found, "coordinates-adamw", exponent=base.exponent, damping=0.1) == []
+
+
+def grid_row(score: float, seed: int, name: str = "coordinates-adamw", **changes: object) -> RecipeRow:
+    base = head_to_head.BASE.get(name, START[name])
+    return row(name, [2.0, score], seed, **({"refresh_every": base.refresh_every, "block": base.block} | changes))
 
 
 def test_the_report_of_the_grid_gives_means_over_seeds_that_are_complete_and_divergence(tmp_path: Path) -> None:
-    def point(score: float, seed: int, name: str = "coordinates-adamw", **changes: object) -> RecipeRow:
-        return row(name, [2.0, score], seed, **changes)
-
+    point = grid_row
+    walked = [(name, {"damping": head_to_head.TUNED_DAMPING}) for name in head_to_head.OPTIMIZERS]
+    walked += [(name, {}) for name in ("adamw", "muon")]
+    walked += [
+        ("coordinates-adamw", {"damping": head_to_head.TUNED_DAMPING} | more)
+        for more in ({"placing": "before"}, {"exponent": 1.0, "lr": 0.008})
+    ]
+    walks = [point(1.0, whole.SEARCH_SEED, name, **changes) for name, changes in walked]
     rows = [point(1.4, seed, name) for name in ("adamw", "muon") for seed in (0, 1)]
     rows += [point(1.0 + 0.5 * seed, seed, placing="before") for seed in (0, 1)]
     rows += [point(1.6, seed) for seed in (0, 1)] + [point(1.3 + seed, seed, damping=1.0) for seed in (0, 1)]
     rows += [point(math.inf if seed else 1.0, seed, exponent=1.0, lr=0.008) for seed in (0, 1)]
-    rows += [point(1.2, seed, "coordinates-muon") for seed in (0, 1)] + [point(0.1, whole.SEARCH_SEED, lr=1.0)]
-    table.write(rows, RecipeRow, tmp_path / head_to_head.FILE)
+    rows += [point(1.2, seed, "coordinates-muon") for seed in (0, 1)]
+    table.write(walks + rows, RecipeRow, tmp_path / head_to_head.FILE)
     text = "\n".join(grid_report.text(tmp_path, "pictures"))
     assert "mean of 2 seeds" in text
     assert "| before, 0.5 | 0.004 |  | 1.250 |  |  |  |" in text
@@ -360,7 +428,7 @@ def test_the_report_of_the_grid_gives_means_over_seeds_that_are_complete_and_div
     assert "| around, 1 | 0.008 |  | diverged |" in text
     assert "AdamW alone: 1.400. Best: before, exponent 0.5, damping 0.03, 1.250, within the grid." in text
     assert "damping 0.03: 1.600; 1 of the other points are better." in text
-    table.write(rows[:-2], RecipeRow, tmp_path / head_to_head.FILE)  # a seed that is not complete waits
+    table.write(walks + rows[:-1], RecipeRow, tmp_path / head_to_head.FILE)  # a seed that is not complete waits
     text = "\n".join(grid_report.text(tmp_path, "pictures"))
     assert "one seed" in text
     assert "| around, 0.5 | 0.004 |  | 1.600 |  |  | 1.300 |" in text

@@ -91,6 +91,8 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
     add("--steps", type=_whole, help="of the schedules (default: each task's own)")
     add("--seeds", type=_whole, help="runs with the best trial (default: 3; 1 with --quick)")
     add("--trials", type=_whole, help=f"of a recipe's search (default: {TRIALS}; 4 with --quick)")
+    add("--refresh-every", type=_whole, help="of a recipe's search in coordinates, in steps (default: the package's)")
+    add("--block", type=_whole, help="likewise, the most inputs taken together (default: the package's)")
     add("--quick", action="store_true", help=f"tasks {' and '.join(QUICK)}, 4 trials an optimizer, one seed")
     add("--workers", type=_whole, help="processes for grid search and runs (default: the cores; 1 for cuda)")
     add("--out", type=Path, help="folder of the CSV files (default: out/bench/train/DEVICE)")
@@ -127,6 +129,8 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
         seeds=plan.seeds,
         most=chosen.trials or plan.grid,
         blocks=plan.blocks,
+        refresh_every=chosen.refresh_every,
+        block=chosen.block,
     )
     stages = [stage for stage in ALL_STAGES if (stage in chosen.stage if chosen.stage else stage not in ASKED)]
     return plan, bench, stages

@@ -16,9 +16,9 @@ from consequentialism.experiments.settings import PREFIX
 from .. import table
 from . import grid_report
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
-from .head_to_head import DAMPINGS, EXPONENTS, OPTIMIZERS, PLAIN
+from .head_to_head import BASE, DAMPINGS, EXPONENTS, OPTIMIZERS, PLAIN
 from .methods import COORDINATES, METHODS, inside, is_own
-from .recipes import LABELS, PLACINGS, START
+from .recipes import LABELS, PLACINGS
 from .rows import CurveRow
 from .show import TASKS, Line, lines
 from .whole import RecipeRow
@@ -225,7 +225,7 @@ def grid(rows: Sequence[RecipeRow]) -> Any:
                 ha="center", va="center", fontsize=9, color="white" if dark else "black",
                 weight="bold" if (placing, s, c) == best else "normal",
             )  # fmt: skip
-            if (placing, s, c) == (START[name].placing, START[name].exponent, START[name].damping):
+            if (placing, s, c) == (BASE[name].placing, BASE[name].exponent, BASE[name].damping):
                 edge = {"fill": False, "edgecolor": "black", "linewidth": 1.8}
                 panel.add_patch(need("matplotlib.patches").Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, **edge))
         panel.set_xticks(range(len(DAMPINGS)), [f"{damping:g}" for damping in DAMPINGS])

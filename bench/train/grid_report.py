@@ -10,8 +10,8 @@ from statistics import mean
 
 from ..markdown import markdown, where
 from . import head_to_head, whole
-from .head_to_head import BLOCKS, DAMPINGS, EXPONENTS, MEMORIES, OPTIMIZERS, PLAIN, REFRESHES, SEEDS, TASK, runs
-from .recipes import LABELS, PLACINGS, RECIPES, START, Placing
+from .head_to_head import BASE, BLOCKS, DAMPINGS, EXPONENTS, MEMORIES, OPTIMIZERS, PLAIN, REFRESHES, TASK, runs
+from .recipes import LABELS, PLACINGS, RECIPES, Placing
 from .whole import RecipeRow
 
 PICTURE = "grid.png"
@@ -21,8 +21,9 @@ Point = tuple[Placing, float, float]  # placing, exponent, damping
 def rows(folder: Path) -> list[RecipeRow]:
     """The runs that count, of the longest schedule that was run and of the seeds with the most runs, so that every
     mean is over the same seeds; none where there is no such file."""
-    found = [row for row in whole.rows_in(folder, head_to_head.FILE) if row.seed in SEEDS]
-    found = [row for row in found if row.steps == max(one.steps for one in found)]
+    found = whole.rows_in(folder, head_to_head.FILE)
+    longest = max((row.steps for row in found), default=0)
+    found = head_to_head.counted([row for row in found if row.steps == longest])
     counts = Counter(row.seed for row in found)
     return [row for row in found if counts[row.seed] == max(counts.values())]
 
@@ -47,18 +48,18 @@ def text(folder: Path, pictures: str) -> list[str]:
     found = rows(folder)
     if not found:
         return []
-    steps, seeds = found[0].steps, len({row.seed for row in found})
+    steps, seeds, base = found[0].steps, len({row.seed for row in found}), BASE[OPTIMIZERS[0]]
     parts = [
         "## Exponent, damping and placing, head to head",
         f'`make bench-train ARGS="--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"`; '
         f"{RECIPES[TASK].title}, a schedule of {steps:,} steps; {where(found)}. Final validation loss, "
         f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}; empty: not run. Diverged: a loss was not finite. "
         "Around: `g S` goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied "
-        "as it is. The rate of each optimizer, placing and exponent comes from a walk over octaves on half of the "
-        f"steps at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same walk; auxiliary "
-        "rate and weight decay are those that the searches above begin with. Half of the steps need not favour the "
-        "rate that the whole does: where a row's rate is far from its neighbours', its losses may be the walk's doing "
-        "rather than the exponent's.",
+        "as it is. The rate of each optimizer, placing and exponent comes from a walk over octaves, with a seed of its "
+        f"own, at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same walk; auxiliary "
+        "rate and weight decay are those that the searches above begin with. But for the tables of their own, both "
+        f"optimizers are refreshed every {base.refresh_every} steps, in blocks of {base.block}, with a memory of "
+        f"{base.memory:g}.",
     ]
     for name in OPTIMIZERS:
         headings = (f"{LABELS[name]}: placing, exponent", "lr", *(f"damping {damping:g}" for damping in DAMPINGS))
@@ -85,7 +86,7 @@ def _cell(some: Sequence[RecipeRow]) -> str:
 
 def _verdict(name: str, found: Sequence[RecipeRow]) -> str:
     """The best point, whether it lies at a border, and where the plain optimizer and the default stand."""
-    start = START[name]
+    start = BASE[name]
     all_points = dict(points(name, found))
     best = min(all_points, key=lambda point: all_points[point])
     borders = [
@@ -101,6 +102,6 @@ def _verdict(name: str, found: Sequence[RecipeRow]) -> str:
         f"{LABELS[PLAIN[name]]} alone: {plain:.3f}. Best: {best[0]}, exponent {best[1]:g}, damping {best[2]:g}, "
         f"{all_points[best]:.3f}, "
         + (f"at the grid's border ({', '.join(borders)})" if borders else "within the grid")
-        + f". The package's default, {start.placing}, exponent {start.exponent:g}, damping {start.damping:g}: "
+        + f". The package's defaults, {start.placing}, exponent {start.exponent:g}, damping {start.damping:g}: "
         + ("not run." if math.isnan(default) else f"{_cell(defaults)}; {better} of the other points are better.")
     )

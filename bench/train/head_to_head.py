@@ -1,15 +1,15 @@
 """The head-to-head grid on nanoGPT: exponent, damping and placing of the coordinates; then how often they are
 refreshed, their memory and their blocks, one at a time.
 
-Everybody's rate is found by a walk over octaves on half of the steps, with a seed of its own: that of a plain
-optimizer, and in coordinates that of each placing and exponent. Every run is a line of ``head_to_head.csv``, written as
+Everybody's rate is found by a walk over octaves, with a seed of its own: that of a plain optimizer, and in coordinates
+that of each placing and exponent. Every run is a line of ``head_to_head.csv``, written as
 it comes; a run that is there is not made again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from . import whole
 from .recipes import PLACINGS, START, Setting
@@ -23,9 +23,11 @@ SEEDS = (0, 1)
 EXPONENTS = (0.125, 0.25, 0.5, 1.0)
 DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 TUNED_DAMPING = 0.1  # the rates' walk is at the middle one
-REFRESHES = (1, 10, 50, 200)
+REFRESHES = (1, 10, 25, 50, 200)
 MEMORIES = (0.0, 0.9, 0.95, 0.99)
 BLOCKS = (64, 128, 256, 512)  # the widest input of nanoGPT's layers is 512: that is no cut at all
+# The package's defaults, but for one refresh and block of both optimizers, so that they are compared alike.
+BASE = {name: dataclasses.replace(START[name], refresh_every=10, block=256) for name in OPTIMIZERS}
 
 
 def measure(bench: Bench) -> None:
@@ -40,7 +42,7 @@ def settings() -> Iterator[Setting]:
     """What is compared, at the rate that each optimizer's search begins with; the plain optimizers first."""
     yield from (START[PLAIN[name]] for name in OPTIMIZERS)
     change = dataclasses.replace
-    starts = [START[name] for name in OPTIMIZERS]
+    starts = [BASE[name] for name in OPTIMIZERS]
     seen = {change(start, exponent=s, damping=c, placing=where): None
             for s in EXPONENTS for c in DAMPINGS for where in PLACINGS for start in starts}  # fmt: skip
     for start in starts:
@@ -52,16 +54,21 @@ def settings() -> Iterator[Setting]:
 
 def at_its_rate(bench: Bench, setting: Setting) -> Setting:
     """The setting with the best rate of a `walk` from that which its optimizer's search begins with."""
-    start = START[setting.optimizer]
-    if setting.placing is not None:
-        start = dataclasses.replace(start, exponent=setting.exponent, placing=setting.placing, damping=TUNED_DAMPING)
+    first = _walked(setting)
 
     def score(lr: float) -> float:
-        tried = dataclasses.replace(start, lr=lr)
-        steps = bench.budget(whole.RECIPES[TASK]) // 2
-        return whole.row_of(bench, TASK, tried, SEARCH_SEED, evaluations=1, steps=steps, file=FILE).score
+        tried = dataclasses.replace(first, lr=lr)
+        return whole.row_of(bench, TASK, tried, SEARCH_SEED, evaluations=1, file=FILE).score
 
-    return dataclasses.replace(setting, lr=walk(start.lr, score))
+    return dataclasses.replace(setting, lr=walk(first.lr, score))
+
+
+def _walked(setting: Setting) -> Setting:
+    """Where the walk begins that has a setting's rate: that of its optimizer, placing and exponent."""
+    if setting.placing is None:
+        return START[setting.optimizer]
+    chosen = {"exponent": setting.exponent, "placing": setting.placing, "damping": TUNED_DAMPING}
+    return dataclasses.replace(BASE[setting.optimizer], **chosen)
 
 
 def walk(lr: float, score: Callable[[float], float]) -> float:
@@ -76,14 +83,22 @@ def walk(lr: float, score: Callable[[float], float]) -> float:
         found |= {rate: score(rate) for rate in beyond}
 
 
+def counted(rows: Sequence[RecipeRow]) -> list[RecipeRow]:
+    """The runs that count among the rows of one schedule: those at the best rate of their walk."""
+    walks: dict[Setting, list[RecipeRow]] = {}
+    for row in rows:
+        if row.seed == SEARCH_SEED:
+            walks.setdefault(_walked(row.setting), []).append(row)
+    rates = {first: min(walk, key=lambda row: row.score).lr for first, walk in walks.items()}
+    return [row for row in rows if row.seed in SEEDS and row.lr == rates.get(_walked(row.setting))]
+
+
 def runs(rows: Iterable[RecipeRow], optimizer: str, **chosen: object) -> list[RecipeRow]:
-    """The runs that count of an optimizer, with these values and the defaults of the rest; whatever their rate."""
+    """Those of an optimizer in coordinates among the runs that count, with these values and `BASE`'s of the rest."""
     fields = ("exponent", "damping", "placing", "refresh_every", "memory", "block")
-    wanted = {field: getattr(START[optimizer], field) for field in fields} | chosen
+    wanted = {field: getattr(BASE[optimizer], field) for field in fields} | chosen
     return [
         row
         for row in rows
-        if row.optimizer == optimizer
-        and row.seed in SEEDS
-        and all(getattr(row, field) == value for field, value in wanted.items())
+        if row.optimizer == optimizer and all(getattr(row, field) == value for field, value in wanted.items())
     ]

@@ -10,7 +10,7 @@ from statistics import median
 from .. import table
 from ..markdown import markdown, number, where
 from . import grid_report, step_cost, whole
-from .recipes import EVALUATIONS, LABELS, RECIPES, START, Recipe
+from .recipes import EVALUATIONS, LABELS, RECIPES, START, Kind, Recipe
 from .step_cost import StepCostRow
 from .whole import SEARCH_SEED, RecipeRow, RecipeTimeRow
 
@@ -26,7 +26,8 @@ def text(folder: Path, pictures: str) -> list[str]:
             '`make bench-train ARGS="--data FOLDER"`; cosine schedules with warm-up, clipping to a norm of 1. '
             "Everybody may have eight trials, with a seed of their own, one knob after the other: the rate, the "
             "auxiliary rate of Muon's AdamW, in coordinates the damping, and weight decay; so many as the column says "
-            "were made. "
+            "were made. In coordinates each refresh (steps from one to the next) and block (the most inputs taken "
+            "together) is searched apart. "
             "Steps to another's end are those where the straight lines between a run's twenty evaluations are first "
             "as good, each on the schedule of its own, medians over the seeds; a shorter one would get there sooner. "
             "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "
@@ -44,8 +45,8 @@ def text(folder: Path, pictures: str) -> list[str]:
 
 
 def overview(folder: Path) -> str:
-    """README's table: how soon an optimizer in coordinates is where the same one ends, on each task's longest schedule
-    that several seeds ran; nothing where there is none."""
+    """README's table: how soon an optimizer in coordinates, refreshed and cut into blocks by the package's defaults, is
+    where the same one ends, on each task's longest schedule that several seeds ran; nothing where there is none."""
     found = whole.rows_in(folder)
     times = _times(folder)
     lines, shown = [], []
@@ -55,9 +56,10 @@ def overview(folder: Path) -> str:
         own = [row for row in found if row.task == task and row.steps == max(several, default=0)]
         cells = []
         for name in ("adamw", "muon"):
-            other, mine = counted(own, name), counted(own, f"coordinates-{name}")
+            kinds = START[f"coordinates-{name}"].kind, START[name].kind
+            mine, other = (counted(own, kind) for kind in kinds)
             steps = share(recipe, mine, other)
-            pair = [times.get((task, some)) for some in (f"coordinates-{name}", name)]
+            pair = [times.get((task, kind)) for kind in kinds]
             if math.isnan(steps) or pair[0] is None or pair[1] is None:
                 break
             ends = (_score(recipe, median(row.score for row in some)) for some in (other, mine))
@@ -76,16 +78,15 @@ def overview(folder: Path) -> str:
     return f"{markdown(headings, lines)}\n\n(Validation loss or test accuracy, medians over seeds; {where(shown)})"
 
 
-def _times(folder: Path) -> dict[tuple[str, str], RecipeTimeRow]:
+def _times(folder: Path) -> dict[tuple[str, Kind], RecipeTimeRow]:
     path = folder / whole.TIMES
     rows = table.read(path, RecipeTimeRow) if path.exists() else []
-    return {(row.task, row.optimizer): row for row in rows}
+    return {(row.task, row.kind): row for row in rows}
 
 
-def counted(own: Sequence[RecipeRow], name: str) -> list[RecipeRow]:
-    """An optimizer's runs that count: those of other seeds than the search's with the setting that won it, or that
-    alone."""
-    mine = [row for row in own if row.optimizer == name]
+def counted(own: Sequence[RecipeRow], kind: Kind) -> list[RecipeRow]:
+    """A kind's runs that count: those of other seeds than the search's with the setting that won it, or that alone."""
+    mine = [row for row in own if row.setting.kind == kind]
     searched = [row for row in mine if row.seed == SEARCH_SEED]
     if not searched:
         return []
@@ -114,36 +115,40 @@ def _reached(recipe: Recipe, row: RecipeRow, goal: float) -> float:
 
 
 def _task(
-    recipe: Recipe, steps: int, own: Sequence[RecipeRow], times: dict[tuple[str, str], RecipeTimeRow]
+    recipe: Recipe, steps: int, own: Sequence[RecipeRow], times: dict[tuple[str, Kind], RecipeTimeRow]
 ) -> list[str]:
-    runs = {name: counted(own, name) for name in START}
-    runs = {name: some for name, some in runs.items() if some}
+    found = {row.setting.kind for row in own}
+    kinds = [kind for name in START for kind in sorted(kind for kind in found if kind[0] == name)]
+    runs = {kind: some for kind in kinds if (some := counted(own, kind))}
     if not runs:
         return []
     headings = (
-        "optimizer", "lr", "auxiliary lr", "weight decay", "damping", "exponent", "trials",
+        "optimizer", "refresh, block", "lr", "auxiliary lr", "weight decay", "damping", "exponent", "trials",
         "validation loss" if recipe.by_loss else "test accuracy", "of the seeds", "training loss",
         "steps to AdamW's end", "to Muon's", "ms a step, to AdamW's",
     )  # fmt: skip
-    trials = {name: sum(row.optimizer == name and row.seed == SEARCH_SEED for row in own) for name in runs}
+    trials = {kind: sum(row.setting.kind == kind and row.seed == SEARCH_SEED for row in own) for kind in runs}
+    plain = START["adamw"].kind, START["muon"].kind
     lines = []
-    for name, some in runs.items():
+    for kind, some in runs.items():
+        name, *rest = kind
         first = some[0]
         scores = [row.score for row in some]
-        time = times.get((recipe.name, name))
+        time = times.get((recipe.name, kind))
         lines.append(
             (
                 LABELS[name],
+                ", ".join(f"{value}" for value in rest if value is not None),
                 f"{first.lr:g}",
                 *("" if value is None else f"{value:g}" for value in (first.aux_lr, first.weight_decay)),
                 *("" if value is None else f"{value:g}" for value in (first.damping, first.exponent)),
-                str(trials[name]),
+                str(trials[kind]),
                 _score(recipe, median(scores)),
                 "the search's alone"
                 if first.seed == SEARCH_SEED
                 else f"{len(some)}: {_score(recipe, min(scores))} to {_score(recipe, max(scores))}",
                 f"{median(row.train_loss for row in some):.3f}",
-                *(_share(recipe, some, runs.get(other, [])) for other in ("adamw", "muon")),
+                *(_share(recipe, some, runs.get(other, [])) for other in plain),
                 "" if time is None else f"{time.ratio:.2f}",
             )
         )
@@ -153,18 +158,25 @@ def _task(
         notes.append(f"A short schedule: the task's own has {recipe.steps:,} steps.")
     if recipe.mark is not None:
         notes.append(f"Published: {recipe.mark[0]:g} ({recipe.mark[1]}).")
-    fewer = [f"{LABELS[name]} {trials[name]}" for name in runs if trials[name] < max(trials.values())]
+    fewer = [f"{_label(kind)} {trials[kind]}" for kind in runs if trials[kind] < max(trials.values())]
     if fewer:
         notes.append(f"With fewer trials than the others' {max(trials.values())}: {', '.join(fewer)}.")
-    at_border = [f"{which} of {LABELS[name]}" for name in runs for which in borders(own, name)]
+    at_border = [f"{which} of {_label(kind)}" for kind in runs for which in borders(own, kind)]
     if at_border:
         notes.append(f"At the border of what was tried: {', '.join(at_border)}.")
     return [f"### {recipe.title}, {steps:,} steps", " ".join(notes), markdown(headings, lines)]
 
 
-def borders(own: Sequence[RecipeRow], name: str) -> list[str]:
-    """Which values of an optimizer's best setting are the lowest or the highest that its search tried."""
-    tried = [row for row in own if row.optimizer == name and row.seed == SEARCH_SEED]
+def _label(kind: Kind) -> str:
+    name, refresh_every, block = kind
+    if kind in (START[name].kind, (name, None, None)):
+        return LABELS[name]
+    return f"{LABELS[name]} ({refresh_every}, {block})"
+
+
+def borders(own: Sequence[RecipeRow], kind: Kind) -> list[str]:
+    """Which values of a kind's best setting are the lowest or the highest that its search tried."""
+    tried = [row for row in own if row.setting.kind == kind and row.seed == SEARCH_SEED]
     best = whole.better(RECIPES[tried[0].task], tried)
     found = []
     for knob, label in (("lr", "lr"), ("aux_lr", "auxiliary lr"), ("damping", "damping")):

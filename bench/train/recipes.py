@@ -143,9 +143,17 @@ class Setting:
     memory: float | None = None
     block: int | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """What is searched, timed and shown apart."""
+        return self.optimizer, self.refresh_every, self.block
+
+
+Kind = tuple[str, int | None, int | None]  # optimizer, steps from refresh to refresh, the most inputs taken together
+
 
 def _coordinates(name: str, lr: float, exponent: float, **changes: Any) -> Setting:
-    """The same refreshes and blocks for all: the package's defaults but for Muon's, which are rarer and smaller."""
+    """The package's defaults, which a test holds them to."""
     defaults = Setting(name, lr, None, 0.1, 0.03, exponent, "around", 10, 0.95, 256)
     return dataclasses.replace(defaults, **changes)
 
@@ -157,7 +165,7 @@ START: dict[str, Setting] = {
     "soap": Setting("soap", 0.004),
     "coordinates-nag": _coordinates("coordinates-nag", 0.1, 0.5, weight_decay=1e-3),
     "coordinates-adamw": _coordinates("coordinates-adamw", 0.004, 0.5),
-    "coordinates-muon": _coordinates("coordinates-muon", 0.008, 0.25, aux_lr=0.002),
+    "coordinates-muon": _coordinates("coordinates-muon", 0.008, 0.25, aux_lr=0.002, refresh_every=25, block=128),
 }
 LABELS = {
     "nag": "NAG",
@@ -188,11 +196,20 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
 }
 
 
-def trials(recipe: Recipe, name: str, best: Callable[[list[Setting]], Setting], most: int) -> Iterator[Setting]:
-    """The settings of an optimizer's search; ``best`` is asked for the best of those given so far."""
-    given = [dataclasses.replace(START[name], lr=recipe.rates.get(name, START[name].lr))]
-    yield given[0]
-    for knob, factors in KNOBS[name]:
+def start(recipe: Recipe, name: str, refresh_every: int | None = None, block: int | None = None) -> Setting:
+    """Where an optimizer's search begins on a task; refreshes and blocks other than the package's are for those in
+    coordinates alone."""
+    own = START[name]
+    changes = {"refresh_every": refresh_every, "block": block} if own.block is not None else {}
+    given = {field: value for field, value in changes.items() if value is not None}
+    return dataclasses.replace(own, lr=recipe.rates.get(name, own.lr), **given)
+
+
+def trials(first: Setting, best: Callable[[list[Setting]], Setting], most: int) -> Iterator[Setting]:
+    """The settings of a search, the ``first`` included; ``best`` is asked for the best of those given so far."""
+    given = [first]
+    yield first
+    for knob, factors in KNOBS[first.optimizer]:
         centre = best(given)
         for factor in factors:
             if len(given) == most:

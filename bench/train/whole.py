@@ -19,16 +19,19 @@ from torch import Tensor, nn
 
 from consequentialism.errors import need
 from consequentialism.experiments.data import Samples
+from consequentialism.experiments.methods import Step
 from consequentialism.experiments.settings import Schedule
 from consequentialism.experiments.train import batches, class_loss, clock_for, step_count, timed_step
 
 from .. import table
 from ..environment import Environment, environment
-from .recipes import EVALUATIONS, RECIPES, START, Recipe, Setting, prepare, trials
+from .recipes import EVALUATIONS, RECIPES, START, Kind, Recipe, Setting, prepare, start, trials
 
 SEARCH_SEED = 100
 PROBE = 256  # training samples of which the loss is reported
 PIECE = 64  # samples that are evaluated at once
+TURN = 10  # steps that are timed before it is the next optimizer's turn
+TURNS = 5  # of a round, whose 50 steps hold whole numbers of refreshes, one in 10 or 25
 FILE = "recipes.csv"
 TIMES = "recipe_times.csv"
 
@@ -71,9 +74,16 @@ class RecipeTimeRow(Environment):
 
     task: str
     optimizer: str
-    ms: float  # a step, median over blocks of ten
+    refresh_every: int | None
+    block: int | None
+    ms: float  # a step, median over rounds of fifty
     ratio: float  # to AdamW's, median over rounds
     blocks: int
+
+    @property
+    def kind(self) -> Kind:
+        """As a setting's."""
+        return self.optimizer, self.refresh_every, self.block
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,9 @@ class Bench:
         steps: Of a schedule; None: the task's own.
         seeds: Runs that count.
         most: Trials of each optimizer.
-        blocks: Of ten steps, in the timing.
+        blocks: Rounds of the timing.
+        refresh_every: Of a search in coordinates, in steps; None: the package's.
+        block: Likewise, the most inputs that are taken together.
     """
 
     folder: Path
@@ -101,6 +113,8 @@ class Bench:
     seeds: int
     most: int
     blocks: int
+    refresh_every: int | None = None
+    block: int | None = None
 
     def data(self, recipe: Recipe) -> tuple[Samples, int]:
         """On the device, and the number of classes."""
@@ -217,23 +231,18 @@ def _search(bench: Bench, task: str, name: str) -> None:
     def best(given: list[Setting]) -> Setting:
         return better(RECIPES[task], rows).setting
 
-    for setting in trials(RECIPES[task], name, best, bench.most):
+    first = start(RECIPES[task], name, bench.refresh_every, bench.block)
+    for setting in trials(first, best, bench.most):
         rows.append(row_of(bench, task, setting, SEARCH_SEED, evaluations=1))
 
 
-def searched(bench: Bench, task: str) -> dict[str, Setting]:
-    """The best setting of each optimizer that was searched with these steps."""
-    recipe, found = RECIPES[task], {}
-    rows = rows_in(bench.out)
-    for name in bench.optimizers:
-        own = [row for row in rows if _is_of(row, task, name, SEARCH_SEED, bench.budget(recipe))]
-        if own:
-            found[name] = better(recipe, own).setting
-    return found
-
-
-def _is_of(row: RecipeRow, task: str, name: str, seed: int, steps: int) -> bool:
-    return (row.task, row.optimizer, row.seed, row.steps) == (task, name, seed, steps)
+def searched(bench: Bench, task: str) -> list[Setting]:
+    """The best setting of each kind that was searched with these steps, one optimizer after the other."""
+    recipe = RECIPES[task]
+    wanted = (task, SEARCH_SEED, bench.budget(recipe))
+    rows = [row for row in rows_in(bench.out) if (row.task, row.seed, row.steps) == wanted]
+    kinds = dict.fromkeys(row.setting.kind for name in bench.optimizers for row in rows if row.optimizer == name)
+    return [better(recipe, [row for row in rows if row.setting.kind == kind]).setting for kind in kinds]
 
 
 def run(bench: Bench) -> None:
@@ -241,7 +250,7 @@ def run(bench: Bench) -> None:
     for task in bench.tasks:
         best = searched(bench, task)
         for seed in range(bench.seeds):
-            for setting in best.values():
+            for setting in best:
                 row_of(bench, task, setting, seed)
 
 
@@ -258,32 +267,35 @@ def _costs(bench: Bench, task: str) -> list[RecipeTimeRow]:
     recipe = RECIPES[task]
     data, classes = bench.data(recipe)
     problem = recipe.problem(classes)
-    settings = {"adamw": START["adamw"]} | searched(bench, task)
+    adamw = START["adamw"]
+    settings = {adamw.kind: adamw} | {setting.kind: setting for setting in searched(bench, task)}
     size = recipe.batch_size
-    batches = [(data.train_x[k * size : (k + 1) * size], data.train_y[k * size : (k + 1) * size]) for k in range(10)]
-    steps, ms = {}, {name: [0.0] * 0 for name in settings}
-    for name, setting in settings.items():
+    batches = [(data.train_x[k * size : (k + 1) * size], data.train_y[k * size : (k + 1) * size]) for k in range(TURN)]
+    steps: dict[Kind, Step] = {}
+    ms: dict[Kind, list[float]] = {kind: [] for kind in settings}
+    for kind, setting in settings.items():
         model = problem.build(SEARCH_SEED).to(bench.device)
-        steps[name] = prepare(model, setting, problem.loss, recipe, 10 * (bench.blocks + 1), 0)
+        steps[kind] = prepare(model, setting, problem.loss, recipe, TURN * (TURNS * bench.blocks + 1), 0)
     order = list(settings)
     clock = clock_for(torch.device(bench.device))
-    for block in range(bench.blocks + 1):
-        for name in order:
-            seconds = [timed_step(steps[name], x, y, clock)[0] for x, y in batches]
-            if block:  # the first warms up
-                ms[name].append(1e3 * mean(seconds))
+    for turn in range(TURNS * bench.blocks + 1):
+        for kind in order:
+            seconds = [timed_step(steps[kind], x, y, clock)[0] for x, y in batches]
+            if turn:  # the first warms up
+                ms[kind].append(1e3 * mean(seconds))
         order = order[1:] + order[:1]
+    rounds = {kind: [mean(own[k : k + TURNS]) for k in range(0, len(own), TURNS)] for kind, own in ms.items()}
     here = asdict(environment(torch.device(bench.device).type))
     return [
         RecipeTimeRow(
             **here,
             task=task,
-            optimizer=name,
+            **dict(zip(("optimizer", "refresh_every", "block"), kind, strict=True)),
             ms=median(own),
-            ratio=median(mine / plain for mine, plain in zip(own, ms["adamw"], strict=True)),
+            ratio=median(mine / plain for mine, plain in zip(own, rounds[adamw.kind], strict=True)),
             blocks=bench.blocks,
         )
-        for name, own in ms.items()
+        for kind, own in rounds.items()
     ]
 
 
