@@ -198,17 +198,23 @@ def _share(recipe: Recipe, mine: Sequence[RecipeRow], other: Sequence[RecipeRow]
 def _costs(found: Sequence[StepCostRow]) -> list[str]:
     sizes = list(dict.fromkeys((row.rows, row.width) for row in found))
     names = list(dict.fromkeys(row.optimizer for row in found))
-    headings = ("ms a step (to the optimizer inside)", *(f"N = {rows:,}, width {width}" for rows, width in sizes))
+    headings = ("ms a step", *(f"N = {rows:,}, width {width}" for rows, width in sizes))
     by = {(row.optimizer, row.rows, row.width): row for row in found}
-    lines = [
-        (step_cost.LABELS[name], *(f"{by[name, n, w].ms:.1f} ({by[name, n, w].ratio:.2f})" for n, w in sizes))
-        for name in names
-    ]
+    lines = [(step_cost.LABELS[name], *(_cost(by, name, n, w) for n, w in sizes)) for name in names]
     period, of_muon = (step_cost.PERIODS[name] for name in ("coordinates-adamw", "coordinates-muon"))
     return [
         "## What a step in coordinates costs",
         f'`make bench-train ARGS="--stage step-cost"`; forward, backward and step of a transformer\'s block and a '
         f"head, one step in {period} refreshing, of Muon in {of_muon}; medians of {found[0].rounds} rounds in which "
-        f"the optimizers take turns; {where(found)}.",
+        f"the optimizers take turns; {where(found)}. In brackets: to the optimizer inside, AdamW or Muon, as a sum of "
+        "a step without refresh and of what the refreshes add.",
         markdown(headings, lines),
     ]
+
+
+def _cost(by: dict[tuple[str, int, int], StepCostRow], name: str, rows: int, width: int) -> str:
+    own = by[name, rows, width]
+    if name not in step_cost.INSIDE:
+        return f"{own.ms:.1f}"
+    ordinary = own.ordinary_ms / by[step_cost.INSIDE[name], rows, width].ms
+    return f"{own.ms:.1f} ({own.ratio:.2f} = {ordinary:.2f} + {own.ratio - ordinary:.2f})"

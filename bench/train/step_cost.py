@@ -1,8 +1,8 @@
 """What a training step costs with each optimizer: a transformer's block and a head, by rows and width.
 
-What Emended and SOAP do on one step in ten, and `Muon` in coordinates on one in 25, they do here on every third, and
+What Emended and SOAP do on one step in ten, and `Muon` in coordinates on one in 25, they do here on every fourth, and
 ordinary steps and those are timed apart: a step costs what it does of either in its optimizer's own period. The
-optimizers take turns.
+optimizers take turns of four steps, the first of which brings back to the caches what the others drove out of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from .models import Block
 
 SHAPES = ((768, 128), (4096, 256), (8192, 512))
 FILE = "step_cost.csv"
-MEASURED = 3  # steps from one of the dear ones to the next, as timed; `PERIODS` are those that are meant
+MEASURED = 4  # steps from one of the dear ones to the next, as made here; `PERIODS` are those that are meant
+TIMED = 3  # of a turn: two ordinary ones and, last, a dear one
 CONTEXT, CLASSES = 64, 64
 RATE = 1e-5
 LABELS = {
@@ -96,16 +97,18 @@ def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
     clock = clock_for(x.device)
     ordinary: dict[str, list[float]] = {name: [] for name in order}
     dear: dict[str, list[float]] = {name: [] for name in order}
+    for name in order:  # the first of all is a dear one, and so is then the last of every turn
+        timed_step(steps[name], x, y, clock)
     for turn in range(rounds + 1):
         for name in order:
-            ms = [1e3 * timed_step(steps[name], x, y, clock)[0] for _ in range(MEASURED)]
-            if turn:  # the first warms up
-                dear[name].append(ms[0])
-                ordinary[name].append(mean(ms[1:]))
+            ms = [1e3 * timed_step(steps[name], x, y, clock)[0] for _ in range(MEASURED)][-TIMED:]
+            if turn:  # the first has the early refreshes
+                ordinary[name].append(mean(ms[:-1]))
+                dear[name].append(ms[-1])
         order = order[1:] + order[:1]
     whole = {
         name: [
-            one + (other - one) / PERIODS.get(name, MEASURED)
+            one + (other - one) / PERIODS.get(name, TIMED)
             for one, other in zip(ordinary[name], dear[name], strict=True)
         ]
         for name in steps
