@@ -67,8 +67,8 @@ def _walked(setting: Setting) -> Setting:
     """Where the walk begins that has a setting's rate: that of its optimizer, placing and exponent."""
     if setting.placing is None:
         return START[setting.optimizer]
-    chosen = {"exponent": setting.exponent, "placing": setting.placing, "damping": TUNED_DAMPING}
-    return dataclasses.replace(BASE[setting.optimizer], **chosen)
+    base = BASE[setting.optimizer]
+    return dataclasses.replace(base, exponent=setting.exponent, placing=setting.placing, damping=TUNED_DAMPING)
 
 
 def walk(lr: float, score: Callable[[float], float]) -> float:

@@ -199,10 +199,10 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
 def start(recipe: Recipe, name: str, refresh_every: int | None = None, block: int | None = None) -> Setting:
     """Where an optimizer's search begins on a task; refreshes and blocks other than the package's are for those in
     coordinates alone."""
-    own = START[name]
-    changes = {"refresh_every": refresh_every, "block": block} if own.block is not None else {}
-    given = {field: value for field, value in changes.items() if value is not None}
-    return dataclasses.replace(own, lr=recipe.rates.get(name, own.lr), **given)
+    own = dataclasses.replace(START[name], lr=recipe.rates.get(name, START[name].lr))
+    if own.placing is None:
+        return own
+    return dataclasses.replace(own, refresh_every=refresh_every or own.refresh_every, block=block or own.block)
 
 
 def trials(first: Setting, best: Callable[[list[Setting]], Setting], most: int) -> Iterator[Setting]:

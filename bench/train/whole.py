@@ -290,7 +290,9 @@ def _costs(bench: Bench, task: str) -> list[RecipeTimeRow]:
         RecipeTimeRow(
             **here,
             task=task,
-            **dict(zip(("optimizer", "refresh_every", "block"), kind, strict=True)),
+            optimizer=kind[0],
+            refresh_every=kind[1],
+            block=kind[2],
             ms=median(own),
             ratio=median(mine / plain for mine, plain in zip(own, rounds[adamw.kind], strict=True)),
             blocks=bench.blocks,
