@@ -7,12 +7,14 @@ stands beside its floor from bytes and operations. What cannot be measured has a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -157,15 +159,25 @@ def _run(chosen: argparse.Namespace, own: list[str]) -> int:
             path.unlink(missing_ok=True)
         end = time.time() + (chosen.seconds or SECONDS[device.type, chosen.quick and not chosen.rehearse])
         command = [sys.executable, "-m", "consequentialism", "bench", *own, "--worker", str(path), str(end)]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
-            supervise(command, path, end, GRACE[device.type], chosen.patience)
+            with _exit_on_sigterm():
+                supervise(command, path, end, GRACE[device.type], chosen.patience)
         except (KeyboardInterrupt, SystemExit):  # what has been measured is kept
             Journal(path).note(stopped="stopped from outside")
         journal = Journal(path)
     where: dict[str, Any] = {f.name: journal.meta[f.name] for f in fields(Environment) if f.name in journal.meta}
     rows = [replace(row, **where) for row in journal.rows]
     return _finish(chosen, cases, rows, journal.meta, older)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM is a SystemExit, after it what it was before."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _worker(chosen: argparse.Namespace) -> int:

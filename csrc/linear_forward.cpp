@@ -122,7 +122,7 @@ py::object linear_forward(py::handle layer, py::handle input) {
   static PyObject* const forward_name = name_of("emended_forward");
   static PyObject* const weight_name = name_of("weight_name");
   static PyObject* const bias_name = name_of("bias_name");
-  static PyObject* const transposed_name = name_of("transposed");
+  static PyObject* const transposed_name = name_of("weight_transposed");
   const at::Tensor* const input_tensor = tensor_in(input.ptr());
   if (input_tensor == nullptr || !is_usual_mode()) return py::none();
   const auto own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(layer.ptr(), nullptr));

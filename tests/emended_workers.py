@@ -164,6 +164,46 @@ def idle(x: Tensor, rank: int | None) -> dict[str, Any]:
     return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model.second)}
 
 
+def widened(x: Tensor, rank: int | None) -> dict[str, Any]:
+    """The optimizer has the weights first, from step 3 on the biases too: a column more in the coordinates."""
+    model = network()
+    wrapped: nn.Module = model if rank is None else DistributedDataParallel(model)
+    biases = [model[0].bias, model[4].bias]
+    inner = torch.optim.AdamW([p for p in model.parameters() if p.ndim == 2], lr=0.02)
+    optimizer = cw.optim.Emended(inner, model, memory=0.5, refresh_every=REFRESH_EVERY, damping=0.1, **OPTIONS)
+    for step in range(6):
+        if step == 3:
+            optimizer.add_param_group({"params": biases})
+        model.zero_grad()
+        own = x if rank is None else own_rows(rank, x, [9, 7])
+        (ranks() * wrapped(own).square().sum()).backward()
+        optimizer.step()
+    return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model[0])}
+
+
+def late(x: Tensor, rank: int | None) -> dict[str, Any]:
+    """A layer is unfrozen between two refreshes, and one comes with a group of its own; ranks sum by hand."""
+    model = Skipping()
+    model.add_module("third", nn.Linear(5, 4).double())
+    model.second.requires_grad_(False)
+    first = [*model.first.parameters(), *model.second.parameters()]
+    options: dict[str, Any] = {"memory": 0.5, "refresh_every": REFRESH_EVERY, "damping": 0.1, **OPTIONS}
+    optimizer = cw.optim.Emended(torch.optim.AdamW(first, lr=0.02), model, **options)
+    for step in range(8):
+        if step == 3:
+            model.second.requires_grad_(True)
+        if step == 5:
+            optimizer.add_param_group({"params": list(model.third.parameters())})
+        model.zero_grad()
+        own = x if rank is None else own_rows(rank, x, [9, 7])
+        model.third(model(own, True)).square().sum().backward()
+        for parameter in model.parameters() if rank is not None else ():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+        optimizer.step()
+    return {"parameters": [full(p) for p in model.parameters()], **rows_of(optimizer, model.second)}
+
+
 def rows_of(optimizer: Any, layer: nn.Linear) -> dict[str, Any]:
     optimizer.consolidate_state_dict(to=None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import bench_cases
 import pytest
 import torch
 
+import bench.__main__ as command
 import bench.worker
 from bench import show, table
 from bench.case import ALL_MODES, OK, Case, Row, Target, Unavailable, Work
@@ -278,3 +280,19 @@ def test_rehearsal_of_a_gpus_cases(tmp_path: Path) -> None:
         assert row.state != OK or row.error is not None, "every provider is held to float64"
         assert row.state != OK or (row.floor_ms and row.floor_fraction)
     assert {row.provider for row in rows if row.state != OK} <= {"isaac", "triton"}
+
+
+def test_sigterm_ends_the_measuring_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before it is kept; afterwards the process has its own handler again."""
+    calls: list[int] = []
+    stopped = []
+    monkeypatch.setattr(command, "supervise", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    monkeypatch.setattr(command, "_finish", lambda *arguments: stopped.append(arguments[3]["stopped"]) or 1)
+    own = signal.signal(signal.SIGTERM, lambda number, _: calls.append(number))
+    try:
+        assert command.main(["--rehearse", "--quick"]) == 1
+        assert (stopped, calls) == (["stopped from outside"], [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert calls == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, own)

@@ -26,6 +26,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "idle": (),
     "accumulated": (),
     "joined": (),
+    "widened": (),
+    "late": (),
 }
 SHARDED = [("SGD", "ddp"), ("AdamW", "fsdp"), ("Muon", "fsdp"), ("Adagrad", "ddp")]
 X, TARGET = randn(16, 6), torch.arange(16) % 3
@@ -55,7 +57,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("how", ["", "sharded "])
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_that_do_not_do_the_same(found: list[dict[str, Any]], name: str, how: str) -> None:
-    """A layer or all of them without rows on one rank; ``no_sync``, with rank 0 evaluating; batches that end early."""
+    """A layer or all of them without rows on one rank; ``no_sync``, with rank 0 evaluating; batches that end early;
+    biases and layers that come later."""
     expected = getattr(emended_workers, name)(X, None, *CASES[name])
     for rank, results in enumerate(found):
         own = results[how + name]

@@ -285,6 +285,17 @@ def geometry_of(
     return TransposedGeometry(*numbers, tuple(output_padding)) if transposed else Geometry(*numbers)
 
 
+def both_sides(padding: str | Sizes, kernel: Sequence[int], dilation: Sizes) -> list[tuple[int, int]]:
+    """What a convolution's padding adds before and after, for each spatial dimension."""
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding != "same":
+        return [(size, size) for size in per_dimension("padding", padding, len(kernel))]  # type: ignore[arg-type]
+    dilations = per_dimension("dilation", dilation, len(kernel))
+    totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
 def normalized(
     x: Tensor, kernel: tuple[int, ...], stride: Sizes, padding: str | Sizes, dilation: Sizes, groups: int
 ) -> tuple[Tensor, Geometry] | None:
@@ -300,10 +311,10 @@ def normalized(
             return x, Geometry(kernel, strides, (0,) * spatial, dilations, groups)
         if any(s != 1 for s in strides):
             return None
-        totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-        if any(total % 2 for total in totals):
-            x = F.pad(x, [side for total in reversed(totals) for side in (0, total % 2)])
-        return x, Geometry(kernel, strides, tuple(total // 2 for total in totals), dilations, groups)
+        sides = both_sides(padding, kernel, dilations)
+        if any(before != after for before, after in sides):
+            x = F.pad(x, [side for before, after in reversed(sides) for side in (0, after - before)])
+        return x, Geometry(kernel, strides, tuple(before for before, _ in sides), dilations, groups)
     return x, Geometry(kernel, strides, per_dimension("padding", padding, spatial), dilations, groups)
 
 

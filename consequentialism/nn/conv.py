@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from ..autograd.geometry import Sizes
+from ..autograd.geometry import Sizes, both_sides
 from ..functional.conv import emended_conv_with
 from ..options import ConvOptions, is_whole
 from .module import EmendedModule
@@ -28,7 +28,6 @@ class EmendedConvNd(EmendedModule):
     dilation: tuple[int, ...]
     groups: int
     padding_mode: Any
-    _reversed_padding_repeated_twice: list[int]
 
     def __init__(
         self,
@@ -65,12 +64,28 @@ class EmendedConvNd(EmendedModule):
         self.set_options(settings)
 
     def emended_forward(self, input: Tensor) -> Tensor:
-        padding: str | tuple[int, ...] = self.padding
+        weight, bias = self.weight_and_bias()
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0,) * len(self.stride)
-        arguments = (self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        return emended_conv_with(input, *arguments, self.options_now())
+            input = F.pad(input, sides_of(self, weight.shape[2:]), mode=self.padding_mode)
+            padding = 0
+        return emended_conv_with(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, self.options_now()
+        )
+
+
+def sides_of(layer: Any, kernel: Sequence[int]) -> list[int]:
+    """How much a convolution pads each side, the last dimension first, as `torch.nn.functional.pad` takes it.
+
+    Args:
+        layer: With ``padding`` and ``dilation``, numbers or one for each dimension; torch's own has it as it is.
+        kernel: The size of its kernel.
+    """
+    own: list[int] | None = getattr(layer, "_reversed_padding_repeated_twice", None)
+    if own is not None:
+        return own
+    sides = both_sides(layer.padding, kernel, layer.dilation)
+    return [side for before, after in reversed(sides) for side in (before, after)]
 
 
 def check_size(name: str, size: Any) -> None:

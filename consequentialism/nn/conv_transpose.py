@@ -93,7 +93,8 @@ class EmendedConvTransposeNd(EmendedModule):
             sizes = self.stride, self.padding, self.kernel_size, len(self.stride), self.dilation
             output_padding = layer._output_padding(input, output_size, *sizes)
         arguments = self.stride, self.padding, output_padding, self.groups, self.dilation
-        return emended_conv_transpose_with(input, self.weight, self.bias, *arguments, self.options_now())
+        weight, bias = self.weight_and_bias()
+        return emended_conv_transpose_with(input, weight, bias, *arguments, self.options_now())
 
 
 class ConvTranspose1d(EmendedConvTransposeNd, nn.ConvTranspose1d):

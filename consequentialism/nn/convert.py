@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from .._torch import is_dtensor
 from ..functional.checks import FLOATING_TYPES
 from ..options import Options, OptionsDict, as_number, options_from
-from .module import EmendedModule
+from .module import EmendedModule, hidden_name
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
 
@@ -279,7 +279,10 @@ def _obstacle(module: nn.Module, tied: set[int]) -> str | None:
         return "its weight is tied to another module's"
     if form.like is nn.Embedding and getattr(module, "scale_grad_by_freq", False):
         return "scale_grad_by_freq already divides by the counts"
-    return None
+    hidden = hidden_name(module, form.like)
+    if hidden is not None:
+        return f"it has an attribute {hidden!r}, which an emended layer has too, for itself: rename it"
+    return form.obstacle(module)
 
 
 def _unserved(parameter: torch.Tensor | None) -> str | None:

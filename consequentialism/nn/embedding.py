@@ -95,18 +95,18 @@ class Embedding(EmendedModule, nn.Embedding):
         self.backend = backend
 
     def emended_forward(self, input: Tensor) -> Tensor:
-        options = self.options_now()
+        options, (weight, _) = self.options_now(), self.weight_and_bias()
         if self.max_norm is not None:
             with torch.no_grad():
-                torch.embedding_renorm_(self.weight, input.contiguous(), self.max_norm, self.norm_type)
+                torch.embedding_renorm_(weight, input.contiguous(), self.max_norm, self.norm_type)
         transformed = _torch.transforms_active()
         if transformed:
             raise RuntimeError("consequentialism.Embedding does not support torch.func transforms; use revert() first")
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return F.embedding(input, self.weight, self.padding_idx)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return F.embedding(input, weight, self.padding_idx)
         if isinstance(options.process_group, distributed.Peers):
             options = options.changed(process_group=cast(Any, options.process_group.in_backward()))
-        ratio = samples.ratio(options, input.numel(), self.weight)
+        ratio = samples.ratio(options, input.numel(), weight)
         leaves_graph = self.sparse and torch.compiler.is_compiling()
         look_up = look_up_outside_graphs if leaves_graph else EmendedEmbedding.apply
-        return look_up(self.weight, input, self.padding_idx, self.sparse, options, ratio)
+        return look_up(weight, input, self.padding_idx, self.sparse, options, ratio)

@@ -73,7 +73,9 @@ class Linear(EmendedModule, nn.Linear):
 
     def emended_forward(self, input: Tensor) -> Tensor:
         linear = emended_linear_with if self.recorder is None else self.recorder.linear
-        return linear(input, self.weight.t() if self.transposed else self.weight, self.bias, self.options_now())
+        weight, bias = self.weight_and_bias()
+        return linear(input, weight.t() if self.weight_transposed else weight, bias, self.options_now())
 
     def check_input(self, input: Any) -> None:
-        check_linear(*autocast(input, self.weight.t() if self.transposed else self.weight, self.bias))
+        weight, bias = self.weight_and_bias()
+        check_linear(*autocast(input, weight.t() if self.weight_transposed else weight, bias))

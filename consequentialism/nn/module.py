@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar, cast, overload
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class EmendedModule(nn.Module):
     watched: Watched | None = None  # set by convert, until the layer has run
     weight_name: ClassVar[str] = "weight"  # of the parameter; `register` may say others
     bias_name: ClassVar[str] = "bias"
-    transposed: ClassVar[bool] = False  # whether a linear layer's weight is [I, O]
+    weight_transposed: ClassVar[bool] = False  # whether a linear layer's weight is [I, O]
     # Serves what is usual, without Python, and returns None for the rest; a compiler does not see through it.
     shortcut: ClassVar[Callable[[EmendedModule, Tensor], Tensor | None] | None] = None
 
@@ -118,6 +118,11 @@ class EmendedModule(nn.Module):
 
     def check_input(self, input: Any) -> None:
         """Raise in this package's words what torch's own forward has refused, where there are better words."""
+
+    def weight_and_bias(self) -> tuple[Any, Any]:
+        """What the layer computes with, by its names; a bias that is a flag, False, is none."""
+        bias = getattr(self, self.bias_name, None)
+        return getattr(self, self.weight_name), None if bias is False else bias
 
     def emended_parameters(self) -> Iterator[nn.Parameter]:
         """Weight and bias, or what they are computed from where they are parametrised."""
@@ -162,25 +167,53 @@ class EmendedModule(nn.Module):
         return options.changed(process_group=cast(Any, Peers(options.process_group, self)) if self.training else None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
         memo[id(self.options)] = self.options.changed(samples=None)  # its group cannot be copied: it is the same
-        kept = {name: value for name, value in self.__dict__.items() if name != "serial"}
-        copied.__dict__.update(copy.deepcopy(kept, memo), serial=next(_serials))
-        if copied.watched is not None:
-            copied.watched.bind(copied)
+        own = _method_below(self, "__deepcopy__")
+        if own is None:
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            state = copy.deepcopy(self._state(), memo)
+            copied._restore(state, copy.deepcopy(self._beside(), memo))
+            return copied
+        copied = own(memo)
+        if type(copied) is getattr(type(self), "plain_class", None):
+            copied.__class__ = type(self)
+        if copied is not self and type(copied) is type(self):
+            copied.__dict__.update(copy.deepcopy(self._beside(), memo))
+            copied._begin()
         return copied
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "serial"}
-        state["options"] = self.options.changed(process_group=None, samples=None)
-        state["process_group"] = SavedGroup(self.options.process_group)
-        return state
+    def __getstate__(self) -> BesideState:
+        beside = self._beside()
+        options = beside.pop("options")
+        saved = options.changed(process_group=None, samples=None), SavedGroup(options.process_group)
+        return BesideState(self._state(), *saved, beside)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {**state, "serial": next(_serials)}
-        state["options"] = state["options"].changed(process_group=state.pop("process_group").group)
+    def __setstate__(self, state: BesideState) -> None:
+        options = state.options.changed(process_group=state.process_group.group)
+        self._restore(state.module, {**state.beside, "options": options})
+
+    def _state(self) -> Any:
+        """The state of the plain class."""
+        own = _method_below(self, "__getstate__")
+        state = self.__dict__ if own is None else own()
+        if not isinstance(state, dict):
+            return state
+        return {name: value for name, value in state.items() if name not in _BESIDE}
+
+    def _restore(self, state: Any, beside: dict[str, Any]) -> None:
+        self.__dict__.update(beside)
         super().__setstate__(state)
+        self.__dict__.update(beside)  # which a class that calls its constructor there has begun anew
+        self._begin()
+
+    def _beside(self) -> dict[str, Any]:
+        """What the instance has beside the attributes of its plain class, but for ``serial``."""
+        kept = {name: self.__dict__[name] for name in _BESIDE if name in self.__dict__ and name != "serial"}
+        return {"options": self.options, **kept}
+
+    def _begin(self) -> None:
+        """Called on a copy, or what was unpickled."""
+        self.__dict__["serial"] = next(_serials)
         if self.watched is not None:
             self.watched.bind(self)
 
@@ -216,28 +249,56 @@ class EmendedModule(nn.Module):
         return ", ".join([super().extra_repr(), *changed])
 
 
+_BESIDE = ("options", "qualified_name", "recorder", "serial", "watched")
+
+
+class BesideState(NamedTuple):
+    """What is pickled of a layer: the state of its plain class, and what it has beside that."""
+
+    module: Any
+    options: Options
+    process_group: SavedGroup
+    beside: dict[str, Any]
+
+
+def _method_below(layer: EmendedModule, name: str) -> Callable[..., Any] | None:
+    """A method that the layer's class has from a user's, and not from torch or Python; None without one."""
+    order = type(layer).__mro__
+    for cls in order[order.index(EmendedModule) + 1 :]:
+        if name in cls.__dict__ and cls not in (nn.Module, object):
+            return cast(Callable[..., Any], cls.__dict__[name].__get__(layer))
+    return None
+
+
+def hidden_name(module: nn.Module, like: type[nn.Module]) -> str | None:
+    """An attribute of a plain module, or of its class, that an emended layer has for itself; None without one.
+
+    Args:
+        like: The class of torch that is known to have none.
+    """
+    instance = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
+    known = {base for cls in (like, nn.Module) for base in cls.__mro__}
+    own = instance.union(*(cls.__dict__ for cls in type(module).__mro__ if cls not in known))
+    return next((name for name in sorted(own) if name in _NAMES), None)
+
+
+# Those of methods that torch has too are no concern.
+_NAMES = {name for name in EmendedModule.__dict__ if not name.startswith("__") and not hasattr(nn.Module, name)}
+_NAMES -= {"qconfig"}  # of torch.ao, which sets it on plain layers
+
+
 def _keeps_shortcut(cls: type[EmendedModule]) -> bool:
     """Whether a class forwards as the one that named its shortcut does, and finds weight and bias where it looks."""
     named = next(base for base in cls.__mro__ if "shortcut" in base.__dict__)
     own: Any = cls  # whose attributes a type checker would call methods
-    methods = ("emended_forward", "options_now", "note_run")
+    methods = ("emended_forward", "options_now", "note_run", "weight_and_bias")
     return (
         all(getattr(own, name) is getattr(named, name) for name in methods)
         and own.__getattr__ is nn.Module.__getattr__
         and own.__getattribute__ is nn.Module.__getattribute__
-        and all(
-            isinstance(base.__dict__.get(name, OptionalBias()), OptionalBias)
-            for base in cls.__mro__
-            for name in (cls.weight_name, cls.bias_name)
-        )
+        and not hasattr(cls, cls.weight_name)
+        and not hasattr(cls, cls.bias_name)
     )
-
-
-class OptionalBias:
-    """The bias of modules that may have no attribute of that name; not None itself, which would hide the parameter."""
-
-    def __get__(self, module: Any, owner: type) -> Any:
-        return self if module is None else module._parameters.get("bias")
 
 
 def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:

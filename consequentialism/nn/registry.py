@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,7 +14,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import Linear
-from .module import EmendedModule, OptionalBias
+from .module import EmendedModule
 
 EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Linear: Linear,
@@ -65,6 +68,13 @@ class Form(NamedTuple):
             nn.ConvTranspose3d: 5,
         }
         return convolutions.get(self.like, 2)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """What a module says of itself that its map does not have; None where there is nothing."""
+        mode = getattr(module, "padding_mode", "zeros")
+        if "output_padding" in DEFAULTS[self.like] and mode != "zeros":
+            return f"its padding_mode is {mode!r}, which transposed convolutions do not have"
+        return None
 
 
 _REGISTERED: dict[type[nn.Module], Form] = {}
@@ -171,7 +181,7 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
         "form": form,
         "weight_name": form.weight,
         "bias_name": form.bias,
-        "transposed": form.transposed,
+        "weight_transposed": form.transposed,
     }
     if issubclass(cls, form.like):
         bases: tuple[type, ...] = (own, cls)
@@ -180,22 +190,26 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
         borrowed = {name: getattr(own, name) for name in ("emended_forward", "check_input", "shortcut")}
         defaults = {name: value for name, value in DEFAULTS[form.like].items() if not hasattr(cls, name)}
         namespace.update(borrowed, **defaults)
-        for name, parameter in (("weight", form.weight), ("bias", form.bias)):
-            if parameter != name and not hasattr(cls, name):
-                namespace[name] = _Renamed(parameter)
-        if form.bias == "bias" and not hasattr(cls, "bias"):
-            namespace["bias"] = OptionalBias()
+        namespace["forward"] = _forward_of(cls)
     return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
 
 
-class _Renamed:
-    """The parameter under the name that torch's own layers give it; None where the module has none."""
+def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    """`EmendedModule.forward` for callers of ``cls.forward``, who may name its input."""
+    name = next(itertools.islice(inspect.signature(cls.forward).parameters, 1, None), "input")
 
-    def __init__(self, parameter: str) -> None:
-        self.parameter = parameter
+    @functools.wraps(cls.forward)
+    def forward(self: EmendedModule, *inputs: Any, **named: Any) -> Any:
+        if not inputs and name in named:
+            inputs = (named.pop(name),)
+        if len(inputs) != 1 or named:
+            raise TypeError(
+                f"forward of a registered {cls.__name__} takes its input {name!r} alone, got {len(inputs)} positional "
+                f"arguments and {sorted(named)}"
+            )
+        return EmendedModule.forward(self, *inputs)
 
-    def __get__(self, module: Any, owner: type) -> Any:
-        return self if module is None else getattr(module, self.parameter, None)
+    return forward
 
 
 def _reduce(module: EmendedModule, protocol: Any) -> tuple[Any, ...]:

@@ -461,12 +461,15 @@ class Emended(torch.optim.Optimizer):
             if recording:
                 self._recorder.begin()
             raise
-        for unit in self.units:  # a bias that has come or gone changes the order
-            state = self.state.get(unit.weight, {})
-            if "root" in state and tuple(state["root"].shape) != unit.stored_shape():
-                for key in memory.KEYS:
-                    del state[key]
-                recording = True
+        shapes = {id(unit.weight): unit.stored_shape() for unit in before[0]}
+        known = [unit for unit in self.units if id(unit.weight) in shapes]
+        changed = [unit for unit in known if unit.stored_shape() != shapes[id(unit.weight)]]
+        for unit in changed:  # a bias that has come or gone changes the order
+            for key in memory.KEYS:
+                self.state[unit.weight].pop(key, None)
+            recording = True
+        if self._sharding is not None:
+            self._sharding.forget(changed)
         if (recording or len(self.units) > len(before[0])) and not self._recorder.recording:
             self._recorder.begin()
 
@@ -561,7 +564,7 @@ class Emended(torch.optim.Optimizer):
         for unit in self.units:
             unit.met = False
         if self._sharding is not None:
-            self._sharding.forget()
+            self._sharding.forget(self.units)
         self._recorder.end()
         self._recorder.begin()
 

@@ -300,7 +300,7 @@ class FusedSGD(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr})
         for name, layer in layers.items():
             below = layer.recorder.below if isinstance(layer.recorder, LayerStep) else layer.recorder
-            layer_step = LayerStep(name, layer.weight, layer.bias, self, below)
+            layer_step = LayerStep(name, *layer.weight_and_bias(), self, below)
             layer.attach(layer_step)
             self.layer_steps.append(layer_step)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..autograd.geometry import Geometry, normalized, normalized_transposed
 from ..backend import dispatch, reference
+from ..nn.conv import sides_of
 from ..nn.module import EmendedModule
 from ..nn.registry import DEFAULTS, Form, form_of
 from ..options import Options
@@ -103,7 +104,7 @@ class Convolution(Kind):
         self.inputs_together = math.prod(self.kernel)
         padded = own.padding_mode != "zeros"
         self.padding_mode = own.padding_mode if padded else None
-        self.sides = own._reversed_padding_repeated_twice if padded else []
+        self.sides = sides_of(own, self.kernel) if padded else []
 
     def signature(self) -> tuple[Any, ...]:
         return (self.name, self.kernel, self.geometry, self.padding_mode)
@@ -213,8 +214,9 @@ def kind_of(module: nn.Module) -> Kind | str | None:
         return "its gradient is sparse"
     if form.like is nn.Embedding and own.scale_grad_by_freq:
         return "scale_grad_by_freq already divides by the counts"
-    if getattr(own, "padding_mode", "zeros") != "zeros" and plain is None:
-        return f"padding_mode={own.padding_mode!r} of a class that is none of torch's"
+    unserved = form.obstacle(module)
+    if unserved is not None:
+        return unserved
     kind = (TransposedLinear if form.transposed else KINDS[form.like])(own)
     kind.weight_name, kind.bias_name = form.weight, form.bias
     return kind

@@ -214,13 +214,15 @@ class Sharding:
             rest = memory.fresh_state(unit) if self._whole is None or weight not in known else self._whole[weight]
             state_dict["state"][number] = {**state, **{key: rest[key] for key in KEPT}}
 
-    def forget(self) -> None:
-        """As before the first refresh."""
-        self._whole, self.places = None, []
+    def forget(self, units: Sequence[Unit]) -> None:
+        """Of these weights, as before the first refresh; all ranks forget the same."""
+        gone = {id(unit.weight) for unit in units}
+        kept = [place._replace(weights=[w for w in place.weights if w not in gone]) for place in self.places]
+        self._whole, self.places = None, [place for place in kept if place.weights]
 
     def keep(self, units: Sequence[Unit], states: Sequence[memory.State]) -> None:
         """Deal out states that all ranks have loaded: of the others' moments this rank keeps nothing."""
-        self.forget()
+        self.forget(units)
         shared: dict[int, list[int]] = {}
         for i, state in enumerate(states):
             leader = next(j for j, other in enumerate(states) if other["root"] is state["root"])
