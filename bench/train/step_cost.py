@@ -53,6 +53,7 @@ class StepCostRow(Environment):
     ordinary_ms: float
     dear_ms: float
     ratio: float  # to AdamW's, or of Muon in coordinates to Muon's; median over rounds
+    ordinary_ratio: float  # likewise, of an ordinary step
     rounds: int
 
 
@@ -113,6 +114,10 @@ def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
         ]
         for name in steps
     }
+
+    def ratio(name: str, own: list[float]) -> float:
+        return median(mine / plain for mine, plain in zip(own, whole[INSIDE.get(name, name)], strict=True))
+
     here = asdict(environment(torch.device(device).type))
     return [
         StepCostRow(
@@ -123,7 +128,8 @@ def costs(rows: int, width: int, rounds: int, device: str) -> list[StepCostRow]:
             ms=median(own),
             ordinary_ms=median(ordinary[name]),
             dear_ms=median(dear[name]),
-            ratio=median(mine / plain for mine, plain in zip(own, whole[INSIDE.get(name, name)], strict=True)),
+            ratio=ratio(name, own),
+            ordinary_ratio=ratio(name, ordinary[name]),
             rounds=rounds,
         )
         for name, own in whole.items()
