@@ -9,6 +9,7 @@ Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164.
 
 from typing import TYPE_CHECKING, Any
 
+from .autograd.side_stream import side_stream
 from .backend import compiled as ops  # noqa: F401  (`consequentialism.ops`, the name that README gives)
 from .backend import reference
 from .backend.dispatch import backends
@@ -66,6 +67,7 @@ __all__ = [
     "register",
     "revert",
     "set_samples",
+    "side_stream",
     "summary",
 ]
 

@@ -162,6 +162,23 @@ def never_inlined(function: Any, reason: str) -> None:
     function._torchdynamo_disable_msg = reason
 
 
+def saved_tensors_have_hooks() -> bool:
+    """Whether hooks of this thread, such as a checkpoint's, take over what a forward saves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def version_witness(tensor: Tensor) -> Tensor | None:
+    """A tensor without memory that shares the version of another, so that its ``_version`` tells of changes to that.
+
+    None for tensors made in inference mode, which have no version.
+    """
+    if tensor.is_inference():
+        return None
+    witness = tensor.detach()
+    witness.data = tensor.new_empty(0)
+    return witness
+
+
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

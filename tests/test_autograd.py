@@ -40,7 +40,7 @@ def python_linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Optio
     need_bias = bias is not None and bias.requires_grad
     rows = x.detach().reshape(-1, x.shape[-1])
     prepared = prepare(rows, bias is not None, weight.shape[0], options, ops, weight.requires_grad, need_bias)
-    return EmendedLinear.apply(x, weight, bias, ops, *prepared.flat())
+    return EmendedLinear.apply(x, weight, bias, ops, None, *prepared.flat())
 
 
 @pytest.mark.parametrize("shape", PLANS.values(), ids=[f"{p.form}-{p.applied_to}" for p in PLANS])

@@ -147,7 +147,7 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
             [
                 "ok    build",
                 "right gram_dual",
-                "ok    memcheck: 0 bad of 12",
+                "ok    memcheck: 0 bad of 13",
                 "ok    synccheck: 0 bad of 3",
                 "ok    tests",
                 "ok    bench inverse",
@@ -156,12 +156,12 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
         ("first", {"PREBUILT": "0", "TESTS": "1"}, 1, ["FAIL  tests: exit 1", "FAILED tests/a.py", "ok    check"]),
         ("first", {"REPEATS": "7"}, 0, ["ok    synccheck: 0 bad of 3", "all passed"]),
         ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 9", "FAILED in"]),
-        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 12"]),
+        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 13"]),
         (
             "first",
             {"SPOILT": "graph"},
             1,
-            ["FAIL  memcheck: 1 bad of 12", "FAIL  racecheck: 1 bad of 9", "FAIL  synccheck: 1 bad of 3"],
+            ["FAIL  memcheck: 1 bad of 13", "FAIL  racecheck: 1 bad of 9", "FAIL  synccheck: 1 bad of 3"],
         ),
         ("first", {"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED in"]),
         ("first", {"SECONDS_ALLOWED": "4"}, 1, ["FAIL  build: no time was left for it"]),
@@ -182,7 +182,7 @@ def test_gpu_script(tmp_path: Path, call: str, settings: dict[str, str], code: i
     if "memcheck.txt" in results:  # the package is found though nothing is installed
         text = (tmp_path / "out" / "memcheck.txt").read_text()
         repeats = settings.get("REPEATS", "3")
-        for kind, uncached in (("gram_primal", 1), ("repeat", 1), ("graph", 0), ("streams", 0)):
+        for kind, uncached in (("gram_primal", 1), ("repeat", 1), ("graph", 0), ("streams", 0), ("side_stream", 0)):
             end = f"--repeats {repeats} {kind}"
             assert re.search(rf"sanitized with {re.escape(str(ROOT))}, uncached {uncached}: .*{end}$", text, re.M), text
     if call == "bench":

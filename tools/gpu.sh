@@ -41,7 +41,7 @@ finish() {
 }
 
 # Our own kernels alone, a process a kind; without torch's cache every tensor is an allocation whose ends are watched.
-# A capture needs that cache, and a free without it waits for all streams: graph and streams keep it.
+# A capture needs that cache, and a free without it waits for all streams: graph, streams and side_stream keep it.
 sanitize() { # sanitize TOOL SECONDS KIND...
   local tool=$1 limit=$2 start=$SECONDS folder kind uncached pids=() bad=0
   shift 2
@@ -49,7 +49,7 @@ sanitize() { # sanitize TOOL SECONDS KIND...
   folder=$(mktemp -d)
   for kind; do
     uncached=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
-    case $kind in graph | streams) uncached=(-u PYTORCH_NO_CUDA_MEMORY_CACHING) ;; esac
+    case $kind in graph | streams | side_stream) uncached=(-u PYTORCH_NO_CUDA_MEMORY_CACHING) ;; esac
     env "${uncached[@]}" timeout -k 5 "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 \
       --print-limit 3 --kernel-regex kns=consequentialism \
       "$python" tools/gpu_first.py --here --device "$device" --repeats "${REPEATS:-3}" "$kind" > "$folder/$kind" 2>&1 &
@@ -89,12 +89,12 @@ case ${1:-} in
     timeout -k 5 120 "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
     sanitize memcheck 75 gram_primal gram_split inverse_block_big inverse_cluster apply_dual apply_primal bias_poison \
-      recompute cooperative repeat graph streams
+      recompute cooperative repeat graph streams side_stream
     sanitize racecheck 80 gram_dual inverse_block inverse_block_big apply_primal recompute cooperative repeat graph streams
     sanitize synccheck 40 repeat graph streams
     # A dead context ends its worker: conftest.py sees to that, and xdist starts another.
     part tests 130 "$python" -m pytest -v -n 8 --timeout 45 --timeout-method thread -p no:cacheprovider \
-      tests/test_gpu_fused_weight_grad.py tests/test_gpu_contracts.py -k "not opcheck"
+      tests/test_gpu_fused_weight_grad.py tests/test_gpu_contracts.py tests/test_gpu_side_stream.py -k "not opcheck"
     grep -E 'FAILED|Timeout|crashed' "$log" | cut -c1-150 | sort -u | tail -n 25
     part check 40 "$python" -m consequentialism check --backend "$([ "$device" = cuda ] && echo cuda || echo cpu)"
     bench inverse 45 --op damped_inverse --op fused_weight_grad --dtype float32 --provider consequentialism \

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import consequentialism as cw
 from consequentialism import reference
@@ -183,7 +183,10 @@ def repeat(dtype: torch.dtype, device: str) -> float:
 def graph(dtype: torch.dtype, device: str) -> float:
     """Replays of a captured graph, bit for bit what eager mode gives."""
     run = _calls(dtype, device)
-    first = run()
+    return _replayed(run, run(), device)
+
+
+def _replayed(run: Callable[[], list[Tensor]], first: list[Tensor], device: str) -> float:
     if device != "cuda":
         return _same(1, _differences(first, run()), "runs")
     captured = torch.cuda.CUDAGraph()
@@ -201,7 +204,10 @@ def graph(dtype: torch.dtype, device: str) -> float:
 def streams(dtype: torch.dtype, device: str) -> float:
     """Two streams at once, each bit for bit what one alone gives."""
     runs = [_calls(dtype, device) for _ in range(2)]
-    first = runs[0]()
+    return _on_two_streams(runs, runs[0](), device)
+
+
+def _on_two_streams(runs: list[Callable[[], list[Tensor]]], first: list[Tensor], device: str) -> float:
     if device != "cuda":
         return _same(2, _differences(first, runs[1]()), "runs")
     torch.cuda.synchronize()
@@ -213,6 +219,33 @@ def streams(dtype: torch.dtype, device: str) -> float:
                 found.append(run())
     torch.cuda.synchronize()
     return _same(len(found), sum(_differences(first, one) for one in found), "runs on two streams")
+
+
+def side_stream(dtype: torch.dtype, device: str) -> float:
+    """Layers within `cw.side_stream`, bit for bit those without: again and again, on two streams, and in a graph."""
+
+    def model() -> Callable[[], list[Tensor]]:
+        torch.manual_seed(0)
+        layers = nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 60, bias=False), nn.ReLU(), nn.Linear(60, 9)
+        emended = cw.convert(nn.Sequential(*layers).to(device, dtype))
+        x = _rows(200, 300, dtype, device)  # too many rows for one launch to do all
+
+        def step() -> list[Tensor]:
+            return list(torch.autograd.grad(emended(x).square().mean(), list(emended.parameters())))
+
+        return step
+
+    def beside(step: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            with cw.side_stream():
+                return step()
+
+        return run
+
+    steps = [model(), model()]
+    runs, first = [beside(step) for step in steps], steps[0]()
+    repeated = _same(REPEATS, sum(_differences(first, runs[0]()) for _ in range(REPEATS)), "runs beside forward")
+    return repeated + _on_two_streams(runs, first, device) + _replayed(runs[0], first, device)
 
 
 KINDS: dict[str, Kind] = {
@@ -241,4 +274,5 @@ KINDS: dict[str, Kind] = {
     "repeat": repeat,
     "graph": graph,
     "streams": streams,
+    "side_stream": side_stream,
 }

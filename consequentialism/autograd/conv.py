@@ -252,17 +252,20 @@ def _plain_gradients(
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *tensors = ctx.saved_tensors
+    if ctx.ready is not None:
+        ctx.ready.wait(tensors)
     kept: Any = restored(ctx.kind, ctx.static, *tensors)
     needs = Needs(*_torch.needed_gradients(ctx, 3))
     with full_precision(dy.device.type):
         gradients = conv_gradients(kept, x, weight, dy, ctx.bias, ctx.geometry, ctx.patch_bytes, ctx.scale, needs)
-    return *gradients, *(None,) * 7
+    return *gradients, *(None,) * 8
 
 
 class EmendedConv(torch.autograd.Function):
     """A convolution with the true gradient of ``x`` and the emended gradients of weight and bias.
 
-    The arguments after the bias are the geometry, ``patch_bytes``, ``scale``, and what forward keeps, flat.
+    The arguments after the bias are the geometry, ``patch_bytes``, ``scale``, what backward waits for (a
+    `side_stream.Ready`, or None), and what forward keeps, flat.
     """
 
     @staticmethod
@@ -382,6 +385,7 @@ traced.add_op(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.scale, ctx.kind, ctx.static, first, second = inputs
+    x, weight, bias, ctx.geometry, ctx.patch_bytes, ctx.scale, ctx.ready, *flat = inputs
+    ctx.kind, ctx.static, first, second = flat
     ctx.bias = bias is not None
     ctx.save_for_backward(x, weight, first, second)

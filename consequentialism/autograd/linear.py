@@ -149,19 +149,22 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dw = db = None
     with full_precision(dy.device.type):
         dx = dy @ weight if needs_x else None
+        if ctx.ready is not None:
+            ctx.ready.wait(tensors)
         if needs_weight or needs_bias:
             rows = math.prod(dy.shape[:-1])
             flat_x = None if x is None else x.reshape(rows, x.shape[-1])
             flat_dy = dy.reshape(rows, dy.shape[-1])
             kept = restored(ctx.kind, ctx.static, *tensors)
             dw, db = kept.weight_grad(flat_x, flat_dy, ctx.backend, needs_weight, needs_bias)
-    return dx, dw, db, *(None,) * 5
+    return dx, dw, db, *(None,) * 6
 
 
 class EmendedLinear(torch.autograd.Function):
     """``x W^T + b`` with the true gradient of ``x`` and the emended gradients of ``W`` and ``b``.
 
-    The arguments after the bias are the backend that serves backward, and what forward keeps, flat.
+    The arguments after the bias are the backend that serves backward, what that waits for (a `side_stream.Ready`, or
+    None), and what forward keeps, flat.
     """
 
     @staticmethod
@@ -199,7 +202,7 @@ class TransformableEmendedLinear(EmendedLinear):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, weight, _, ctx.backend, *flat = inputs
+    x, weight, _, ctx.backend, ctx.ready, *flat = inputs
     keep(ctx, x, weight, *flat)
 
 

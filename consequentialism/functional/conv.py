@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from typing_extensions import Unpack
 
 from .. import _torch
-from ..autograd import traced
+from ..autograd import side_stream, traced
 from ..autograd.conv import EmendedConv, Needs, TracedConv, TransformableEmendedConv, conv_gradients, prepare
 from ..autograd.geometry import (
     CONVOLUTIONS,
@@ -192,9 +192,14 @@ def _emended(
     if rows.shape[0] == 0 and options.process_group is None:
         return plain(x, weight, bias)  # nothing to emend
     with torch.no_grad(), full_precision(x.device.type):
-        kept = prepare(rows.detach(), geometry, bias is not None, geometry.outputs(weight), options)
+        read = rows.detach()
+        kept, ready = side_stream.run(
+            side_stream.scope_of(read, options, need_weight),
+            read,
+            lambda: prepare(read, geometry, bias is not None, geometry.outputs(weight), options),
+        )
     function = TransformableEmendedConv if transformed else EmendedConv
-    y = function.apply(rows, weight, bias, geometry, options.patch_bytes, options.scale, *kept.flat())
+    y = function.apply(rows, weight, bias, geometry, options.patch_bytes, options.scale, ready, *kept.flat())
     return y if batched else y.squeeze(0)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from .. import _torch
-from ..autograd import traced
+from ..autograd import side_stream, traced
 from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
 from ..backend import compiled as ops
 from ..backend import dispatch, reference
@@ -73,25 +73,19 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     if rows == 0 and options.process_group is None:
         return F.linear(x, weight, bias)
     backend = dispatch.select(options.backend, x)
+    scope = side_stream.scope_of(x, options, need_weight)
     plan: cost.Plan | None = None
-    if options.process_group is None:
-        fused_rows = backend.LIMITS.fused_rows if need_weight and not transformed else 0
+    if options.process_group is None:  # what runs beside forward is not left to backward
+        fused_rows = backend.LIMITS.fused_rows if need_weight and not transformed and scope is None else 0
         plan = cost.plan(x, bias is not None, weight.shape[0], options, fused_rows)
-    if plan is not None and not transformed and serves_whole(backend, plan):
+    if plan is not None and not transformed and scope is None and serves_whole(backend, plan):
         return ops.emended_linear(x, weight, bias, plan.form, plan.applied_to, *options.ridge, *plan.type)
     with torch.no_grad(), full_precision(x.device.type):
-        prepared = prepare(
-            x.detach().reshape(rows, x.shape[-1]),
-            bias is not None,
-            weight.shape[0],
-            options,
-            backend,
-            need_weight,
-            need_bias,
-            plan,
-        )
+        read = x.detach().reshape(rows, x.shape[-1])
+        how = (bias is not None, weight.shape[0], options, backend, need_weight, need_bias, plan)
+        prepared, ready = side_stream.run(scope, read, lambda: prepare(read, *how))
     function = TransformableEmendedLinear if transformed else EmendedLinear
-    return function.apply(x, weight, bias, backend, *prepared.flat())
+    return function.apply(x, weight, bias, backend, ready, *prepared.flat())
 
 
 def serves_whole(backend: Backend, plan: cost.Plan) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
+from ..autograd import side_stream
 from ..functional import plain_path
 from ..options import (
     OPTION_NAMES,
@@ -91,7 +92,7 @@ class EmendedModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() or _torch.is_traced_by_fx()):
-            shortcut = type(self).shortcut
+            shortcut = None if side_stream.is_open() else type(self).shortcut
             y = None if shortcut is None else shortcut(self, input)
             if y is not None:
                 return y
