@@ -373,11 +373,11 @@ def readme_figures(results: Path) -> str:
     """What README quotes."""
     parts = []
     for folder in folders(results):
-        if (folder / "train").is_dir():
-            runs = table.read(folder / "train" / "runs.csv", RunRow)
-            tasks = show.lines(folder / "train")
-            parts += [f"{overview(tasks)}\n\n({where(runs)})"]
-            parts += filter(None, [recipe_report.overview(folder / "train")])
+        train = folder / "train"
+        if train.is_dir():
+            runs = table.read(train / "runs.csv", RunRow)
+            parts += [f"{overview(show.lines(train))}\n\n({where(runs)})"]
+            parts += filter(None, (recipe_report.overview(train), recipe_report.step_costs(train)))
         if (folder / "step_cost.csv").exists():
             rows = table.read(folder / "step_cost.csv", Row)
             parts += [f"{step_range(rows)} ({where(rows)})"]

@@ -432,11 +432,16 @@ def test_the_report_of_the_grid_gives_means_over_seeds_that_are_complete_and_div
     text = "\n".join(grid_report.text(tmp_path, "pictures"))
     assert "one seed" in text
     assert "| around, 0.5 | 0.004 |  | 1.600 |  |  | 1.300 |" in text
-    assert draw.grid(grid_report.rows(tmp_path)).axes
+    assert len(draw.grid(grid_report.rows(tmp_path)).axes) == 4
+    begun = [run for run in walks + rows if run.optimizer in ("muon", "coordinates-muon")]
+    table.write(begun, RecipeRow, tmp_path / head_to_head.FILE)
+    assert "AdamW in coordinates: placing" not in "\n".join(grid_report.text(tmp_path, "pictures"))
+    assert len(draw.grid(grid_report.rows(tmp_path)).axes) == 2
 
 
 def test_the_cost_of_a_step_counts_dear_steps_as_often_as_they_come(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_optimizer")
+    assert recipe_report.step_costs(tmp_path) == ""
     step_cost.measure(tmp_path, 1, "cpu", ((64, 16),))
     rows = table.read(tmp_path / step_cost.FILE, StepCostRow)
     assert [found.optimizer for found in rows] == list(step_cost.LABELS)
@@ -445,6 +450,11 @@ def test_the_cost_of_a_step_counts_dear_steps_as_often_as_they_come(tmp_path: Pa
         assert found.ms == pytest.approx((1 - share) * found.ordinary_ms + share * found.dear_ms, rel=1e-3)
     assert {found.ratio for found in rows if found.optimizer in ("adamw", "muon")} == {1.0}
     assert "N = 64, width 16" in "\n".join(recipe_report.text(tmp_path, ""))
+    of = {row.optimizer: f"{row.ratio:.2f}" for row in rows}
+    adamw, muon = of["coordinates-adamw"], of["coordinates-muon"]
+    assert f" costs {adamw} of AdamW's and {muon} of Muon's at 64 rows and width 16." in recipe_report.step_costs(
+        tmp_path
+    )
     step_cost.measure(tmp_path, 1, "cpu", ((64, 16), (64, 8)))
     assert table.read(tmp_path / step_cost.FILE, StepCostRow)[: len(rows)] == rows  # measured once
 

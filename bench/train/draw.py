@@ -16,7 +16,7 @@ from consequentialism.experiments.settings import PREFIX
 from .. import table
 from . import grid_report
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
-from .head_to_head import BASE, DAMPINGS, EXPONENTS, OPTIMIZERS, PLAIN
+from .head_to_head import BASE, DAMPINGS, EXPONENTS, PLAIN
 from .methods import COORDINATES, METHODS, inside, is_own
 from .recipes import LABELS, PLACINGS
 from .rows import CurveRow
@@ -68,7 +68,7 @@ def draw(source: Path, folder: Path) -> list[Path]:
         "momentum.png": momentum(sweep),
     }
     points = grid_report.rows(source)
-    if points:
+    if grid_report.shown(points):
         pictures[grid_report.PICTURE] = grid(points)
     paths = []
     for name, figure in pictures.items():
@@ -205,8 +205,9 @@ def grid(rows: Sequence[RecipeRow]) -> Any:
 
     Green is better than the plain optimizer and purple worse; one scale an optimizer, cut at as much on either side.
     """
-    figure, panels = _figure(len(OPTIMIZERS), len(PLACINGS), 12, 3.6 * len(OPTIMIZERS))
-    for index, (name, placing) in enumerate(itertools.product(OPTIMIZERS, PLACINGS)):
+    names = grid_report.shown(rows)
+    figure, panels = _figure(len(names), len(PLACINGS), 12, 3.6 * len(names))
+    for index, (name, placing) in enumerate(itertools.product(names, PLACINGS)):
         panel = panels[index]
         losses = dict(grid_report.points(name, rows))
         plain = grid_report.mean_loss([row for row in rows if row.optimizer == PLAIN[name]])

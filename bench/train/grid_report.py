@@ -38,6 +38,11 @@ def points(name: str, found: Sequence[RecipeRow]) -> Iterator[tuple[Point, float
                     yield (placing, exponent, damping), loss
 
 
+def shown(found: Sequence[RecipeRow]) -> list[str]:
+    """The optimizers of whose grid a point was run."""
+    return [name for name in OPTIMIZERS if any(points(name, found))]
+
+
 def mean_loss(some: Sequence[RecipeRow]) -> float:
     """Infinity where one of the runs diverged, NaN where there are none."""
     return mean(row.score for row in some) if some else math.nan
@@ -61,7 +66,7 @@ def text(folder: Path, pictures: str) -> list[str]:
         f"optimizers are refreshed every {base.refresh_every} steps, in blocks of {base.block}, with a memory of "
         f"{base.memory:g}.",
     ]
-    for name in OPTIMIZERS:
+    for name in shown(found):
         headings = (f"{LABELS[name]}: placing, exponent", "lr", *(f"damping {damping:g}" for damping in DAMPINGS))
         lines = []
         for placing in PLACINGS:

@@ -212,6 +212,20 @@ def _costs(found: Sequence[StepCostRow]) -> list[str]:
     ]
 
 
+def step_costs(folder: Path) -> str:
+    """README's sentence: what a step in coordinates costs, to the optimizer's inside; nothing where none was timed."""
+    path = folder / step_cost.FILE
+    found = table.read(path, StepCostRow) if path.exists() else []
+    parts = []
+    for rows, width in dict.fromkeys((row.rows, row.width) for row in found):
+        ratios = {row.optimizer: row.ratio for row in found if (row.rows, row.width) == (rows, width)}
+        shown = [f"{ratios[f'coordinates-{name}']:.2f} of {LABELS[name]}'s" for name in ("adamw", "muon")]
+        parts.append(f"{' and '.join(shown)} at {rows:,} rows and width {width}")
+    if not parts:
+        return ""
+    return f"A transformer block's whole step in coordinates costs {', '.join(parts)}. ({where(found)})"
+
+
 def _cost(row: StepCostRow) -> str:
     if row.optimizer not in step_cost.INSIDE:
         return f"{row.ms:.1f}"
