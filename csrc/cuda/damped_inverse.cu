@@ -11,9 +11,10 @@ __global__ void __launch_bounds__(inverse_block_threads(sizeof(T)))
   const InverseItem<T>& item = batch.items[blockIdx.x];
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* shared = dynamic_shared<unsigned char>();
-  invert_matrix<InverseTeam::kBlock>(
-      item, n, n, reinterpret_cast<T*>(shared + kInverseStateBytes), nullptr,
-      reinterpret_cast<InverseState<T>*>(shared), breakdowns);
+  invert_matrix(
+      Team<InverseTeam::kBlock>(static_cast<int>(blockDim.x)), item, n, n,
+      reinterpret_cast<T*>(shared + kInverseStateBytes), nullptr, reinterpret_cast<InverseState<T>*>(shared),
+      [breakdowns] { atomicAdd(breakdowns, 1u); });
 }
 
 template <class T>
@@ -24,9 +25,10 @@ __global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_cluster
   const InverseItem<T>& item = batch.items[matrix];
   if (item.only_if != nullptr && *item.only_if == 0) return;
   unsigned char* own = workspace + matrix * workspace_bytes;
-  invert_matrix<InverseTeam::kCluster>(
-      item, n, n, reinterpret_cast<T*>(own + kInverseStateBytes), dynamic_shared<T>(),
-      reinterpret_cast<InverseState<T>*>(own), breakdowns);
+  invert_matrix(
+      Team<InverseTeam::kCluster>(static_cast<int>(blockDim.x)), item, n, n,
+      reinterpret_cast<T*>(own + kInverseStateBytes), dynamic_shared<T>(), reinterpret_cast<InverseState<T>*>(own),
+      [breakdowns] { atomicAdd(breakdowns, 1u); });
 }
 
 constexpr int kClusterPtx = 90;  // below, cluster_size() was compiled to be 1

@@ -19,6 +19,11 @@ constexpr int kInverseRetries = 3;
 template <class T>
 struct InverseState {
   T trace;
+  T ridge;
+  T multiplier;
+  T unit;
+  T growth;  // of the ridge in this attempt
+  int attempt;
   int broken;
 };
 
@@ -43,10 +48,10 @@ struct Team {
   int thread;  // over all blocks
   int threads;
 
-  __device__ __forceinline__ Team() {
+  // Of blocks of threads_each.
+  __device__ __forceinline__ explicit Team(int threads_each) {
     const int block = kTeam == InverseTeam::kCluster ? static_cast<int>(cluster_block_rank()) : 0;
     const int blocks = kTeam == InverseTeam::kCluster ? static_cast<int>(cluster_size()) : 1;
-    const int threads_each = static_cast<int>(blockDim.x);
     thread = block * threads_each + static_cast<int>(threadIdx.x);
     threads = blocks * threads_each;
     warp = thread / static_cast<int>(kWarpSize);
@@ -254,43 +259,61 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const
   }
 }
 
+// What the team needs again after each attempt lies in its state: held in registers through a factor, it would spill.
+template <class T>
+__device__ __forceinline__ void begin_attempt(InverseState<T>* state, int attempt) {
+  state->attempt = attempt;
+  state->growth = attempt == 0 ? T(1) : 10 * state->growth;
+  state->broken = 0;
+}
+
+// fill(row, column) for every entry of the inverse. For the rare ends without a factor.
+template <InverseTeam kTeam, class T, class Fill>
+__device__ __forceinline__ void fill_inverse(const Team<kTeam>& team, T* inverse, int n, int stride, const Fill& fill) {
+#pragma unroll 1
+  for (int row = 0; row < n; ++row) {
+#pragma unroll 1
+    for (int column = team.thread; column < n; column += team.threads) {
+      inverse[row * stride + column] = fill(row, column);
+    }
+  }
+}
+
 // The whole, for one matrix and all threads of its team; rows of the item are `stride` apart, and both of its matrices
 // may be the same. state and tiles, one more than the triangle has, are the team's; scratch is one tile of a cluster's
-// first block, in shared memory. breakdowns is null where another team counts.
-template <InverseTeam kTeam, class T>
+// first block, in shared memory. count_breakdown() is called by one thread, where a first attempt broke down.
+template <InverseTeam kTeam, class T, class Count>
 __device__ void invert_matrix(
-    const InverseItem<T>& item, int n, int stride, T* tiles, std::type_identity_t<T>* scratch, InverseState<T>* state,
-    unsigned* breakdowns) {
-  const Team<kTeam> team;
+    const Team<kTeam>& team, const InverseItem<T>& item, int n, int stride, T* tiles, std::type_identity_t<T>* scratch,
+    InverseState<T>* state, const Count& count_breakdown) {
   const int lane = team.thread % static_cast<int>(kWarpSize);
   if (team.warp == 0) {
     T trace = 0;
     for (int i = lane; i < n; i += static_cast<int>(kWarpSize)) trace += item.gram[i * stride + i];
     for (int step = kWarpSize / 2; step > 0; step /= 2) trace += __shfl_xor_sync(kFullWarp, trace, step);
     if (lane == 0) {
+      const T ridge = static_cast<T>(item.relative ? item.damping * trace / item.rank : item.damping);
       state->trace = trace;
-      state->broken = 0;
+      state->ridge = ridge;
+      state->multiplier = static_cast<T>(item.scaled_by_c ? item.factor * ridge : item.factor);
+      state->unit = unit_of(trace / static_cast<T>(n) + ridge);
+      begin_attempt(state, 0);
+      if (item.only_if != nullptr && trace != 0 && isfinite(trace)) {  // the first attempt, elsewhere, broke down
+        count_breakdown();
+        begin_attempt(state, 1);
+      }
     }
   }
   team.sync();
   const T trace = state->trace;
-  const int entries = n * n;
   if (trace == 0 || !isfinite(trace)) {
     const T value = trace - trace;  // zero, or NaN
-    for (int i = team.thread; i < entries; i += team.threads) item.inverse[i / n * stride + i % n] = value;
+    fill_inverse(team, item.inverse, n, stride, [&](int, int) { return value; });
     return;
   }
-  const T ridge = static_cast<T>(item.relative ? item.damping * trace / item.rank : item.damping);
-  const T multiplier = static_cast<T>(item.scaled_by_c ? item.factor * ridge : item.factor);
-  const T unit = unit_of(trace / static_cast<T>(n) + ridge);
-  T growth = 1;
 #pragma unroll 1
-  for (int attempt = 0; attempt <= kInverseRetries; ++attempt, growth *= 10) {
-    if (attempt == 0 && item.only_if != nullptr) {  // the first attempt was made elsewhere, and broke down
-      if (team.thread == 0) atomicAdd(breakdowns, 1u);
-      continue;
-    }
-    load_tiles(team, item.gram, n, stride, ridge * growth, unit, tiles);
+  while (state->attempt <= kInverseRetries) {
+    load_tiles(team, item.gram, n, stride, state->ridge * state->growth, state->unit, tiles);
     team.sync();
     factor_tiles(team, tiles_along(n), tiles, scratch, state);
     team.sync();
@@ -298,21 +321,19 @@ __device__ void invert_matrix(
       const int along = tiles_along(n);
       T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
       invert_tiles(team, along, tiles, spare);
-      multiply_tiles(team, n, stride, tiles, unit * multiplier, item.inverse);
+      multiply_tiles(team, n, stride, tiles, state->unit * state->multiplier, item.inverse);
       return;
     }
     team.sync();
     if (team.thread == 0) {
-      state->broken = 0;
-      if (attempt == 0 && breakdowns != nullptr) atomicAdd(breakdowns, 1u);
+      if (state->attempt == 0) count_breakdown();
+      begin_attempt(state, state->attempt + 1);
     }
     team.sync();
   }
-  for (int i = team.thread; i < entries; i += team.threads) {
-    const int row = i / n, column = i % n;
-    item.inverse[row * stride + column] =
-        row == column ? multiplier / (item.gram[row * stride + column] + ridge) : T(0);
-  }
+  fill_inverse(team, item.inverse, n, stride, [&](int row, int column) {
+    return row == column ? state->multiplier / (item.gram[row * stride + column] + state->ridge) : T(0);
+  });
 }
 
 }  // namespace consequentialism::cuda

@@ -155,8 +155,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
   item.gram = gram;
   item.inverse = gram;
   G* tiles = reinterpret_cast<G*>(shared + kLayout.inverse_end);
-  invert_matrix<InverseTeam::kBlock>(
-      item, n, kGramStride, tiles, nullptr, state, blockIdx.x == 0 ? breakdowns : nullptr);
+  const Team<InverseTeam::kBlock> team(Traits::kThreads);
+  invert_matrix(team, item, n, kGramStride, tiles, nullptr, state, [breakdowns] {
+    if (blockIdx.x == 0) atomicAdd(breakdowns, 1u);
+  });
   __syncthreads();
 
   const unsigned slice = blockIdx.x % slices;
@@ -193,9 +195,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
   int* any = reinterpret_cast<int*>(state + 1);
   bool broken = false;
   if (block_any(suspicious, any)) {
-    const int64_t width = end - begin;
-    for (int64_t i = thread; i < n * width; i += Traits::kThreads) {
-      broken = broken || !isfinite(to_accumulator(dy.data[i / width * dy.stride + begin + i % width]));
+    for (int row = 0; row < n; ++row) {
+      for (int64_t i = begin + thread; i < end; i += Traits::kThreads) {
+        broken = broken || !isfinite(to_accumulator(dy.data[row * dy.stride + i]));
+      }
     }
     broken = block_any(broken, any);
   }
