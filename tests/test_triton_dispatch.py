@@ -29,9 +29,11 @@ class OnCuda:
 def _not_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_triton", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._reason_too_old.cache_clear()
+    for cached in (dispatch._reason_too_old, dispatch._installed_triton):
+        cached.cache_clear()
     yield
-    dispatch._reason_too_old.cache_clear()
+    for cached in (dispatch._reason_too_old, dispatch._installed_triton):
+        cached.cache_clear()
 
 
 def test_order_of_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +103,17 @@ def test_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.metadata, "version", lambda name: "3.5.1")
     assert dispatch.backends()["triton"] == "Triton 3.5.1 is too old, 3.6 is needed"
 
+    asked = []
+
     def missing(name: str) -> str:
+        asked.append(name)
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(dispatch.metadata, "version", missing)
-    assert "not installed" in dispatch.backends()["triton"]
+    dispatch._installed_triton.cache_clear()
+    for _ in range(3):
+        assert "not installed" in dispatch.backends()["triton"]
+    assert asked == ["triton"]  # the path is searched once
 
 
 def test_chips_without_the_tensor_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

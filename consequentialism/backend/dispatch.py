@@ -142,12 +142,8 @@ def _load_triton() -> str:
     global _triton
     if _triton is not None:
         return AVAILABLE
-    try:
-        version = metadata.version("triton")
-        installed = importlib.util.find_spec("triton") is not None
-    except (ModuleNotFoundError, metadata.PackageNotFoundError):
-        installed = False
-    if not installed:
+    version = _installed_triton()
+    if version is None:
         return "Triton is not installed; `pip install triton` where there is a wheel for the platform"
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
         return f"Triton {version} is too old, {'.'.join(map(str, MIN_TRITON))} is needed"
@@ -163,6 +159,16 @@ def _load_triton() -> str:
     except ImportError as error:
         return f"Triton {version} cannot be loaded: {error}"
     return AVAILABLE
+
+
+@functools.cache  # a search of the path; `select` may ask at every call
+def _installed_triton() -> str | None:
+    """Triton's version; None, it is not installed. One that is installed later is seen by the next process."""
+    try:
+        version = metadata.version("triton")
+        return None if importlib.util.find_spec("triton") is None else version
+    except (ModuleNotFoundError, metadata.PackageNotFoundError):
+        return None
 
 
 @functools.cache
