@@ -1,4 +1,4 @@
-"""The CUDA kernels around the product dw = dy^T y, on the host: the bias's gradient, and NaN where dy is not finite."""
+"""The CUDA kernels around the product dw = dy^T y, on the host: the bias's gradient, NaN, and float16's unit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 import cuda_shim
 import pytest
 import torch
-from cases import BF16, DTYPES, F16, F32, F64, assert_close, randn
+from cases import BF16, DTYPES, F16, F32, F64, FACTOR, FLOOR, KINDS, assert_close, error_of, make_input, oracle, randn
 from torch import Tensor
+
+import consequentialism as cw
+from consequentialism.options import Scale
 
 SOURCES = [
     cuda_shim.ROOT / "csrc" / "cuda" / "weight_grad.cu",
@@ -133,3 +136,117 @@ def test_no_rows_and_nothing_to_do(shim: cuda_shim.Library) -> None:
     shim.reset_counts()
     bias_grad(shim, torch.empty(4, 0), None, 0)
     assert shim.launches == 0
+
+
+def narrowed(shim: cuda_shim.Library, y: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """``y / unit`` in float16 and the unit, of the elements of ``y`` from ``offset`` on."""
+    count = y.numel() - offset
+    plan = shim.empty(2, dtype=torch.int64)
+    halves = shim.empty(y.numel(), dtype=F16, name="narrowed")
+    blocks = int(shim.run("call_plan_pass", shim.guarded(y, "y"), halves, plan, count, offset, seeds=(0,))[2][1])
+    largest, unit = shim.empty(blocks, name="largest"), shim.empty(1, name="unit")
+    result = shim.run("call_narrow", shim.guarded(y, "y"), largest, halves, unit, count, offset)
+    return result[2][offset:], result[3]
+
+
+def half_product(shim: cuda_shim.Library, dy: Tensor, y: Tensor) -> Tensor:
+    """``dy^T y`` of a float16 ``dy`` by the kernels, with the device's product by torch: float16 in, float32 sums."""
+    halves, unit = narrowed(shim, y.flatten())
+    product = dy.float().T @ halves.view(y.shape).float()
+    dw = shim.empty(*product.shape, dtype=F16, name="dw")
+    arguments = (shim.guarded(product, "product"), shim.guarded(unit, "unit"), dw, product.numel(), 0)
+    return shim.run("call_widen", *arguments)[2]
+
+
+SCALES = (1.0, 2.0**-140, 1e-38, 1e-20, 1e-6, 70000.0, 1e20, 3e38)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 1), (7, 31), (40, 104), (65, 1000)])
+def test_a_power_of_two_brings_y_into_the_range_of_float16(
+    shim: cuda_shim.Library, rows: int, inputs: int, scale: float
+) -> None:
+    y = (randn(rows, inputs).clamp(-1, 1) * scale).float()
+    halves, unit = narrowed(shim, y.flatten())
+    mantissa, exponent = torch.frexp(unit)
+    assert mantissa.item() == 0.5
+    assert exponent.item() >= -125
+    exact = y.double() / unit.double()
+    top = exact.abs().max().item()
+    assert 2.0**14 <= top < 2.0**15 or (scale < 1e-37 and 0 < top < 2.0**15)
+    assert_close("y", halves.view(y.shape), exact, 2.0**-11)
+
+
+def test_zeros_have_a_unit(shim: cuda_shim.Library) -> None:
+    halves, unit = narrowed(shim, torch.zeros(40))
+    assert unit.tolist() == [1]
+    assert halves.tolist() == [0] * 40
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 5000, 12002])
+def test_a_y_that_is_not_finite_has_none(shim: cuda_shim.Library, value: float, place: int) -> None:
+    y = randn(12003, dtype=F32)
+    y[place] = value
+    assert narrowed(shim, y)[1].isnan().all()
+    dw = half_product(shim, randn(3, 5, dtype=F16), y[: 12003 // 3 * 3].view(3, -1))
+    assert dw.isnan().all()
+
+
+@pytest.mark.parametrize(("offset", "count", "vector"), [(0, 400, 4), (0, 401, 1), (4, 400, 4), (2, 400, 1)])
+def test_passes_off_alignment(shim: cuda_shim.Library, offset: int, count: int, vector: int) -> None:
+    y = torch.full((offset + count,), math.nan)  # what lies before is not y's
+    y[offset:] = randn(count, dtype=F32)
+    plan, halves = shim.empty(2, dtype=torch.int64), shim.empty(offset + count, dtype=F16)
+    made = shim.run("call_plan_pass", shim.guarded(y, "y"), halves, plan, count, offset, seeds=(0,))[2]
+    assert made.tolist()[0] == vector
+    found, unit = narrowed(shim, y, offset)
+    assert_close("y", found.double() * unit.double(), y[offset:], 2.0**-11)
+    dw = shim.empty(offset + count, dtype=F16, name="dw")
+    wide = shim.run("call_widen", shim.guarded(y, "product"), shim.guarded(torch.ones(1)), dw, count, offset)[2]
+    assert torch.equal(wide[offset:], y[offset:].half())
+
+
+# How large an input, how large the errors, and the scale: y is then in float16's range, above it, below it, in it.
+NASTY: dict[str, tuple[float, float, Scale]] = {
+    "usual": (1.0, 1.0, "raw"),
+    "small inputs": (1e-5, 1e-6, "raw"),
+    "large inputs": (6e4, 6e4, "raw"),
+    "scaled losses": (1.0, 6e3, "gradient"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", NASTY)
+def test_float16_product_is_as_accurate_as_with_float32(shim: cuda_shim.Library, size: str, kind: str) -> None:
+    of_x, of_dy, scale = NASTY[size]
+    rows, inputs, outputs = 24, 40, 10
+    x = make_input(kind, rows, inputs)
+    x = (x * of_x / x.abs().max()).half()
+    dy = (randn(rows, outputs, seed=1).clamp(-1, 1) * of_dy).half()
+    y, _ = cw.reference.emended_input(x, False, "dual", 1e-2, "relative", scale, F64)
+    assert y.dtype == F32
+    expected, _ = oracle(x, dy, bias=False, damping=1e-2, scale=scale)
+    plain = error_of((dy.float().T @ y).half(), expected)
+    assert plain < FLOOR[F16]  # dw is in float16's range
+    assert error_of(half_product(shim, dy, y), expected) <= FACTOR * plain
+
+
+def test_columns_far_apart(shim: cuda_shim.Library) -> None:
+    # Each column is right for itself, as far as float16 could hold it beside the largest.
+    y = randn(30, 40, dtype=F32) * torch.logspace(0, -7, 40)
+    dy = randn(30, 9, seed=1, dtype=F16)
+    own, expected = half_product(shim, dy, y * 1e30), dy.double().T @ y.double()
+    assert own.isinf().any()
+    own = half_product(shim, dy, y)
+    for i in range(40):
+        held = expected[:, i].abs().max() * 2.0**-11 + 2.0**-24
+        assert (own[:, i].double() - expected[:, i]).abs().max() <= 2 * held, i
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(1, 4194304), (784, 5120), (4096, 1024), (4097, 768), (16384, 256), (100000, 256)]
+)
+def test_sums_of_a_product_stay_in_the_cache(shim: cuda_shim.Library, inputs: int, outputs: int) -> None:
+    made = shim.run("call_outputs_at_once", shim.empty(1, dtype=torch.int64), inputs, seeds=(0,))[0]
+    assert made.tolist() == [outputs]

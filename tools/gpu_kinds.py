@@ -15,6 +15,7 @@ import consequentialism as cw
 from consequentialism import reference
 from consequentialism.backend import compiled as ops
 from consequentialism.backend.reference import coordinates
+from consequentialism.precision import emended_dtype
 from consequentialism.solve import root
 
 OPTIONS: tuple[Any, ...] = (1.0, "relative", "nlms")
@@ -135,6 +136,17 @@ def bias_poison(dtype: torch.dtype, device: str) -> float:
     if not all(bool(one.isnan().all()) for one in ops.weight_grad(dy_poisoned, x, column)):
         raise AssertionError("a NaN in dy did not make the whole gradient NaN")
     return error_of(own, (_wide(dy).T @ _wide(x), _wide(dy).T @ _wide(column)))
+
+
+def weight_grad_range(dtype: torch.dtype, device: str) -> float:
+    """Emended inputs outside of float16's range, and errors that bring their product back into it."""
+    worst = 0.0
+    for exponent in (-16, 0, 16):
+        y = _rows(300, 700, emended_dtype(dtype), device) * 2.0**exponent
+        dy = _rows(300, 130, dtype, device, seed=1) * 2.0 ** (-exponent * 3 // 4)
+        nothing = y.new_empty(0)
+        worst = max(worst, error_of(ops.weight_grad(dy, y, nothing)[0], _wide(dy).T @ _wide(y)))
+    return worst
 
 
 def fused(variant: str) -> Kind:
@@ -263,6 +275,7 @@ KINDS: dict[str, Kind] = {
     "apply_primal": apply(700, 100, "primal"),
     "apply_large": apply(1024, 2048, "dual"),
     "bias_poison": bias_poison,
+    "weight_grad_range": weight_grad_range,
     "recompute": fused("recompute"),
     "cooperative": fused("cooperative"),
     "decayed_gram": decayed_gram(65, 130, 3),

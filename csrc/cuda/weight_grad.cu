@@ -5,6 +5,19 @@
 
 namespace consequentialism::cuda {
 
+namespace {
+
+LaunchShape shape_of(const PassPlan& plan, size_t shared_bytes, cudaStream_t stream) {
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(plan.blocks));
+  shape.block = dim3(kPassThreads);
+  shape.shared_bytes = shared_bytes;
+  shape.stream = stream;
+  return shape;
+}
+
+}  // namespace
+
 template <class T>
 BiasPlan plan_bias_grad(const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, int processors) {
   constexpr int kVector = 16 / sizeof(T);
@@ -44,6 +57,33 @@ cudaError_t launch_finish(
   shape.shared_bytes = sizeof(int);
   shape.stream = stream;
   return launch(finish_kernel<T>, shape, dw, count, db, outputs, plan.splits, partial, broken, plan.flags());
+}
+
+PassPlan plan_pass(const void* wide, const void* narrow, int64_t count, int processors) {
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(wide) % 16 == 0 && reinterpret_cast<uintptr_t>(narrow) % 8 == 0 && count % 4 == 0;
+  PassPlan plan{};
+  plan.vector = aligned ? kPassVector : 1;
+  const int64_t each = static_cast<int64_t>(kPassThreads) * plan.vector;
+  plan.blocks = static_cast<int>(std::min<int64_t>((count + each - 1) / each, 4 * processors));
+  return plan;
+}
+
+cudaError_t launch_narrow(
+    const float* y, int64_t count, float* largest, float16* narrowed, float* unit, const PassPlan& plan,
+    cudaStream_t stream) {
+  const LaunchShape shape = shape_of(plan, kPassThreads * sizeof(float), stream);
+  const bool one = plan.vector == 1;
+  const cudaError_t error = launch(one ? largest_kernel<1> : largest_kernel<kPassVector>, shape, y, count, largest);
+  if (error != cudaSuccess) return error;
+  return launch(
+      one ? narrow_kernel<1> : narrow_kernel<kPassVector>, shape, y, count, largest, plan.blocks, narrowed, unit);
+}
+
+cudaError_t launch_widen(
+    const float* product, int64_t count, const float* unit, float16* dw, const PassPlan& plan, cudaStream_t stream) {
+  const auto kernel = plan.vector == 1 ? widen_kernel<1> : widen_kernel<kPassVector>;
+  return launch(kernel, shape_of(plan, 0, stream), product, count, unit, dw);
 }
 
 #define CONSEQUENTIALISM_INSTANTIATE(T)                                                                   \

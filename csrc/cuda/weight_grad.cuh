@@ -1,6 +1,8 @@
 // What surrounds the matrix product dw = dy^T y: the bias's gradient, and NaN everywhere where dy is not finite.
 #pragma once
 
+#include <cfloat>
+
 #include "platform.cuh"
 #include "weight_grad_launcher.h"
 
@@ -8,12 +10,24 @@ namespace consequentialism::cuda {
 
 constexpr int kBiasThreads = kBiasLanes * kBiasGroups;
 constexpr int kPoisonThreads = 256;
+constexpr int kPassThreads = 256;
 
 // Read at once.
 template <class T, int kVector>
 struct alignas(kVector * sizeof(T)) Several {
   T values[kVector];
 };
+
+// The largest of all threads' values, for all of them. shared [kPassThreads].
+__device__ __forceinline__ float block_largest(float value, float* shared) {
+  shared[threadIdx.x] = value;
+  for (unsigned half = kPassThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) shared[threadIdx.x] = fmaxf(shared[threadIdx.x], shared[threadIdx.x + half]);
+  }
+  __syncthreads();
+  return shared[0];
+}
 
 // partial[blockIdx.y, o] = the sum of dy[n, o] column[n] over the block's rows n, of which the others of a grid's
 // column have theirs; broken[block] = whether one of its dy is not finite. column and partial are null without a bias.
@@ -91,6 +105,69 @@ __global__ void __launch_bounds__(kPoisonThreads) finish_kernel(
     db[i] = poisoned ? nan : from_accumulator<T>(total);
   }
   for (int64_t i = first; poisoned && i < count; i += step) dw[i] = nan;
+}
+
+// float16 has 30 binades of full precision: with the largest |y| at its upper end, dy^T y loses nothing that the range
+// of dw, float16 too, could have held.
+constexpr int kTopExponent = 14;
+constexpr int kPassVector = 4;
+
+// largest[blockIdx.x] = the largest |y| of the block's elements, infinite where one of them is not finite.
+template <int kVector>
+__global__ void __launch_bounds__(kPassThreads)
+    largest_kernel(const float* __restrict__ y, int64_t count, float* __restrict__ largest) {
+  float* shared = dynamic_shared<float>();  // [kPassThreads]
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kPassThreads * kVector;
+  float most = 0;
+#pragma unroll 4
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kPassThreads + threadIdx.x) * kVector; i < count; i += step) {
+    const auto several = *reinterpret_cast<const Several<float, kVector>*>(y + i);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const float size = fabsf(several.values[v]);
+      most = size <= FLT_MAX ? fmaxf(most, size) : INFINITY;
+    }
+  }
+  most = block_largest(most, shared);
+  if (threadIdx.x == 0) largest[blockIdx.x] = most;
+}
+
+// narrowed <- y / unit, by the largest of the `parts` of largest_kernel; block 0 writes the unit.
+template <int kVector>
+__global__ void __launch_bounds__(kPassThreads) narrow_kernel(
+    const float* __restrict__ y, int64_t count, const float* __restrict__ largest, int parts,
+    float16* __restrict__ narrowed, float* __restrict__ unit) {
+  float* shared = dynamic_shared<float>();  // [kPassThreads]
+  float most = 0;
+  for (int part = static_cast<int>(threadIdx.x); part < parts; part += kPassThreads) most = fmaxf(most, largest[part]);
+  most = block_largest(most, shared);
+  const bool finite = most <= FLT_MAX;
+  // Where y is tiny, a normal number all the same; its dw is below float16's range.
+  const int exponent = finite && most > 0 ? max(ilogbf(most) - kTopExponent, FLT_MIN_EXP) : 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *unit = finite ? ldexpf(1, exponent) : NAN;
+  const float by = ldexpf(1, -exponent);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kPassThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kPassThreads + threadIdx.x) * kVector; i < count; i += step) {
+    const auto several = *reinterpret_cast<const Several<float, kVector>*>(y + i);
+    Several<float16, kVector> rounded;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) rounded.values[v] = to_float16(several.values[v] * by);
+    *reinterpret_cast<Several<float16, kVector>*>(narrowed + i) = rounded;
+  }
+}
+
+template <int kVector>
+__global__ void __launch_bounds__(kPassThreads) widen_kernel(
+    const float* __restrict__ product, int64_t count, const float* __restrict__ unit, float16* __restrict__ dw) {
+  const float by = *unit;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kPassThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kPassThreads + threadIdx.x) * kVector; i < count; i += step) {
+    const auto several = *reinterpret_cast<const Several<float, kVector>*>(product + i);
+    Several<float16, kVector> rounded;
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) rounded.values[v] = to_float16(several.values[v] * by);
+    *reinterpret_cast<Several<float16, kVector>*>(dw + i) = rounded;
+  }
 }
 
 }  // namespace consequentialism::cuda

@@ -45,3 +45,27 @@ CONSEQUENTIALISM_CALLS(float, float)
 CONSEQUENTIALISM_CALLS(double, double)
 CONSEQUENTIALISM_CALLS(bfloat16, bfloat16)
 CONSEQUENTIALISM_CALLS(float16, float16)
+
+// y, narrowed, product and dw begin `offset` elements into their buffers.
+extern "C" int call_plan_pass(const float* wide, const float16* narrow, int64_t* plan, int64_t count, int64_t offset) {
+  const PassPlan made = plan_pass(wide + offset, narrow + offset, count, kProcessors);
+  plan[0] = made.vector;
+  plan[1] = made.blocks;
+  return 0;
+}
+
+extern "C" int call_narrow(
+    const float* y, float* largest, float16* narrowed, float* unit, int64_t count, int64_t offset) {
+  const PassPlan plan = plan_pass(y + offset, narrowed + offset, count, kProcessors);
+  return launch_narrow(y + offset, count, largest, narrowed + offset, unit, plan, nullptr);
+}
+
+extern "C" int call_widen(const float* product, const float* unit, float16* dw, int64_t count, int64_t offset) {
+  const PassPlan plan = plan_pass(product + offset, dw + offset, count, kProcessors);
+  return launch_widen(product + offset, count, unit, dw + offset, plan, nullptr);
+}
+
+extern "C" int call_outputs_at_once(int64_t* outputs, int64_t inputs) {
+  *outputs = outputs_at_once(inputs);
+  return 0;
+}
