@@ -13,7 +13,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <optional>
-#include <string>
+#include <string_view>
 #include <tuple>
 #include <unordered_map>
 
@@ -25,20 +25,12 @@ namespace {
 
 namespace py = pybind11;
 
-struct Plan {
-  std::string form, applied_to;
-  double damping;
-  std::string damping_mode, scale;
-  std::optional<at::ScalarType> gram_dtype;
-  double narrow_up_to;
-};
-
 // Options are immutable, and kept alive by the entry: their address stands for their values.
 using Call = std::tuple<PyObject*, int64_t, int64_t, int64_t, at::ScalarType, at::Device, bool, bool>;
 
 struct Entry {
   py::object options;
-  std::optional<Plan> plan;
+  std::optional<LinearPlan> plan;
 };
 
 constexpr size_t kMostEntries = 4096;  // a damping that changes at every step makes as many
@@ -54,25 +46,25 @@ py::object& planner() {
   return *function;
 }
 
-std::optional<Plan> plan_of(const py::object& told) {
+std::optional<LinearPlan> plan_of(const py::object& told) {
   if (told.is_none()) return std::nullopt;
   const auto plan = told.cast<py::tuple>();
   std::optional<at::ScalarType> gram_dtype;
   if (!plan[5].is_none()) gram_dtype = plan[5].cast<at::ScalarType>();
-  return Plan{plan[0].cast<std::string>(), plan[1].cast<std::string>(), plan[2].cast<double>(),
-              plan[3].cast<std::string>(), plan[4].cast<std::string>(), gram_dtype,
-              plan[6].cast<double>()};
+  return parse_plan(
+      plan[0].cast<std::string_view>(), plan[1].cast<std::string_view>(), plan[2].cast<double>(),
+      plan[3].cast<std::string_view>(), plan[4].cast<std::string_view>(), gram_dtype, plan[6].cast<double>());
 }
 
 // None for options that are not for long: they would be kept alive.
-std::optional<Plan> known_plan(
+std::optional<LinearPlan> known_plan(
     const at::Tensor& x, int64_t rows, int64_t outputs, bool has_bias, bool needs_weight, const py::object& options) {
   const Call call{options.ptr(), rows, x.size(-1), outputs, x.scalar_type(), x.device(), has_bias, needs_weight};
   auto& plans = known_plans();
   const auto found = plans.find(call);
   if (found != plans.end()) return found->second.plan;
   if (!options.attr("samples").is_none() || !options.attr("process_group").is_none()) return std::nullopt;
-  std::optional<Plan> plan = plan_of(planner()(x, has_bias, outputs, options, needs_weight));
+  std::optional<LinearPlan> plan = plan_of(planner()(x, has_bias, outputs, options, needs_weight));
   if (plans.size() >= kMostEntries) plans.clear();
   return plans.emplace(call, Entry{options, std::move(plan)}).first->second.plan;
 }
@@ -157,14 +149,12 @@ py::object linear_forward(py::handle layer, py::handle input) {
   const auto sizes = x.sizes();
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
   if (rows == 0) return py::none();
-  const std::optional<Plan> plan = known_plan(x, rows, outputs, has_bias, needs_weight, options);
+  const std::optional<LinearPlan> plan = known_plan(x, rows, outputs, has_bias, needs_weight, options);
   if (!plan) return py::none();
   at::Tensor y;
   {
     const py::gil_scoped_release others_run;
-    y = emended_linear(
-        x, transposed ? weight.t() : weight, bias, plan->form, plan->applied_to, plan->damping, plan->damping_mode,
-        plan->scale, plan->gram_dtype, plan->narrow_up_to);
+    y = emended_linear(x, transposed ? weight.t() : weight, bias, *plan);
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
 }

@@ -61,7 +61,7 @@ def test_same_bits(shape: tuple[int, int, int], dtype: torch.dtype, needed: tupl
     for linear in (emended_linear_with, python_linear):
         x, weight, bias = (v.to(dtype).requires_grad_(n) for v, n in zip(values, needed, strict=True))
         out = linear(x, weight, bias if has_bias else None, Options(damping=0.7))
-        assert ("CppNode" in out.grad_fn.name()) == (linear is not python_linear), out.grad_fn.name()
+        assert ("consequentialism::" in out.grad_fn.name()) == (linear is not python_linear), out.grad_fn.name()
         out.backward(dy)
         results.append((out, x.grad, weight.grad, bias.grad))
     for name, own, expected in zip(("y", "dx", "dw", "db"), *results, strict=True):

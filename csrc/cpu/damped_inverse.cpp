@@ -26,7 +26,8 @@ namespace {
 
 constexpr int64_t kLeaf = 128;  // order at which the recursion ends, a multiple of kLeafStep
 constexpr int64_t kLeafStep = 64;
-constexpr int64_t kInversePanel = 128;  // rows of a panel of S S^T
+constexpr int64_t kSmallWorkspace = 2048;  // scalars on the stack: for orders up to 32
+constexpr int64_t kInversePanel = 128;     // rows of a panel of S S^T
 constexpr int kRetries = 3;
 constexpr double kMinFloat32Trace = 1e-30;  // below, squares of float32 inputs underflow
 constexpr double kMaxFloat32Ridge = 1e30;   // above, the inverse does
@@ -97,8 +98,10 @@ bool invert_factor_(const at::Tensor& a, const at::Tensor& s, scalar_t* workspac
 template <typename scalar_t>
 bool invert_(at::Tensor a, double multiplier) {
   const int64_t n = a.size(0);
-  const at::Tensor workspace = at::empty({tile_workspace(n <= kWholeInTiles ? n : kLeaf)}, a.options());
-  scalar_t* space = workspace.mutable_data_ptr<scalar_t>();
+  const int64_t size = tile_workspace(n <= kWholeInTiles ? n : kLeaf);
+  alignas(64) scalar_t few[kSmallWorkspace];
+  const at::Tensor many = size <= kSmallWorkspace ? at::Tensor() : at::empty({size}, a.options());
+  scalar_t* space = many.defined() ? many.mutable_data_ptr<scalar_t>() : few;
   if (n <= kWholeInTiles) {
     return tile_inverse(a.mutable_data_ptr<scalar_t>(), n, static_cast<scalar_t>(multiplier), space);
   }

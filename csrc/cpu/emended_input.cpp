@@ -1,3 +1,5 @@
+#include "emended_input.h"
+
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>

@@ -64,7 +64,12 @@ at::Tensor lower_input_gram(const at::Tensor& x, bool bias, bool primal) {
   const int64_t inputs = x.size(1);
   if (!primal) {
     // The bias's column adds 1 to every entry.
-    at::Tensor gram = bias ? at::ones({rows, rows}, x.options()) : at::empty({rows, rows}, x.options());
+    at::Tensor gram = at::empty({rows, rows}, x.options());
+    if (bias) {
+      AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "ones", [&] {
+        std::fill_n(gram.mutable_data_ptr<scalar_t>(), rows * rows, scalar_t(1));
+      });
+    }
     lower_gram_(gram, x, bias ? 1 : 0, 1);
     return gram;
   }
