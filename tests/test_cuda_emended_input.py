@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import cuda_shim
 import pytest
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import consequentialism as cw
 
+TWO_TERMS_CONDITION = 2048.0  # kTwoTermsCondition in csrc/cuda/emended_input.h
 FLOOR = {F64: 1e-15, F32: 3e-7, BF16: 1e-4, F16: 3e-7}  # of y, by the type of x
 OUTPUT = {F64: F64, F32: F32, BF16: BF16, F16: F32}
 Emended = tuple[Tensor, Tensor | None]  # y [N, I], column [N]
@@ -58,6 +60,7 @@ def emend(
     offset: int = 0,
     damping: float = 1e-2,
     inverse: Tensor | None = None,
+    condition: float = math.inf,
     seeds: tuple[int, ...] = (0, 1),
 ) -> tuple[Emended, Tensor, Tensor]:
     """The emended input, the inverse as the kernel had it, and the values of ``x``."""
@@ -73,19 +76,21 @@ def emend(
         shim.guarded(buffer, "x"),
         shim.empty(rows, inputs, dtype=OUTPUT[dtype], name="y"),
         shim.empty(rows, dtype=SUMS[dtype], name="column") if bias else None,
-        *(TYPE_CODE[dtype], wide, offset, rows, inputs, stride, bias, primal, tf32, tile),
+        *(TYPE_CODE[dtype], wide, offset, rows, inputs, stride, bias, primal, tf32, tile, condition),
         seeds=seeds,
     )
     return (results[2], results[3] if bias else None), inverse, values
 
 
-def emulated(inverse: Tensor, values: Tensor, dtype: torch.dtype, bias: bool, primal: bool, tf32: bool) -> Emended:
+def emulated(
+    inverse: Tensor, values: Tensor, dtype: torch.dtype, bias: bool, primal: bool, tf32: bool, of_p: int = 3
+) -> Emended:
     """The kernel's precision policy in PyTorch."""
     if inverse.dtype == F64:
         y, column = cw.reference.apply_inverse(inverse, values, bias, "primal" if primal else "dual")
         return y.to(OUTPUT[dtype]), column.to(SUMS[dtype])
     inputs = values.shape[1]
-    terms, count_x, count_p = {F32: (F32, 2, 2), BF16: (BF16, 1, 3), F16: (F32, 1, 2)}[dtype]
+    terms, count_x, count_p = {F32: (F32, 2, 2), BF16: (BF16, 1, of_p), F16: (F32, 1, 2)}[dtype]
     if tf32 and dtype == F32:
         count_x = count_p = 1
     ones = torch.ones(values.shape[0], bias)
@@ -157,6 +162,34 @@ def test_large_tiles(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) 
         x = make_input("random", *(reversed(shape) if primal else shape))
         result = emend(shim, x, dtype, bias=True, primal=primal, tile=128)
         assert_right(*result, dtype, True, primal)
+
+
+@FORMS
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tile", [64, 128])
+def test_two_terms_where_the_condition_allows(shim: cuda_shim.Library, tile: int, kind: str, primal: bool) -> None:
+    """bfloat16's P at the limit: the error is its own rounding's all the same."""
+    rows, inputs = (90, 40) if primal else (40, 90)
+    x, rank = make_input(kind, rows, inputs), 40 + primal  # with the bias's column
+    options = {"bias": True, "primal": primal, "tile": tile, "damping": rank / TWO_TERMS_CONDITION}
+    (three, three_column), inverse, values = emend(shim, x, BF16, **options, condition=1.01 * TWO_TERMS_CONDITION)
+    (two, two_column), _, _ = emend(shim, x, BF16, **options, condition=TWO_TERMS_CONDITION)
+    assert_right((three, three_column), inverse, values, BF16, True, primal)
+    y, column = cw.reference.apply_inverse(inverse.double(), values, True, "primal" if primal else "dual")
+    policy = emulated(inverse, values, BF16, True, primal, False, of_p=2)
+    assert error_of(two, policy[0]) <= error_of(two, y)  # it is that what was computed
+    assert not torch.equal(two_column, three_column)
+    assert error_of(two, y) <= 1.25 * error_of(three, y)
+    assert error_of(two_column, column) <= 4e-3  # a bfloat16's rounding
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [F64, F32, F16], ids=str)
+def test_other_types_take_no_notice_of_the_condition(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) -> None:
+    x = make_input("random", 40, 30)
+    results = [emend(shim, x, dtype, bias=True, primal=primal, condition=condition)[0] for condition in (1.0, math.inf)]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @FORMS

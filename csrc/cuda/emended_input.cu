@@ -91,6 +91,12 @@ cudaError_t launch_emended_input(
                     : launch_tiles<T, G, false, 2>(p, view, rows, inputs, bias, y, column, plan, stream);
     }
   }
+  if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<G, float>) {
+    if (plan.two_terms) {
+      return primal ? launch_tiles<T, G, true, 2>(p, view, rows, inputs, bias, y, column, plan, stream)
+                    : launch_tiles<T, G, false, 2>(p, view, rows, inputs, bias, y, column, plan, stream);
+    }
+  }
   return primal ? launch_tiles<T, G, true, 1>(p, view, rows, inputs, bias, y, column, plan, stream)
                 : launch_tiles<T, G, false, 1>(p, view, rows, inputs, bias, y, column, plan, stream);
 }

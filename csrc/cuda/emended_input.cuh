@@ -5,9 +5,9 @@
 
 namespace consequentialism::cuda {
 
-// How T times a P of type G is multiplied. kTerms is 1 (TF32) or 2 (3xTF32), for float32 in float32 only: else bfloat16
-// meets P in three terms of bfloat16, which keep 24 bits, and float16, whose range is too small for P, is exact in
-// TF32 and meets P in two terms of that.
+// How T times a P of type G is multiplied. kTerms is 1 (TF32) or 2 (3xTF32) for float32 in float32. bfloat16 meets P in
+// three terms of bfloat16, which keep 24 bits, or with a kTerms of 2 in two; float16, whose range is too small for P,
+// is exact in TF32 and meets P in two terms of that.
 template <class T, class G, int kTerms>
 struct EmendTypes {
   static constexpr bool kDouble = std::is_same_v<G, double>;
@@ -15,8 +15,8 @@ struct EmendTypes {
   static constexpr bool kFloat = std::is_same_v<T, float> && !kDouble;
   using Mma = std::conditional_t<kDouble, DoubleMma, std::conditional_t<kBfloat16, HalfMma<bfloat16>, Tf32Mma>>;
   static constexpr int kTermsX = kFloat ? kTerms : 1;
-  static constexpr int kTermsP = kDouble ? 1 : kBfloat16 ? 3 : kFloat ? kTerms : 2;
-  static_assert(kTerms == 1 || kFloat);
+  static constexpr int kTermsP = kDouble ? 1 : kBfloat16 ? (kTerms == 2 ? 2 : 3) : kFloat ? kTerms : 2;
+  static_assert(kTerms == 1 || (kTerms == 2 && (kFloat || kBfloat16)));
 };
 
 // dual: y [N, I], A = P, B = x^T; primal: A = x, B = P.

@@ -5,6 +5,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -27,21 +28,30 @@ at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const Inverse
   return inverses_of(gram_of(x, bias, form, arguments.gram_dtype), arguments)[0];
 }
 
-// The emended input and its column; x has contiguous rows.
-std::tuple<at::Tensor, at::Tensor> apply_inverse(const at::Tensor& inverse, const at::Tensor& x, bool bias, Form form) {
+// trace(G) / c; infinite where only the Gram could tell it.
+double largest_condition(const InverseArguments& arguments) {
+  if (!arguments.relative) return std::numeric_limits<double>::infinity();
+  return static_cast<double>(arguments.rank) / arguments.damping;
+}
+
+// The emended input and its column; x has contiguous rows, and the inverse is that of these arguments.
+std::tuple<at::Tensor, at::Tensor> apply_inverse(
+    const at::Tensor& inverse, const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
   const bool primal = form == Form::kPrimal;
   const auto dtype = x.scalar_type();
   const bool wide = inverse.scalar_type() == at::kDouble;
   const at::Tensor emended = at::empty(x.sizes(), x.options().dtype(dtype == at::kHalf ? at::kFloat : dtype));
   const at::Tensor column = at::empty({bias ? x.size(0) : 0}, x.options().dtype(wide_type(dtype)));
   if (x.size(0) == 0 || x.size(1) + bias == 0) return {emended, column};
-  const EmendShape shape{x.size(0),
-                         x.size(1),
-                         bias,
-                         primal,
-                         x.dtype().itemsize(),
-                         inverse.dtype().itemsize(),
-                         dtype == at::kBFloat16 && !wide};
+  const EmendShape shape{
+      x.size(0),
+      x.size(1),
+      bias,
+      primal,
+      x.dtype().itemsize(),
+      inverse.dtype().itemsize(),
+      dtype == at::kBFloat16 && !wide,
+      largest_condition(arguments)};
   const EmendPlan plan = plan_emend(shape, limits_of_current_device());
   dispatch_element(dtype, [&](auto native, auto element) {
     using T = decltype(native);
@@ -84,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> emended_input(
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(input.device());
   const at::Tensor x = with_contiguous_rows(input);
-  return apply_inverse(invert_input(x, bias, parsed, arguments), x, bias, parsed);
+  return apply_inverse(invert_input(x, bias, parsed, arguments), x, bias, parsed, arguments);
 }
 
 }  // namespace consequentialism::cuda

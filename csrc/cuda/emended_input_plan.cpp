@@ -15,6 +15,7 @@ EmendPlan plan_emend_with(const EmendShape& shape, int tile) {
   plan.blocks = ceil_div(shape.rows, tile) * std::max<int64_t>(1, ceil_div(shape.inputs, tile));
   plan.shared_bytes = kProductStages * (operand_bytes(tile, depth, shape.element_bytes, pairs, major) +
                                         operand_bytes(tile, depth, shape.inverse_bytes, pairs, Major::kInner));
+  plan.two_terms = shape.splits_halves && shape.condition <= kTwoTermsCondition;
   return plan;
 }
 

@@ -32,8 +32,10 @@ GramShape gram_shape(int64_t rows, int64_t inputs, bool bias, bool primal, int64
   return {rows, inputs, bias, primal, bytes_of(type), size_t{wide || type == 0 ? 8u : 4u}};
 }
 
-EmendShape emend_shape(int64_t rows, int64_t inputs, bool bias, bool primal, int64_t type, bool wide) {
-  return {rows, inputs, bias, primal, bytes_of(type), size_t{wide || type == 0 ? 8u : 4u}, type == 2 && !wide};
+EmendShape emend_shape(
+    int64_t rows, int64_t inputs, bool bias, bool primal, int64_t type, bool wide, double condition) {
+  return {rows,     inputs, bias, primal, bytes_of(type), size_t{wide || type == 0 ? 8u : 4u}, type == 2 && !wide,
+          condition};
 }
 
 // tile 0: as planned.
@@ -66,8 +68,8 @@ extern "C" int call_gram(
 
 extern "C" int call_emend(
     const void* inverse, const void* x, void* y, void* column, int64_t type, bool wide, int64_t offset, int64_t rows,
-    int64_t inputs, int64_t stride, bool bias, bool primal, bool tf32, int64_t tile) {
-  const EmendPlan plan = emend_plan(emend_shape(rows, inputs, bias, primal, type, wide), kHopper, tile);
+    int64_t inputs, int64_t stride, bool bias, bool primal, bool tf32, int64_t tile, double condition) {
+  const EmendPlan plan = emend_plan(emend_shape(rows, inputs, bias, primal, type, wide, condition), kHopper, tile);
   return with_type(type, [&](auto one) -> int {
     using T = decltype(one);
     const T* first = static_cast<const T*>(x) + offset;
@@ -109,7 +111,7 @@ extern "C" int call_emend_plans(
     int64_t shared_limit, int64_t processors) {
   const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), true};
   for (int64_t i = 0; i < count; ++i) {
-    const EmendShape shape = emend_shape(shapes[2 * i], shapes[2 * i + 1], bias, primal, type, wide);
+    const EmendShape shape = emend_shape(shapes[2 * i], shapes[2 * i + 1], bias, primal, type, wide, 1);
     const EmendPlan plan = plan_emend(shape, limits);
     plans[3 * i] = plan.tile;
     plans[3 * i + 1] = plan.blocks;
