@@ -191,3 +191,17 @@ def test_random_inputs_are_the_same_everywhere() -> None:
     # The suite's own foundation: inputs do not depend on device, type or the order of the tests.
     assert torch.equal(randn(3, 2), randn(3, 2))
     assert torch.equal(randn(3, 2, dtype=F32), randn(3, 2).float())
+
+
+def test_what_only_a_compiler_needs_is_not_loaded_before_one_runs() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import consequentialism as cw
+cw.Linear(5, 3)(torch.randn(4, 5)).sum().backward()
+print(sorted(set(sys.modules) - before))
+"""
+    finished = run(code, PACKAGE.parent)
+    assert finished.returncode == 0, finished.stderr
+    for name in ("consequentialism.autograd.traced", "torch._dynamo.symbolic_convert", "consequentialism.optim"):
+        assert repr(name) not in finished.stdout

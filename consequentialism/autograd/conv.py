@@ -7,7 +7,6 @@ convolution backward and one product with the inverse, a group at a time (`conv_
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,7 @@ from ..backend.reference import conv_errors
 from ..options import Form, Options, Scale
 from ..solve import conjugate, cost, distributed
 from ..solve.gram import Gram
-from . import traced
-from .geometry import Geometry, geometry_of
+from .geometry import Geometry
 from .kept import Conjugate, Inverse, restored
 from .linear import full_precision, once_differentiable, refuse_jacobian
 
@@ -302,86 +300,6 @@ class TransformableEmendedConv(EmendedConv):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
         raise RuntimeError(_torch.FORWARD_MODE)
-
-
-class TracedConv(torch.autograd.Function):
-    """`EmendedConv` in a traced graph, with one op in backward, see `traced`; its arguments come after the geometry."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *settings: Any) -> Tensor:
-        *ctx.settings, varying_damping = settings
-        ctx.bias, ctx.geometry = bias is not None, geometry
-        ctx.save_for_backward(x, weight, varying_damping)
-        return geometry.forward(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, varying_damping = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = dw = db = None
-        with full_precision(dy.device.type):
-            if needs_x:
-                dx, _, _ = ctx.geometry.backward(dy, x, weight, (True, False, False))
-            if needs_weight or needs_bias:
-                op = torch.ops.consequentialism.emended_conv_weight_grad
-                dw, db = op(x, dy, *ctx.geometry.arguments(), ctx.bias, *ctx.settings, varying_damping)
-        return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 9
-
-
-def _weight_grad(
-    x: Tensor,
-    dy: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    bias: bool,
-    patch_bytes: int,
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
-    """``dw``, of the weight's shape, and ``db [O]``, empty without a bias, of ``x`` and ``dy [B, O, *positions]``."""
-    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
-    weight = dy.new_zeros(geometry.weight_shape(x.shape[1], dy.shape[1]))
-    if x.shape[0] == 0:
-        return weight, dy.new_zeros(dy.shape[1] if bias else 0)
-    options = replace(traced.options_of(*settings), patch_bytes=patch_bytes)
-    with torch.no_grad(), full_precision(x.device.type):
-        kept = prepare(x, geometry, bias, dy.shape[1], options)
-        needs = Needs(False, True, bias)
-        _, dw, db = conv_gradients(kept, x, weight, dy, bias, geometry, patch_bytes, options.scale, needs)
-    assert dw is not None
-    return traced.fresh(dw, dy.new_empty(0) if db is None else db)
-
-
-def _fake_weight_grad(
-    x: Tensor,
-    dy: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    bias: bool,
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
-    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
-    shape = geometry.weight_shape(x.shape[1], dy.shape[1])
-    return dy.new_empty(shape), dy.new_empty(dy.shape[1] if bias else 0)
-
-
-traced.add_op(
-    "emended_conv_weight_grad",
-    "Tensor x, Tensor dy, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "bool transposed, SymInt[] output_padding, bool bias, SymInt patch_bytes",
-    _weight_grad,
-    _fake_weight_grad,
-)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -3,13 +3,14 @@
 A plan depends on the number of rows and on the damping. Were it made while a graph is traced, the graph would hold
 for its range of rows alone, layer by layer, and for one damping. So nothing is planned there: forward keeps ``x``, as
 torch's own layer does, and an op whose result has the weight's shape, whatever the plan, does the rest. A damping that
-changes between steps reaches the op as a tensor, data like ``x``.
+changes between steps reaches the op as a tensor, data like ``x``. Loaded when the first layer is traced.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,9 @@ from .. import _torch
 from ..backend import dispatch
 from ..options import DampingMode, Options, Scale, Solver
 from ..solve import cost
+from .conv import Needs, conv_gradients
+from .conv import prepare as prepare_conv
+from .geometry import Geometry, geometry_of
 from .linear import full_precision, once_differentiable, plain_linear, prepare
 
 # The arguments that say how, the last of every op here; `options_of` takes them.
@@ -26,11 +30,6 @@ SETTINGS = (
     "float damping, str damping_mode, str scale, str backend, str solver, int iterations, Tensor? varying_damping"
 )
 _library = torch.library.Library("consequentialism", "FRAGMENT")
-
-
-def is_traced(options: Options) -> bool:
-    """Whether a compiler traces this call, and can: the ranks of a process group meet elsewhere."""
-    return torch.compiler.is_compiling() and options.process_group is None
 
 
 def settings_of(options: Options) -> tuple[Any, ...]:
@@ -68,6 +67,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> 
     """`functional.emended_linear_with` in a traced graph, of checked arguments."""
     dispatch.select(options.backend, x)  # what cannot serve the call says so now, not in backward
     return TracedLinear.apply(x, weight, bias, *settings_of(options))
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, options: Options) -> Tensor:
+    """A convolution of either kind in a traced graph, of checked arguments; ``x [B, C, *spatial]``."""
+    dispatch.select(options.backend, x)
+    return TracedConv.apply(x, weight, bias, geometry, options.patch_bytes, *settings_of(options))
+
+
+def conv_weight_grad(x: Tensor, dy: Tensor, geometry: Geometry, bias: bool, options: Options) -> tuple[Tensor, Tensor]:
+    """`functional.emended_conv_weight_grad` in a traced graph; ``db`` is empty without a bias."""
+    arguments = (*geometry.arguments(), bias, options.patch_bytes, *settings_of(options))
+    return torch.ops.consequentialism.emended_conv_weight_grad(x, dy, *arguments)
 
 
 def linear_weight_grad(x: Tensor, dy: Tensor, bias: bool, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -132,7 +143,7 @@ def add_op(name: str, arguments: str, implementation: Callable[..., Any], fake: 
     """Define an op of ``arguments`` and `SETTINGS` that returns ``dw`` and ``db``, and has no derivative."""
     _library.define(f"{name}({arguments}, {SETTINGS}) -> (Tensor, Tensor)")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"consequentialism::{name}", fake, lib=_library)
+    _library.impl(name, fake, "Meta")
     torch.library.register_autograd(f"consequentialism::{name}", _refuse_derivative, lib=_library)
 
 
@@ -152,4 +163,84 @@ add_op(
     "Tensor x, Tensor dy, bool bias, bool need_weight, bool need_bias",
     _weight_grad,
     _fake_weight_grad,
+)
+
+
+class TracedConv(torch.autograd.Function):
+    """`EmendedConv` in a traced graph, with one op in backward; the geometry stands before the settings."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *settings: Any) -> Tensor:
+        *ctx.settings, varying_damping = settings
+        ctx.bias, ctx.geometry = bias is not None, geometry
+        ctx.save_for_backward(x, weight, varying_damping)
+        return geometry.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, varying_damping = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
+        with full_precision(dy.device.type):
+            if needs_x:
+                dx, _, _ = ctx.geometry.backward(dy, x, weight, (True, False, False))
+            if needs_weight or needs_bias:
+                op = torch.ops.consequentialism.emended_conv_weight_grad
+                dw, db = op(x, dy, *ctx.geometry.arguments(), ctx.bias, *ctx.settings, varying_damping)
+        return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 9
+
+
+def _conv_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    bias: bool,
+    patch_bytes: int,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """``dw``, of the weight's shape, and ``db [O]``, empty without a bias, of ``x`` and ``dy [B, O, *positions]``."""
+    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
+    weight = dy.new_zeros(geometry.weight_shape(x.shape[1], dy.shape[1]))
+    if x.shape[0] == 0:
+        return weight, dy.new_zeros(dy.shape[1] if bias else 0)
+    options = replace(options_of(*settings), patch_bytes=patch_bytes)
+    with torch.no_grad(), full_precision(x.device.type):
+        kept = prepare_conv(x, geometry, bias, dy.shape[1], options)
+        needs = Needs(False, True, bias)
+        _, dw, db = conv_gradients(kept, x, weight, dy, bias, geometry, patch_bytes, options.scale, needs)
+    assert dw is not None
+    return fresh(dw, dy.new_empty(0) if db is None else db)
+
+
+def _fake_conv_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    output_padding: list[int],
+    bias: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
+    shape = geometry.weight_shape(x.shape[1], dy.shape[1])
+    return dy.new_empty(shape), dy.new_empty(dy.shape[1] if bias else 0)
+
+
+add_op(
+    "emended_conv_weight_grad",
+    "Tensor x, Tensor dy, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
+    "bool transposed, SymInt[] output_padding, bool bias, SymInt patch_bytes",
+    _conv_weight_grad,
+    _fake_conv_weight_grad,
 )

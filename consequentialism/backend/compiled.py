@@ -95,7 +95,8 @@ def _device_types(*names: str) -> tuple[str, ...]:
 device_types = _device_types(*NEEDED)
 conv_device_types = _device_types("conv_gram")
 if module is not None:
-    add_fakes("consequentialism", {**OPS, **COORDINATE_OPS})
+    _library = torch.library.Library("consequentialism", "FRAGMENT")
+    add_fakes(_library, {**OPS, **COORDINATE_OPS})
     count_ops_of("consequentialism")
 
 # Of steps in coordinates, likewise: see `dispatch.for_coordinates`.

@@ -109,13 +109,16 @@ def define(
         library.define(name + op.schema)
         for key in dispatch_keys:
             library.impl(name, getattr(implementations, name), key)
-    add_fakes(library.ns, ops)
+    add_fakes(library, ops)
 
 
-def add_fakes(namespace: str, ops: Mapping[str, Op]) -> None:
-    """Tell tracers the shapes and types of what the ops of a namespace return."""
+def add_fakes(library: torch.library.Library, ops: Mapping[str, Op]) -> None:
+    """Tell tracers the shapes and types of what the ops return.
+
+    As kernels for the meta device: ``torch.library.register_fake`` looks for the caller's source, at every import.
+    """
     for name, op in ops.items():
-        torch.library.register_fake(f"{namespace}::{name}", op.fake)
+        library.impl(name, op.fake, "Meta")
 
 
 def wrappers(namespace: str) -> Ops:

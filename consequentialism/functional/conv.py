@@ -11,8 +11,8 @@ from torch.fx import Proxy
 from typing_extensions import Unpack
 
 from .. import _torch
-from ..autograd import side_stream, traced
-from ..autograd.conv import EmendedConv, Needs, TracedConv, TransformableEmendedConv, conv_gradients, prepare
+from ..autograd import side_stream
+from ..autograd.conv import EmendedConv, Needs, TransformableEmendedConv, conv_gradients, prepare
 from ..autograd.geometry import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -23,7 +23,6 @@ from ..autograd.geometry import (
     per_dimension,
 )
 from ..autograd.linear import full_precision
-from ..backend import dispatch
 from ..options import Options, OptionsDict, options_from
 from ..samples import counted, ratio, scaled
 from . import plain_path
@@ -185,9 +184,10 @@ def _emended(
     if normal is None or not normal[1].takes(normal[0], weight):
         return plain(x, weight, bias)  # torch's own error
     rows, geometry = normal
-    if traced.is_traced(options):
-        dispatch.select(options.backend, x)  # what cannot serve the call says so now, not in backward
-        y = TracedConv.apply(rows, weight, bias, geometry, options.patch_bytes, *traced.settings_of(options))
+    if plain_path.is_traced(options):
+        from ..autograd import traced
+
+        y = traced.convolution(rows, weight, bias, geometry, options)
         return y if batched else y.squeeze(0)
     if rows.shape[0] == 0 and options.process_group is None:
         return plain(x, weight, bias)  # nothing to emend
@@ -267,9 +267,10 @@ def emended_conv_weight_grad(
         return torch.zeros_like(weight), x.new_zeros(dy.shape[1]) if bias else None
     with torch.no_grad(), full_precision(x.device.type):
         dw: Tensor | None
-        if traced.is_traced(settings):
-            arguments = (*geometry.arguments(), bias, settings.patch_bytes, *traced.settings_of(settings))
-            dw, own_db = torch.ops.consequentialism.emended_conv_weight_grad(x, dy, *arguments)
+        if plain_path.is_traced(settings):
+            from ..autograd import traced
+
+            dw, own_db = traced.conv_weight_grad(x, dy, geometry, bias, settings)
             db = own_db if bias else None
         else:
             kept = prepare(x, geometry, bias, dy.shape[1], settings)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from .. import _torch
-from ..autograd import side_stream, traced
+from ..autograd import side_stream
 from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
 from ..backend import compiled as ops
 from ..backend import dispatch, reference
@@ -67,7 +67,9 @@ def emended_linear_with(x: Tensor, weight: Tensor, bias: Tensor | None, options:
     if not (need_weight or need_bias) or plain_path.is_exported(True):
         return F.linear(x, weight, bias)
     check_differentiable(transformed, x, weight, bias)
-    if traced.is_traced(options):
+    if plain_path.is_traced(options):
+        from ..autograd import traced
+
         return traced.linear(x, weight, bias, options)
     rows = math.prod(x.shape[:-1])
     if rows == 0 and options.process_group is None:
@@ -148,7 +150,9 @@ def emended_weight_grad(
     with torch.no_grad(), full_precision(x.device.type):
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         dw: Tensor | None
-        if traced.is_traced(settings):
+        if plain_path.is_traced(settings):
+            from ..autograd import traced
+
             dw, db = traced.linear_weight_grad(x, dy, bias, settings)
         else:
             backend = dispatch.select(settings.backend, x)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import _torch
+from ..options import Options
 
 if TYPE_CHECKING:
     from ..nn.module import EmendedModule
@@ -47,6 +48,11 @@ def is_exported(trained: bool = False) -> bool:
     if trained:
         _announce()
     return True
+
+
+def is_traced(options: Options) -> bool:
+    """Whether a compiler traces this call, and can: the ranks of a process group meet elsewhere."""
+    return torch.compiler.is_compiling() and options.process_group is None
 
 
 def is_trained(layer: EmendedModule) -> bool:
