@@ -189,6 +189,16 @@ def test_gpu_script(tmp_path: Path, call: str, settings: dict[str, str], code: i
         assert {"whole.csv", "parts.csv", "conv.csv", "others.csv", "log.txt"} <= set(results)
 
 
+@pytest.mark.parametrize("call", ["first", "bench"])
+def test_each_call_of_the_gpu_script_has_time_for_all_its_parts(call: str) -> None:
+    script = (ROOT / "tools/gpu.sh").read_text()
+    (allowed,) = map(int, re.findall(r"SECONDS_ALLOWED:-(\d+)", script))
+    (parts,) = re.findall(rf"^  {call}\)\n(.*?)^    ;;", script, re.M | re.S)
+    limits = re.findall(r"\b(?:(?:part|sanitize|bench) \w+|timeout -k \d+) (\d+) ", parts)
+    assert len(limits) == len(re.findall(r"^ +(?:part|sanitize|bench|timeout) ", parts, re.M))
+    assert sum(map(int, limits)) <= allowed < 600
+
+
 @pytest.mark.parametrize("kind", gpu_kinds.KINDS)
 def test_kinds_of_first_contact_are_right_on_the_cpu(kind: str) -> None:
     # Their own arithmetic and bounds; what they ask of a GPU is only seen there.
