@@ -68,6 +68,46 @@ def test_data_parallel_without_gpus_changes_nothing() -> None:
     assert_identical("weight", models[0][0].weight.detach(), models[1][0].weight.detach())
 
 
+def replica_of(module: nn.Module) -> nn.Module:
+    """What ``torch.nn.parallel.replicate`` makes on a further device: attributes in the place of parameters."""
+    replica = module._replicate_for_data_parallel()  # type: ignore[operator]
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replica_of(child)
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter * 1)
+    return replica
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: mlp(F64), randn(10, 6)),
+        (lambda: nn.Sequential(nn.Conv1d(2, 3, 2, dtype=F64)), randn(10, 2, 5)),
+        (lambda: nn.Sequential(nn.ConvTranspose1d(2, 3, 2, bias=False, dtype=F64)), randn(10, 2, 5)),
+        (lambda: nn.Sequential(nn.Embedding(4, 3, dtype=F64)), torch.arange(10) % 4),
+    ],
+)
+def test_replicas_of_data_parallel_are_emended(make: Any, x: Tensor) -> None:
+    """Each by its own rows, as DDP's ranks are without a process group."""
+    model = cw.convert(make())
+    first, second = x[:6], x[6:]
+    expected = dw_of(model, first) + dw_of(model, second)
+    model.zero_grad()
+    for part in (first, second):
+        squares(replica_of(model)(part)).backward()
+    assert_close("dw", next(model.parameters()).grad, expected, EXACT)
+    with torch.no_grad():
+        assert_identical("y", replica_of(model)(x), model(x))
+
+
+def test_replicas_of_data_parallel_are_refused_in_coordinates() -> None:
+    model = mlp(F64)
+    optimizer = cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), model)
+    assert optimizer.is_recording
+    with pytest.raises(RuntimeError, match="DataParallel's replicas on several devices"):
+        replica_of(model)(randn(10, 6))
+
+
 @pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 4), lambda: nn.GRU(4, 4), lambda: nn.MultiheadAttention(4, 2)])
 def test_modules_without_an_emended_form_are_named(make: Any) -> None:
     model = nn.ModuleDict({"inner": make(), "head": nn.Linear(4, 2)})

@@ -169,6 +169,11 @@ class Hook:
         if not recorder.recording or not module.training or not torch.is_grad_enabled():
             return
         weight = self.kind.weight(module)
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "consequentialism.optim.Emended does not see what DataParallel's replicas on several devices make of "
+                "their rows; use DistributedDataParallel"
+            )
         if weight is None:
             raise ValueError(
                 f"{self.kind.weight_name} of a {type(module).__name__} that consequentialism.optim.Emended steps is no "
