@@ -50,6 +50,7 @@ def invert(
     scaled_by_c: bool = False,
     shared: int = SHARED,
     only_if: int | None = None,
+    padding: int = 0,
     seeds: tuple[int, ...] = cuda_shim.SEEDS,
 ) -> tuple[Tensor, int]:
     """The inverses ``[count, n, n]`` and the number of breakdowns."""
@@ -57,7 +58,7 @@ def invert(
     _, _, _, _, workspace = plan(shim, n, grams.dtype, shared)
     arguments = (
         shim.guarded(grams, "gram"),
-        shim.empty(count, n, n, dtype=grams.dtype, name="inverse"),
+        shim.empty(count, n, n + padding, dtype=grams.dtype, name="inverse"),
         shim.guarded(torch.tensor([only_if], dtype=torch.int32), "only_if") if only_if is not None else None,
         shim.empty(count * workspace, dtype=torch.uint8, name="workspace", alignment=128),
         shim.guarded(torch.zeros(1, dtype=torch.int32), "breakdowns"),
@@ -65,7 +66,7 @@ def invert(
     name = {F32: "call_damped_inverse_float", F64: "call_damped_inverse_double"}[grams.dtype]
     rank = n if rank is None else rank
     results = shim.run(
-        name, *arguments, count, n, shared, damping, float(rank), factor, relative, scaled_by_c, seeds=seeds
+        name, *arguments, count, n, padding, shared, damping, float(rank), factor, relative, scaled_by_c, seeds=seeds
     )
     return results[1], int(results[-1])
 
@@ -217,6 +218,18 @@ def test_breakdown_is_retried_with_more_damping(shim: cuda_shim.Library, bad: in
     own, breakdowns = invert(shim, gram[None], relative=False, shared=shared)
     assert_close("inverse", own[0], torch.diag(1 / (gram.diagonal() + 1)), 1e-6)
     assert breakdowns == 1
+
+
+@pytest.mark.parametrize("shared", [SHARED, TOO_LITTLE])
+@pytest.mark.parametrize("broken", [None, math.nan, -5000.0])
+def test_padded_rows(shim: cuda_shim.Library, broken: float | None, shared: int) -> None:
+    grams = torch.stack([gram_of("random", 37, F32, seed) for seed in range(2)])
+    if broken is not None:
+        grams[1, 3, 3] = broken
+    own, _ = invert(shim, grams, shared=shared, seeds=(0, 1))
+    padded, _ = invert(shim, grams, shared=shared, padding=3, seeds=(0, 1))
+    assert torch.equal(padded[:, :, :37].nan_to_num(nan=1e30), own.nan_to_num(nan=1e30))
+    assert padded[:, :, 37:].isnan().all()  # untouched
 
 
 def test_only_if(shim: cuda_shim.Library) -> None:

@@ -61,6 +61,7 @@ def emend(
     damping: float = 1e-2,
     inverse: Tensor | None = None,
     condition: float = math.inf,
+    padding: int = 0,
     seeds: tuple[int, ...] = (0, 1),
 ) -> tuple[Emended, Tensor, Tensor]:
     """The emended input, the inverse as the kernel had it, and the values of ``x``."""
@@ -72,11 +73,11 @@ def emend(
     inverse = inverse.to(F64 if wide else SUMS[dtype])
     results = shim.run(
         "call_emend",
-        shim.guarded(inverse, "inverse"),
+        shim.guarded(torch.nn.functional.pad(inverse, (0, padding), value=math.nan), "inverse"),
         shim.guarded(buffer, "x"),
         shim.empty(rows, inputs, dtype=OUTPUT[dtype], name="y"),
         shim.empty(rows, dtype=SUMS[dtype], name="column") if bias else None,
-        *(TYPE_CODE[dtype], wide, offset, rows, inputs, stride, bias, primal, tf32, tile, condition),
+        *(TYPE_CODE[dtype], wide, offset, rows, inputs, stride, bias, primal, tf32, tile, condition, padding),
         seeds=seeds,
     )
     return (results[2], results[3] if bias else None), inverse, values
@@ -162,6 +163,19 @@ def test_large_tiles(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) 
         x = make_input("random", *(reversed(shape) if primal else shape))
         result = emend(shim, x, dtype, bias=True, primal=primal, tile=128)
         assert_right(*result, dtype, True, primal)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_inverse(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) -> None:
+    """Rows of P that begin at multiples of 16 bytes are copied so: the same bits, whatever pads them."""
+    x = make_input("random", 70, 68 if primal else 131)
+    order = 69 if primal else 70
+    (plain, plain_column), _, _ = emend(shim, x, dtype, bias=True, primal=primal)
+    (y, column), _, _ = emend(shim, x, dtype, bias=True, primal=primal, padding=-order % 4)
+    assert torch.equal(y, plain)
+    assert column is not None
+    assert torch.equal(column, plain_column)
 
 
 @FORMS

@@ -279,9 +279,9 @@ __device__ __forceinline__ void fill_inverse(const Team<kTeam>& team, T* inverse
   }
 }
 
-// The whole, for one matrix and all threads of its team; rows of the item are `stride` apart, and both of its matrices
-// may be the same. state and tiles, one more than the triangle has, are the team's; scratch is one tile of a cluster's
-// first block, in shared memory. count_breakdown() is called by one thread, where a first attempt broke down.
+// The whole, for one matrix and all threads of its team; rows of the item's gram are `stride` apart, and both of its
+// matrices may be the same. state and tiles, one more than the triangle has, are the team's; scratch is one tile of a
+// cluster's first block, in shared memory. count_breakdown() is called by one thread, where a first attempt broke down.
 template <InverseTeam kTeam, class T, class Count>
 __device__ void invert_matrix(
     const Team<kTeam>& team, const InverseItem<T>& item, int n, int stride, T* tiles, std::type_identity_t<T>* scratch,
@@ -308,7 +308,7 @@ __device__ void invert_matrix(
   const T trace = state->trace;
   if (trace == 0 || !isfinite(trace)) {
     const T value = trace - trace;  // zero, or NaN
-    fill_inverse(team, item.inverse, n, stride, [&](int, int) { return value; });
+    fill_inverse(team, item.inverse, n, item.inverse_stride, [&](int, int) { return value; });
     return;
   }
 #pragma unroll 1
@@ -321,7 +321,7 @@ __device__ void invert_matrix(
       const int along = tiles_along(n);
       T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
       invert_tiles(team, along, tiles, spare);
-      multiply_tiles(team, n, stride, tiles, state->unit * state->multiplier, item.inverse);
+      multiply_tiles(team, n, item.inverse_stride, tiles, state->unit * state->multiplier, item.inverse);
       return;
     }
     team.sync();
@@ -331,7 +331,7 @@ __device__ void invert_matrix(
     }
     team.sync();
   }
-  fill_inverse(team, item.inverse, n, stride, [&](int row, int column) {
+  fill_inverse(team, item.inverse, n, item.inverse_stride, [&](int row, int column) {
     return row == column ? state->multiplier / (item.gram[row * stride + column] + state->ridge) : T(0);
   });
 }

@@ -8,7 +8,8 @@
 
 namespace consequentialism::cuda {
 
-// One matrix: inverse <- multiplier * (gram + c I)^-1, both [n, n] and contiguous; gram's upper triangle is read.
+// One matrix: inverse <- multiplier * (gram + c I)^-1, both [n, n]; gram's upper triangle is read. gram is contiguous,
+// rows of the inverse are inverse_stride elements apart, and what lies between them is left alone.
 //
 // c = damping * trace / rank where relative, else damping; the multiplier is `factor`, or `factor` * c where
 // scaled_by_c. Zero where the trace is zero, NaN where it is not finite. Where a pivot is not positive and finite
@@ -17,6 +18,7 @@ template <class T>
 struct InverseItem {
   const T* gram;
   T* inverse;
+  int inverse_stride;
   const int* only_if;  // null, or on the device: do nothing where it is 0, else begin with the first retry
   double damping;
   double rank;

@@ -65,6 +65,7 @@ at::Tensor stock_inverse(
   const InversePlan plan = plan_damped_inverse_retry(n, sizeof(T), limits);
   TORCH_CHECK_VALUE(plan.team != InverseTeam::kNone, "gram must have at most ", kMaxRetryOrder, " rows, got ", n);
   item.inverse = inverse.mutable_data_ptr<T>();
+  item.inverse_stride = static_cast<int>(n);
   item.only_if = retry.const_data_ptr<int>();
   run_damped_inverse<T>(item, n, plan, gram.options());
   inverse = at::where(trace.eq(0), at::zeros_like(inverse), inverse);
@@ -76,6 +77,7 @@ InverseItem<T> inverse_item(const at::Tensor& gram, const at::Tensor& inverse, c
   InverseItem<T> item{};
   item.gram = gram.const_data_ptr<T>();
   item.inverse = inverse.mutable_data_ptr<T>();
+  item.inverse_stride = static_cast<int>(inverse.stride(0));
   item.damping = arguments.damping;
   item.rank = static_cast<double>(arguments.rank);
   item.factor = arguments.scale == Scale::kNlms ? static_cast<double>(arguments.rows) : 1;
@@ -114,9 +116,15 @@ void invert_all(
 
 }  // namespace
 
-std::vector<at::Tensor> inverses_of(c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments) {
+std::vector<at::Tensor> inverses_of(
+    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, bool padded) {
   std::vector<at::Tensor> inverses;
-  for (const at::Tensor& gram : grams) inverses.push_back(at::empty(gram.sizes(), gram.options()));
+  for (const at::Tensor& gram : grams) {
+    const int64_t n = gram.size(0), pack = padded ? 16 / static_cast<int64_t>(gram.dtype().itemsize()) : 1;
+    const int64_t stride = (n + pack - 1) / pack * pack;
+    const at::Tensor rows = at::empty({n, stride}, gram.options());
+    inverses.push_back(stride == n ? rows : rows.narrow(1, 0, n));
+  }
   invert_all(grams, arguments, inverses);
   return inverses;
 }

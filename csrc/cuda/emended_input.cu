@@ -80,10 +80,10 @@ cudaError_t launch_tiles(
 
 template <class T, class G>
 cudaError_t launch_emended_input(
-    const G* inverse, const T* x, int64_t rows, int64_t inputs, int64_t row_stride, bool bias, bool primal, bool tf32,
-    Emended<T>* y, Accumulator<T>* column, const EmendPlan& plan, cudaStream_t stream) {
+    const G* inverse, int64_t inverse_stride, const T* x, int64_t rows, int64_t inputs, int64_t row_stride, bool bias,
+    bool primal, bool tf32, Emended<T>* y, Accumulator<T>* column, const EmendPlan& plan, cudaStream_t stream) {
   if (rows == 0 || plan.tile == 0 || plan.blocks > kMaxGrid) return cudaErrorInvalidValue;
-  const MatrixView<G> p = view_of(inverse, primal ? inputs + bias : rows);
+  const MatrixView<G> p = view_of(inverse, inverse_stride);
   const MatrixView<T> view = view_of(x, row_stride);
   if constexpr (std::is_same_v<T, float> && std::is_same_v<G, float>) {
     if (!tf32) {
@@ -101,10 +101,10 @@ cudaError_t launch_emended_input(
                 : launch_tiles<T, G, false, 1>(p, view, rows, inputs, bias, y, column, plan, stream);
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T, G)                                                                             \
-  template cudaError_t launch_emended_input<T, G>(                                                                     \
-      const G*, const T*, int64_t, int64_t, int64_t, bool, bool, bool, Emended<T>*, Accumulator<T>*, const EmendPlan&, \
-      cudaStream_t);
+#define CONSEQUENTIALISM_INSTANTIATE(T, G)                                                                    \
+  template cudaError_t launch_emended_input<T, G>(                                                            \
+      const G*, int64_t, const T*, int64_t, int64_t, int64_t, bool, bool, bool, Emended<T>*, Accumulator<T>*, \
+      const EmendPlan&, cudaStream_t);
 CONSEQUENTIALISM_INSTANTIATE(float, float)
 CONSEQUENTIALISM_INSTANTIATE(bfloat16, float)
 CONSEQUENTIALISM_INSTANTIATE(float16, float)

@@ -24,8 +24,8 @@ namespace consequentialism::cuda {
 namespace {
 
 // In the Gram's type as it is given: looking whether float32 will do would wait for the device.
-at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments) {
-  return inverses_of(gram_of(x, bias, form, arguments.gram_dtype), arguments)[0];
+at::Tensor invert_input(const at::Tensor& x, bool bias, Form form, const InverseArguments& arguments, bool padded) {
+  return inverses_of(gram_of(x, bias, form, arguments.gram_dtype), arguments, padded)[0];
 }
 
 // trace(G) / c; infinite where only the Gram could tell it.
@@ -59,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor> apply_inverse(
     const auto run = [&](const auto* entries) {
       C10_CUDA_CHECK(
           launch_emended_input<T>(
-              entries, data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(x),
+              entries, inverse.stride(0), data, x.size(0), x.size(1), row_stride_of(x), bias, primal, tf32_allowed(x),
               static_cast<Emended<T>*>(emended.mutable_data_ptr()), column.mutable_data_ptr<Accumulator<T>>(), plan,
               c10::cuda::getCurrentCUDAStream()));
     };
@@ -82,7 +82,7 @@ at::Tensor gram_inverse(
   const Form parsed = parse_form(form);
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(x.device());
-  return invert_input(with_contiguous_rows(x), bias, parsed, arguments).to(wide_type(x.scalar_type()));
+  return invert_input(with_contiguous_rows(x), bias, parsed, arguments, false).to(wide_type(x.scalar_type()));
 }
 
 std::tuple<at::Tensor, at::Tensor> emended_input(
@@ -94,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> emended_input(
   const PlainKernelGuard plain;
   const c10::cuda::CUDAGuard device(input.device());
   const at::Tensor x = with_contiguous_rows(input);
-  return apply_inverse(invert_input(x, bias, parsed, arguments), x, bias, parsed, arguments);
+  return apply_inverse(invert_input(x, bias, parsed, arguments, true), x, bias, parsed, arguments);
 }
 
 }  // namespace consequentialism::cuda

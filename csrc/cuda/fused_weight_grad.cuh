@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
   InverseItem<G> item = arguments.inverse;
   item.gram = gram;
   item.inverse = gram;
+  item.inverse_stride = kGramStride;
   G* tiles = reinterpret_cast<G*>(shared + kLayout.inverse_end);
   const Team<InverseTeam::kBlock> team(Traits::kThreads);
   invert_matrix(team, item, n, kGramStride, tiles, nullptr, state, [breakdowns] {

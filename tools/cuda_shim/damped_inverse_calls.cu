@@ -10,12 +10,16 @@ namespace {
 template <class T>
 int damped_inverse(
     const T* gram, T* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns, int64_t count,
-    int64_t n, int64_t shared_limit, double damping, double rank, double factor, bool relative, bool scaled_by_c) {
+    int64_t n, int64_t padding, int64_t shared_limit, double damping, double rank, double factor, bool relative,
+    bool scaled_by_c) {
   const Limits limits{static_cast<size_t>(shared_limit), 132, true};
   const InversePlan plan = plan_damped_inverse(n, sizeof(T), limits);
   std::vector<InverseItem<T>> items;
+  const int64_t stride = n + padding;
   for (int64_t i = 0; i < count; ++i) {
-    items.push_back({gram + i * n * n, inverse + i * n * n, only_if, damping, rank, factor, relative, scaled_by_c});
+    items.push_back(
+        {gram + i * n * n, inverse + i * n * stride, static_cast<int>(stride), only_if, damping, rank, factor, relative,
+         scaled_by_c});
   }
   return launch_damped_inverse<T>(items.data(), static_cast<int>(count), n, plan, workspace, breakdowns, nullptr);
 }
@@ -24,20 +28,20 @@ int damped_inverse(
 
 extern "C" int call_damped_inverse_float(
     const float* gram, float* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
-    bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, double damping, double rank, double multiplier,
+    bool relative, bool scaled_by_c) {
   return damped_inverse(
-      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
-      scaled_by_c);
+      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, damping, rank, multiplier,
+      relative, scaled_by_c);
 }
 
 extern "C" int call_damped_inverse_double(
     const double* gram, double* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t shared_limit, double damping, double rank, double multiplier, bool relative,
-    bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, double damping, double rank, double multiplier,
+    bool relative, bool scaled_by_c) {
   return damped_inverse(
-      gram, inverse, only_if, workspace, breakdowns, count, n, shared_limit, damping, rank, multiplier, relative,
-      scaled_by_c);
+      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, damping, rank, multiplier,
+      relative, scaled_by_c);
 }
 
 // plan: team, threads, blocks, shared bytes, workspace bytes.

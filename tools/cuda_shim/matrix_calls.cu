@@ -68,7 +68,9 @@ extern "C" int call_gram(
 
 extern "C" int call_emend(
     const void* inverse, const void* x, void* y, void* column, int64_t type, bool wide, int64_t offset, int64_t rows,
-    int64_t inputs, int64_t stride, bool bias, bool primal, bool tf32, int64_t tile, double condition) {
+    int64_t inputs, int64_t stride, bool bias, bool primal, bool tf32, int64_t tile, double condition,
+    int64_t padding) {
+  const int64_t inverse_stride = (primal ? inputs + bias : rows) + padding;
   const EmendPlan plan = emend_plan(emend_shape(rows, inputs, bias, primal, type, wide, condition), kHopper, tile);
   return with_type(type, [&](auto one) -> int {
     using T = decltype(one);
@@ -77,10 +79,12 @@ extern "C" int call_emend(
     auto* sums = static_cast<Accumulator<T>*>(column);
     if (wide || type == 0) {
       const auto* p = static_cast<const double*>(inverse);
-      return launch_emended_input(p, first, rows, inputs, stride, bias, primal, tf32, out, sums, plan, nullptr);
+      return launch_emended_input(
+          p, inverse_stride, first, rows, inputs, stride, bias, primal, tf32, out, sums, plan, nullptr);
     }
     const auto* p = static_cast<const Accumulator<T>*>(inverse);
-    return launch_emended_input(p, first, rows, inputs, stride, bias, primal, tf32, out, sums, plan, nullptr);
+    return launch_emended_input(
+        p, inverse_stride, first, rows, inputs, stride, bias, primal, tf32, out, sums, plan, nullptr);
   });
 }
 
