@@ -186,7 +186,7 @@ def test_gpu_script(tmp_path: Path, call: str, settings: dict[str, str], code: i
             end = f"--repeats {repeats} {kind}"
             assert re.search(rf"sanitized with {re.escape(str(ROOT))}, uncached {uncached}: .*{end}$", text, re.M), text
     if call == "bench":
-        assert {"whole.csv", "parts.csv", "conv.csv", "others.csv", "log.txt"} <= set(results)
+        assert {"whole.csv", "parts.csv", "conv.csv", "half.csv", "others.csv", "log.txt"} <= set(results)
 
 
 @pytest.mark.parametrize("call", ["first", "bench"])

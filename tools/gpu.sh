@@ -115,7 +115,8 @@ case ${1:-} in
       part cycles 30 "$python" tools/cuda_cycles.py --run && grep -E ' measured .* counted ' "$log"
     fi
     bench conv 60 --op conv2d --provider consequentialism --provider triton
-    bench others 110 --op linear --dtype bfloat16 --provider triton --provider compiled
+    bench half 40 --op weight_grad --op linear --dtype float16 --provider consequentialism --provider plain
+    bench others 75 --op linear --dtype bfloat16 --provider triton --provider compiled
     grep -E '^(met|MISSED|no time|PROBLEM)' "$log" | cut -c1-150
     ;;
   *)
