@@ -67,7 +67,7 @@ def test_both_ways_and_every_block_size(name: str, dtype: torch.dtype, layout: s
                 own = reference.conv_gram(x, *arguments, bias, patch_bytes, out)
                 assert own.dtype == out
                 assert_close(f"reference, {patch_bytes} bytes", own, expected, BOUNDS[out])
-                for method in methods(arguments[1]) if ops.conv_device_types else ():
+                for method in methods(arguments[1]) if ops.device_types else ():
                     own = torch.ops.consequentialism.conv_gram(x, *arguments, bias, patch_bytes, out, method)
                     assert own.dtype == out
                     assert_close(f"{method}, {patch_bytes} bytes", own, expected, BOUNDS[out])
@@ -130,12 +130,13 @@ def test_bad_arguments() -> None:
 
 
 def test_the_cheaper_way_is_chosen() -> None:
-    assert cost.conv_method(64, (3, 3), (1, 1), (32, 32)) == "displaced"
-    assert cost.conv_method(64, (3, 3), (2, 2), (32, 32)) == "direct"  # only a stride of 1 has displacements
-    assert cost.conv_method(64, (1, 1), (1, 1), (32, 32)) == "direct"
-    assert cost.conv_method(2, (3, 3), (1, 1), (32, 32)) == "direct"  # the kernel would multiply four channels
-    assert cost.conv_method(3, (3, 3), (1, 1), (32, 32)) == "displaced"
-    assert cost.conv_method(64, (7, 7), (1, 1), (1, 1)) == "direct"  # all border
+    assert cost.conv_method("cpu", 64, (3, 3), (1, 1), (32, 32)) == "displaced"
+    assert cost.conv_method("cpu", 64, (3, 3), (2, 2), (32, 32)) == "direct"  # only a stride of 1 has displacements
+    assert cost.conv_method("cpu", 64, (1, 1), (1, 1), (32, 32)) == "direct"
+    assert cost.conv_method("cpu", 2, (3, 3), (1, 1), (32, 32)) == "direct"  # the kernel would multiply four channels
+    assert cost.conv_method("cpu", 3, (3, 3), (1, 1), (32, 32)) == "displaced"
+    assert cost.conv_method("cpu", 64, (7, 7), (1, 1), (1, 1)) == "direct"  # all border
+    assert cost.conv_method("cuda", 64, (3, 3), (1, 1), (32, 32)) == "direct"
     # 13 products instead of 45 of 3x3, where the border costs nothing.
     huge = (10**6, 10**6)
     ratio = cost.displaced_flops(64, (3, 3), huge) / cost.direct_flops(64, (3, 3), huge)

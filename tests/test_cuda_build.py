@@ -87,6 +87,7 @@ BAD_X = [
     ((ones(5, 7, dtype=torch.complex64), True, "dual"), TypeError, "x must be float16"),
     ((ones(5, 7), True, "both"), ValueError, "form must be 'dual' or 'primal', got 'both'"),
 ]
+CONVOLUTION = ((3, 3), (1, 1), (0, 0), (1, 1), 1, True, 2**20, torch.float32, "direct")
 BAD_TYPES = ((ones(5, 7, dtype=torch.float64), torch.float32), (ones(5, 7), torch.float16))
 BAD_CALLS = [
     *(("input_gram", *case) for case in BAD_X),
@@ -105,6 +106,9 @@ BAD_CALLS = [
         ("damped_inverse", (torch.eye(4), d, "relative", "nlms", 4, 4), ValueError, "damping must be finite")
         for d in (0.0, math.nan)
     ),
+    ("conv_gram", (ones(4, 5), *CONVOLUTION), ValueError, "x must have the shape"),
+    ("conv_gram", (ones(2, 4, 2, 2), *CONVOLUTION), ValueError, "does not fit"),
+    ("conv_gram", (ones(2, 4, 5, 5), *CONVOLUTION[:-1], "displaced"), ValueError, "method must be 'direct' on CUDA"),
     ("damped_inverse", (ones(4, 3), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
     ("damped_inverse", (ones(4), *OPTIONS, 4, 4), ValueError, "gram must have the shape"),
     ("damped_inverse", (ones(4, 4, dtype=torch.float16), *OPTIONS, 4, 4), TypeError, "gram must be float32 or float64"),
@@ -151,6 +155,7 @@ def test_bad_arguments_of_a_named_variant() -> None:
 def test_a_tensor_of_the_cpu_is_refused(name: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "input_gram": (ones(5, 7), True, "dual"),
+        "conv_gram": (ones(2, 4, 5, 5), *CONVOLUTION),
         "damped_inverse": (torch.eye(4), *OPTIONS, 4, 4),
         "gram_inverse": (ones(5, 7), True, "dual", *OPTIONS),
         "emended_input": (ones(5, 7), True, "dual", *OPTIONS),

@@ -92,6 +92,18 @@ def test_decayed_gram_in_splits(shim: cuda_shim.Library, dtype: torch.dtype) -> 
         assert error_of(own, expected) <= ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decayed_gram_in_a_cluster(shim: cuda_shim.Library, dtype: torch.dtype) -> None:
+    for rows, inputs, blocks, splits in ((300, 70, 2, 3), (130, 9, 4, 2)):
+        shim.reset_counts()
+        own, expected = decayed(
+            shim, randn(rows, inputs), dtype, blocks, True, 0.9, tile=64, splits=-splits, seeds=cuda_shim.SEEDS
+        )
+        assert shim.launches == len(cuda_shim.SEEDS)
+        assert torch.equal(own, own.mT)
+        assert error_of(own, expected) <= ALLOWED[dtype]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_decayed_gram_in_large_tiles_at_any_alignment(shim: cuda_shim.Library, dtype: torch.dtype) -> None:
     for inputs, blocks, stride, offset in ((140, 1, 140, 0), (150, 2, 153, 3), (270, 2, 272, 0)):

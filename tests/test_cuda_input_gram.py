@@ -85,14 +85,12 @@ def gram(
     offset: int = 0,
     seeds: tuple[int, ...] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
-    """The Gram, and the values of ``x`` that it is of."""
+    """The Gram, and the values of ``x`` that it is of. Negative splits: in a cluster."""
     rows, inputs = x.shape
     stride = inputs if stride is None else stride
     values, buffer = rounded_like(x, dtype, stride, offset)
     code = TYPE_CODE[dtype]
-    ((_, _, _, _, _, _, workspace),) = plans(
-        shim, [(rows, inputs)], bias, primal, dtype, wide, tile=tile, splits=splits
-    )
+    ((*_, workspace, _),) = plans(shim, [(rows, inputs)], bias, primal, dtype, wide, tile=tile, splits=splits)
     n = inputs + bias if primal else rows
     sums = F64 if wide else SUMS[dtype]
     results = shim.run(
@@ -115,15 +113,16 @@ def plans(
     wide: bool = False,
     shared: int = HOPPER_SHARED,
     processors: int = 132,
+    clusters: bool = True,
     tile: int = 0,
     splits: int = 0,
 ) -> list[list[int]]:
-    """tile, splits, depth, blocks, reduce_blocks, shared_bytes, workspace_bytes for each shape."""
+    """tile, splits, depth, blocks, reduce_blocks, shared_bytes, workspace_bytes, cluster for each shape."""
     results = shim.run(
         "call_gram_plans",
         shim.guarded(torch.tensor(shapes), "shapes"),
-        shim.empty(len(shapes), 7, dtype=torch.int64, name="plans"),
-        *(len(shapes), bias, primal, TYPE_CODE[dtype], wide, shared, processors, tile, splits),
+        shim.empty(len(shapes), 8, dtype=torch.int64, name="plans"),
+        *(len(shapes), bias, primal, TYPE_CODE[dtype], wide, shared, processors, clusters, tile, splits),
         seeds=(0,),
     )
     made: list[list[int]] = results[1].tolist()
@@ -194,6 +193,29 @@ def test_splits(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool, bias:
         own, values = gram(shim, x, dtype, bias=bias, primal=primal, tile=64, splits=splits, seeds=cuda_shim.SEEDS)
         assert shim.launches == 2 * len(cuda_shim.SEEDS)
         assert_right(own, values, dtype, bias, primal)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_clusters(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool, bias: bool) -> None:
+    """One launch, and the same bits as from partial Grams: the sums have the same order."""
+    for outer, inner, splits in ((7, 130, 2), (70, 300, 3), (33, 1024, 8)):
+        x = make_input("random", *((inner, outer) if primal else (outer, inner)))
+        shim.reset_counts()
+        own, values = gram(shim, x, dtype, bias=bias, primal=primal, tile=64, splits=-splits, seeds=cuda_shim.SEEDS)
+        assert shim.launches == len(cuda_shim.SEEDS)
+        assert_right(own, values, dtype, bias, primal)
+        other, _ = gram(shim, x, dtype, bias=bias, primal=primal, tile=64, splits=splits, seeds=(0,))
+        assert torch.equal(own, other)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_clusters_of_large_tiles(shim: cuda_shim.Library, dtype: torch.dtype, primal: bool) -> None:
+    x = make_input("random", *((200, 150) if primal else (150, 200)))
+    own, values = gram(shim, x, dtype, bias=True, primal=primal, tile=128, splits=-4)
+    assert_right(own, values, dtype, True, primal)
 
 
 @FORMS
@@ -285,10 +307,11 @@ def test_plan_is_one_the_device_takes(
     shim: cuda_shim.Library, dtype: torch.dtype, wide: bool, primal: bool, shared: int
 ) -> None:
     shapes = list(itertools.product(PLAN_SIZES + LARGE_PLAN_SIZES, repeat=2))
-    made = plans(shim, shapes, True, primal, dtype, wide, shared)
+    clusters = shared == HOPPER_SHARED
+    made = plans(shim, shapes, True, primal, dtype, wide, shared, clusters=clusters)
     sum_bytes = 8 if wide or dtype == F64 else 4
     for (rows, inputs), plan in zip(shapes, made, strict=True):
-        tile, splits, depth, blocks, reduce_blocks, shared_bytes, workspace = plan
+        tile, splits, depth, blocks, reduce_blocks, shared_bytes, workspace, cluster = plan
         if tile == 0:
             assert shared <= 61440
             continue
@@ -300,15 +323,22 @@ def test_plan_is_one_the_device_takes(
         assert depth * torch.empty((), dtype=dtype).element_size() % 128 == 0
         assert blocks == along * (along + 1) // 2 * splits <= MAX_GRID
         reduced = -(-order // 32)
-        assert reduce_blocks == (0 if splits == 1 else reduced * (reduced + 1) // 2)
-        assert workspace == (0 if splits == 1 else splits * order * order * sum_bytes)
+        assert cluster in ((1, splits) if clusters and splits <= 8 else (1,))
+        assert reduce_blocks == (0 if splits == cluster else reduced * (reduced + 1) // 2)
+        assert workspace == (0 if splits == cluster else splits * order * order * sum_bytes)
         assert workspace <= 128 * 2**20
 
 
 def test_plan_fills_the_chip(shim: cuda_shim.Library) -> None:
     shapes = [(256, 4096), (512, 4096), (1024, 4096)]
-    for plan in plans(shim, shapes, False, False, BF16):
+    for plan in plans(shim, shapes, False, False, BF16, clusters=False):
         assert plan[3] >= 100
+    for plan in plans(shim, shapes, False, False, BF16):  # one launch, at the price of a few blocks
+        assert plan[3] >= 80
+        assert 1 < plan[7] == plan[1]
+    (long,) = plans(shim, [(65536, 256)], False, True, BF16)  # for which 8 splits would be too few
+    assert long[7] == 1
+    assert long[3] >= 100
     (conv,) = plans(shim, [(262144, 576)], True, True, BF16)
     assert conv[0] == 128
     assert 100 <= conv[3] <= 132

@@ -13,7 +13,6 @@ import pytest
 import torch
 from cases import randn
 
-import consequentialism as cw
 from consequentialism import reference
 from consequentialism.backend import compiled as ops
 from consequentialism.backend import dispatch
@@ -46,46 +45,6 @@ def test_order_of_auto_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.select("triton", OnCuda()) is own
     monkeypatch.setattr(ops, "device_types", ("cpu", "cuda"))
     assert dispatch.select("auto", OnCuda()) is ops
-
-
-@pytest.mark.parametrize("own", [True, False], ids=["extension has it", "extension without"])
-@pytest.mark.parametrize("x", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_convolutions_on_cuda(monkeypatch: pytest.MonkeyPatch, own: bool, x: torch.dtype, dtype: torch.dtype) -> None:
-    tensor, triton = OnCuda(), SimpleNamespace(INTERPRETED=False)
-    tensor.dtype = x
-    monkeypatch.setattr(ops, "device_types", ("cpu", "cuda"))
-    monkeypatch.setattr(ops, "conv_device_types", ("cpu", "cuda") if own else ("cpu",))
-    monkeypatch.setattr(dispatch, "_triton", triton)
-    halves = x.itemsize == 2 and dtype == torch.float32
-    assert dispatch.for_convolution("auto", tensor, dtype) is (triton if halves and not own else ops)
-    assert dispatch.for_convolution("cuda", tensor, dtype) is ops  # by name, as before
-    assert dispatch.for_convolution("reference", tensor, dtype) is reference
-    monkeypatch.setattr(dispatch, "_triton", SimpleNamespace(INTERPRETED=True))
-    assert dispatch.for_convolution("auto", tensor, dtype) is ops
-    monkeypatch.setattr(ops, "device_types", ("cpu",))
-    monkeypatch.setattr(dispatch, "_triton", triton)
-    assert dispatch.for_convolution("auto", tensor, dtype) is triton  # as `select`, in every type
-
-
-def test_grams_of_convolutions_ask_for_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def record(name: str, x: torch.Tensor, dtype: torch.dtype) -> object:
-        asked.append((name, x.dtype, dtype))
-        return reference
-
-    monkeypatch.setattr(dispatch, "for_convolution", record)
-    x, dy = randn(2, 3, 6, 6).bfloat16(), randn(2, 5, 4, 4).bfloat16()
-    cw.emended_conv_weight_grad(x, dy, 3)
-    layer = cw.Conv2d(3, 5, 3, dtype=torch.bfloat16, backend="reference")
-    layer(x).float().sum().backward()
-    model = torch.nn.Conv2d(3, 5, 3)
-    optimizer = cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), model)
-    model(x.float()).square().mean().backward()
-    optimizer.step()
-    names = {(name, kind) for name, kind, _ in asked}
-    assert names == {("auto", torch.bfloat16), ("reference", torch.bfloat16), ("auto", torch.float32)}
 
 
 def test_compiled_kernels_refuse_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

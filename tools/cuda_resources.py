@@ -89,10 +89,19 @@ def parse(report: str) -> Table:
     return table
 
 
+def included(source: Path) -> list[Path]:
+    """The source and every file of ours that it includes, itself or through others."""
+    found = [source]
+    for path in found:
+        names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+        places = [(path.parent / name).resolve() for name in names]
+        found += [place for place in dict.fromkeys(places) if place.exists() and place not in found]
+    return found
+
+
 def compile_source(source: Path, nvcc: str) -> Table:
-    headers = sorted([*CUDA.glob("*.cuh"), *CUDA.glob("*.h")])
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in [source, *headers]:
+    for path in included(source):
         digest.update(path.name.encode() + path.read_bytes())
     cached = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
     if not cached.exists():

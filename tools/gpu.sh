@@ -88,9 +88,10 @@ case ${1:-} in
     part info 30 "$python" -m consequentialism info
     timeout -k 5 120 "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
-    sanitize memcheck 75 gram_primal gram_split inverse_block_big inverse_cluster apply_dual apply_primal bias_poison \
-      recompute cooperative repeat graph streams side_stream
-    sanitize racecheck 80 gram_dual inverse_block inverse_block_big apply_primal recompute cooperative repeat graph streams
+    sanitize memcheck 75 gram_primal gram_split conv_gram conv_gram_pieces inverse_block_big inverse_cluster apply_dual \
+      apply_primal bias_poison recompute cooperative repeat graph streams side_stream
+    sanitize racecheck 80 gram_dual conv_gram inverse_block inverse_block_big apply_primal recompute cooperative repeat \
+      graph streams
     sanitize synccheck 40 repeat graph streams
     # A dead context ends its worker: conftest.py sees to that, and xdist starts another.
     part tests 130 "$python" -m pytest -v -n 8 --timeout 45 --timeout-method thread -p no:cacheprovider \
@@ -108,8 +109,8 @@ case ${1:-} in
       --provider batched
     if command -v ncu > /dev/null; then
       part ncu 70 ncu --clock-control none --set full -c 16 --page details --log-file "$OUT/ncu.txt" \
-        -k "regex:damped_inverse|fused_weight|input_gram|emended_input|bias_grad" \
-        "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 gram_large inverse_cluster apply_large cooperative
+        -k "regex:damped_inverse|fused_weight|gram|emended_input|bias_grad" \
+        "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 gram_large conv_gram_large inverse_cluster apply_large cooperative
     fi
     if [ "$device" = cuda ] && command -v nvcc > /dev/null; then
       part cycles 30 "$python" tools/cuda_cycles.py --run && grep -E ' measured .* counted ' "$log"

@@ -53,6 +53,17 @@ def gram(rows: int, inputs: int, form: str) -> Kind:
     return run
 
 
+def conv_gram(batch: int, channels: int, size: int, stride: int, groups: int = 1, patch_bytes: int = 2**26) -> Kind:
+    def run(dtype: torch.dtype, device: str) -> float:
+        x = _rows(batch * channels, size * size, dtype, device).view(batch, channels, size, size)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        geometry = ((3, 3), (stride, stride), (1, 1), (1, 1), groups)
+        own = ops.conv_gram(x, *geometry, True, patch_bytes, wide)
+        return error_of(own, reference.conv_gram(_wide(x), *geometry, True, patch_bytes, torch.float64))
+
+    return run
+
+
 def inverse(order: int) -> Kind:
     """Of a Gram of that order, with a bias in it: 1025 is 1024 inputs and their bias."""
 
@@ -170,6 +181,9 @@ def _calls(dtype: torch.dtype, device: str) -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
         found = [*ops.fused_weight_grad(small, dy, True, *OPTIONS), ops.input_gram(large, True, "primal")]
         y, column = ops.emended_input(large, True, "primal", *OPTIONS)
+        images = large[:640].view(2, 20, 16, 400)
+        wide = dtype if dtype == torch.float64 else torch.float32
+        found.append(ops.conv_gram(images, (3, 3), (1, 1), (1, 1), (1, 1), 1, True, 2**26, wide))
         return [*found, y, column, *ops.weight_grad(errors, y, column)]
 
     return run
@@ -265,6 +279,10 @@ KINDS: dict[str, Kind] = {
     "gram_primal": gram(700, 100, "primal"),
     "gram_split": gram(64, 8192, "dual"),
     "gram_large": gram(1024, 2048, "dual"),
+    "conv_gram": conv_gram(3, 7, 9, 1),
+    "conv_gram_large": conv_gram(16, 64, 32, 1),
+    "conv_gram_pieces": conv_gram(5, 24, 13, 2, patch_bytes=2**14),
+    "conv_gram_depthwise": conv_gram(2, 40, 12, 1, groups=40),
     "inverse_block": inverse(60),
     "inverse_block_big": inverse(160),
     "inverse_cluster": inverse(400),

@@ -84,7 +84,7 @@ def _matrix_of(
         ones = int(bias) if unit is None else bias / unit / unit
         gram = patches @ patches.mT + ones
     else:
-        backend = dispatch.for_convolution(options.backend, x, dtype)
+        backend = dispatch.select(options.backend, x)
         gram = geometry.gram(backend, x, bias, options.patch_bytes, dtype)
         if unit is not None and bias:
             columns = torch.cat([torch.ones_like(gram[:, :1, :-1]), 1 / unit], 2)  # [groups, 1, I]

@@ -23,9 +23,10 @@ from .protocol import CoordinateOps, Limits, Ops
 from .schemas import COORDINATE_OPS, OPS, add_fakes, coordinate_wrappers, wrappers
 
 LIMITS = Limits(fused_rows=128, derivative=True)
-# A type of device without a kernel for one of these has no compiled backend; the others, reference's stock operations.
+# A type of device without a kernel for one of these has no compiled backend.
 NEEDED = (
     "input_gram",
+    "conv_gram",
     "damped_inverse",
     "gram_inverse",
     "emended_input",
@@ -93,7 +94,6 @@ def _device_types(*names: str) -> tuple[str, ...]:
 
 
 device_types = _device_types(*NEEDED)
-conv_device_types = _device_types("conv_gram")
 if module is not None:
     _library = torch.library.Library("consequentialism", "FRAGMENT")
     add_fakes(_library, {**OPS, **COORDINATE_OPS})
@@ -134,10 +134,10 @@ def conv_gram(
 ) -> Tensor:
     """`reference.conv_gram`, by the method that `cost.conv_method` picks."""
     arguments = (x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype)
-    if x.device.type not in conv_device_types:
+    if module is None:
         return reference.conv_gram(*arguments)
     positions = reference.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
-    method = cost.conv_method(x.shape[1] // groups, kernel, stride, positions)
+    method = cost.conv_method(x.device.type, x.shape[1] // groups, kernel, stride, positions)
     return torch.ops.consequentialism.conv_gram.default(*arguments, method)
 
 

@@ -238,18 +238,5 @@ def for_coordinates(x: Tensor) -> CoordinateOps:
     return own
 
 
-def for_convolution(name: str, x: Tensor, dtype: torch.dtype) -> Backend:
-    """The backend for the Gram in ``dtype`` of a convolution of ``x``: that of `select`, but for one case of "auto".
-
-    Where the extension has no kernel of it for a GPU, Triton's takes half types with a Gram in float32, which tensor
-    cores multiply. In other types it is predicted to gain nothing over stock operations.
-    """
-    chosen = select(name, x)
-    without = chosen is compiled and x.device.type not in compiled.conv_device_types
-    halves = x.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
-    triton = REGISTRY["triton"]
-    return triton.backend() if name == "auto" and without and halves and triton.takes(x.device) else chosen
-
-
 def _usable() -> str:
     return ", ".join(repr(name) for name, state in backends().items() if state == AVAILABLE)

@@ -124,8 +124,8 @@ class Conv2d(EmendedConvNd, nn.Conv2d):
             every absolute one, Gram and gradient are computed in float64.
         scale: ``"nlms"`` multiplies by the batch size, the number of samples that a mean-reduced loss divides by,
             unless `set_samples` says otherwise.
-        backend: ``"cuda"`` has no convolution kernels yet: patches are then streamed by stock
-            operations; ``"triton"`` sums up the Gram without them, whatever ``patch_bytes``.
+        backend: ``"cuda"`` gathers patches as it multiplies them, from a padded copy of the input within
+            ``patch_bytes``; ``"triton"`` from the input itself.
         patch_bytes: Memory for unfolded patches, in bytes.
 
     Shape:

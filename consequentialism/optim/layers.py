@@ -128,7 +128,7 @@ class Convolution(Kind):
 
     def _gram(self, batch: Tensor, geometry: Geometry, blocks: Blocks, dtype: torch.dtype) -> tuple[Tensor, int]:
         rows = batch.shape[0] * math.prod(geometry.positions(batch))
-        backend, count = dispatch.for_convolution("auto", batch, dtype), blocks.count if blocks.aligned else 1
+        backend, count = dispatch.select("auto", batch), blocks.count if blocks.aligned else 1
         # Blocks of whole channels are the groups of a convolution of more groups.
         cut = replace(geometry, groups=geometry.groups * count)
         gram = cut.gram(backend, batch, blocks.bias, Options.patch_bytes, dtype)

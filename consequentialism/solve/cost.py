@@ -226,14 +226,17 @@ _TILE_CHANNELS = 4
 _TILE_COST = 1.5  # exponent of its ratio to the channels, fitted to timings on one processor with AVX-512
 
 
-def conv_method(channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]) -> ConvMethod:
-    """How the CPU sums up a convolution's Gram: from unfolded patches, or from ``x`` times itself displaced.
+def conv_method(
+    device_type: str, channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]
+) -> ConvMethod:
+    """How a convolution's Gram is summed up: from its patches, or, on the CPU, from ``x`` times itself displaced.
 
     Args:
+        device_type: A CUDA kernel gathers patches as it multiplies them, and has no other way.
         channels: ``C`` of one group.
         positions: Output positions along each dimension.
     """
-    if any(s != 1 for s in stride) or math.prod(kernel) == 1:
+    if device_type != "cpu" or any(s != 1 for s in stride) or math.prod(kernel) == 1:
         return "direct"
     multiplied = -(-channels // _TILE_CHANNELS) * _TILE_CHANNELS
     displaced = displaced_flops(channels, kernel, positions) * (multiplied / channels) ** _TILE_COST

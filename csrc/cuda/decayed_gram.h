@@ -14,15 +14,9 @@ struct DecayedGramShape {
   size_t sum_bytes;      // of the Gram
 };
 
-// As GramPlan has it, for each diagonal block; `blocks` and `reduce_blocks` are those of one, the workspace is for all.
-struct DecayedGramPlan {
-  GramPlan each;
-  size_t workspace_bytes;
-};
+GramPlan plan_decayed_gram(const DecayedGramShape& shape, const Limits& limits);
 
-DecayedGramPlan plan_decayed_gram(const DecayedGramShape& shape, const Limits& limits);
-
-// With this tile (64 or 128; 64 where sums are float64) and about so many splits.
-DecayedGramPlan plan_decayed_gram_with(const DecayedGramShape& shape, int tile, int64_t splits);
+// With this tile (64 or 128; 64 where sums are float64) and about so many splits, in a cluster where that is wanted.
+GramPlan plan_decayed_gram_with(const DecayedGramShape& shape, int tile, int64_t splits, bool clustered);
 
 }  // namespace consequentialism::cuda

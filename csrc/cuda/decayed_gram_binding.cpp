@@ -22,7 +22,7 @@ at::Tensor decayed_gram(const at::Tensor& given, const at::Tensor& input, bool b
   const at::Tensor gram = at::empty(before.sizes(), before.options());
   const DecayedGramShape shape{
       x.size(0), x.size(1), before.size(0), bias, x.dtype().itemsize(), before.dtype().itemsize()};
-  const DecayedGramPlan plan = plan_decayed_gram(shape, limits_of_current_device());
+  const GramPlan plan = plan_decayed_gram(shape, limits_of_current_device());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
   dispatch_element(x.scalar_type(), [&](auto native, auto element) {
     using T = decltype(native);

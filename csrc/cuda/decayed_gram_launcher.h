@@ -13,6 +13,6 @@ namespace consequentialism::cuda {
 template <class T, class G>
 cudaError_t launch_decayed_gram(
     const G* before, const T* x, const DecayedGramShape& shape, int64_t row_stride, double memory, double beta,
-    bool tf32, G* gram, const DecayedGramPlan& plan, void* workspace, cudaStream_t stream);
+    bool tf32, G* gram, const GramPlan& plan, void* workspace, cudaStream_t stream);
 
 }  // namespace consequentialism::cuda

@@ -27,8 +27,10 @@ size_t bytes_of(int64_t type) {
   return kBytes[type];
 }
 
-DecayedGramPlan gram_plan(const DecayedGramShape& shape, const Limits& limits, int64_t tile, int64_t splits) {
-  return tile == 0 ? plan_decayed_gram(shape, limits) : plan_decayed_gram_with(shape, static_cast<int>(tile), splits);
+// tile 0: as planned. Negative splits: in a cluster.
+GramPlan gram_plan(const DecayedGramShape& shape, const Limits& limits, int64_t tile, int64_t splits) {
+  if (tile == 0) return plan_decayed_gram(shape, limits);
+  return plan_decayed_gram_with(shape, static_cast<int>(tile), splits < 0 ? -splits : splits, splits < 0);
 }
 
 InverseRootPlan root_plan(const InverseRootShape& shape, const Limits& limits, int64_t tile) {
@@ -42,7 +44,7 @@ extern "C" int call_decayed_gram(
     const void* before, const void* x, const double* factors, void* gram, void* workspace, int64_t type, int64_t offset,
     int64_t rows, int64_t inputs, int64_t stride, int64_t blocks, bool bias, bool tf32, int64_t tile, int64_t splits) {
   const DecayedGramShape shape{rows, inputs, blocks, bias, bytes_of(type), size_t{type == 0 ? 8u : 4u}};
-  const DecayedGramPlan plan = gram_plan(shape, kHopper, tile, splits);
+  const GramPlan plan = gram_plan(shape, kHopper, tile, splits);
   return with_type(type, [&](auto one) -> int {
     using T = decltype(one);
     using G = Accumulator<T>;
@@ -57,14 +59,14 @@ extern "C" int call_decayed_gram_plan(
     int64_t* values, int64_t type, int64_t rows, int64_t inputs, int64_t blocks, bool bias, int64_t tile,
     int64_t splits) {
   const DecayedGramShape shape{rows, inputs, blocks, bias, bytes_of(type), size_t{type == 0 ? 8u : 4u}};
-  const DecayedGramPlan plan = gram_plan(shape, kHopper, tile, splits);
+  const GramPlan plan = gram_plan(shape, kHopper, tile, splits);
   const int64_t all[] = {
-      plan.each.tile,
-      plan.each.splits,
-      plan.each.depth,
-      plan.each.blocks,
-      plan.each.reduce_blocks,
-      static_cast<int64_t>(plan.each.shared_bytes),
+      plan.tile,
+      plan.splits,
+      plan.depth,
+      plan.blocks,
+      plan.reduce_blocks,
+      static_cast<int64_t>(plan.shared_bytes),
       static_cast<int64_t>(plan.workspace_bytes)};
   for (int i = 0; i < 7; ++i) values[i] = all[i];
   return 0;

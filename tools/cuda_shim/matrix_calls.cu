@@ -38,9 +38,10 @@ EmendShape emend_shape(
           condition};
 }
 
-// tile 0: as planned.
+// tile 0: as planned. Negative splits: in a cluster.
 GramPlan gram_plan(const GramShape& shape, const Limits& limits, int64_t tile, int64_t splits) {
-  return tile == 0 ? plan_gram(shape, limits) : plan_gram_with(shape, static_cast<int>(tile), splits);
+  if (tile == 0) return plan_gram(shape, limits);
+  return plan_gram_with(shape, static_cast<int>(tile), splits < 0 ? -splits : splits, splits < 0);
 }
 
 EmendPlan emend_plan(const EmendShape& shape, const Limits& limits, int64_t tile) {
@@ -88,11 +89,11 @@ extern "C" int call_emend(
   });
 }
 
-// shapes [count, 2] are N and I; plans [count, 7].
+// shapes [count, 2] are N and I; plans [count, 8].
 extern "C" int call_gram_plans(
     const int64_t* shapes, int64_t* plans, int64_t count, bool bias, bool primal, int64_t type, bool wide,
-    int64_t shared_limit, int64_t processors, int64_t tile, int64_t splits) {
-  const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), true};
+    int64_t shared_limit, int64_t processors, bool clusters, int64_t tile, int64_t splits) {
+  const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), clusters};
   for (int64_t i = 0; i < count; ++i) {
     const GramShape shape = gram_shape(shapes[2 * i], shapes[2 * i + 1], bias, primal, type, wide);
     const GramPlan plan = gram_plan(shape, limits, tile, splits);
@@ -103,8 +104,9 @@ extern "C" int call_gram_plans(
         plan.blocks,
         plan.reduce_blocks,
         static_cast<int64_t>(plan.shared_bytes),
-        static_cast<int64_t>(plan.workspace_bytes)};
-    for (int64_t j = 0; j < 7; ++j) plans[7 * i + j] = values[j];
+        static_cast<int64_t>(plan.workspace_bytes),
+        static_cast<int64_t>(plan.cluster)};
+    for (int64_t j = 0; j < 8; ++j) plans[8 * i + j] = values[j];
   }
   return 0;
 }

@@ -1,0 +1,76 @@
+// What tests/test_cuda_conv_gram.py calls. Types: 0 float64, 1 float32, 2 bfloat16, 3 float16.
+#include "conv_gram_launcher.h"
+
+using namespace consequentialism;
+using namespace consequentialism::cuda;
+
+namespace {
+
+size_t bytes_of(int64_t type) {
+  constexpr size_t kBytes[] = {8, 4, 2, 2};
+  return kBytes[type];
+}
+
+// numbers: batch, channels, groups, then size, kernel, stride, padding, dilation, of three dimensions each.
+ConvGeometry geometry_of(const int64_t* numbers) {
+  ConvGeometry g{};
+  g.batch = numbers[0];
+  g.channels = numbers[1];
+  g.groups = numbers[2];
+  std::array<int64_t, 3>* const all[] = {&g.size, &g.kernel, &g.stride, &g.padding, &g.dilation};
+  for (int i = 0; i < 15; ++i) (*all[i / 3])[static_cast<size_t>(i % 3)] = numbers[3 + i];
+  for (size_t i = 0; i < 3; ++i) {
+    g.positions[i] = (g.padded()[i] - g.dilation[i] * (g.kernel[i] - 1) - 1) / g.stride[i] + 1;
+  }
+  return g;
+}
+
+// tile 0: as planned. Negative splits: in a cluster.
+ConvGramPlan plan_of(
+    const ConvGeometry& g, bool bias, int64_t type, bool wide, int64_t patch_bytes, int64_t tile, int64_t splits) {
+  const size_t element = wide ? 8 : bytes_of(type), sum = wide || type == 0 ? 8 : 4;
+  if (tile == 0) return plan_conv_gram(g, bias, element, sum, patch_bytes, kHopper);
+  return plan_conv_gram_with(
+      g, bias, element, sum, patch_bytes, static_cast<int>(tile), splits < 0 ? -splits : splits, splits < 0);
+}
+
+}  // namespace
+
+// tile, cluster, splits, blocks, padded_bytes, workspace_bytes, samples, along, lines.
+extern "C" int call_conv_gram_plan(
+    int64_t* values, const int64_t* numbers, bool bias, int64_t type, bool wide, int64_t patch_bytes, int64_t tile,
+    int64_t splits) {
+  const ConvGramPlan plan = plan_of(geometry_of(numbers), bias, type, wide, patch_bytes, tile, splits);
+  const int64_t all[] = {
+      plan.gram.tile,
+      static_cast<int64_t>(plan.gram.cluster),
+      plan.gram.splits,
+      plan.gram.blocks,
+      static_cast<int64_t>(plan.padded_bytes),
+      static_cast<int64_t>(plan.gram.workspace_bytes),
+      plan.pieces.samples,
+      plan.pieces.along,
+      plan.pieces.lines};
+  for (int i = 0; i < 9; ++i) values[i] = all[i];
+  return 0;
+}
+
+// strides [5] of x; wide: in float64.
+extern "C" int call_conv_gram(
+    const void* x, const int64_t* strides, const int64_t* numbers, void* gram, void* padded, void* workspace, bool bias,
+    int64_t type, bool wide, bool tf32, int64_t patch_bytes, int64_t tile, int64_t splits) {
+  const ConvGeometry g = geometry_of(numbers);
+  const ConvGramPlan plan = plan_of(g, bias, type, wide, patch_bytes, tile, splits);
+  const std::array<int64_t, 5> steps{strides[0], strides[1], strides[2], strides[3], strides[4]};
+  const auto run = [&](auto from, auto to) -> int {
+    using From = decltype(from);
+    using T = decltype(to);
+    return launch_conv_gram<From, T>(
+        static_cast<const From*>(x), steps, g, bias, tf32, static_cast<Accumulator<T>*>(gram), plan,
+        static_cast<T*>(padded), workspace, nullptr);
+  };
+  const auto with = [&](auto from) { return wide ? run(from, double{}) : run(from, from); };
+  if (type == 0) return with(double{});
+  if (type == 1) return with(float{});
+  return type == 2 ? with(bfloat16{}) : with(float16{});
+}
