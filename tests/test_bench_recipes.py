@@ -8,6 +8,7 @@ import itertools
 import math
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -387,18 +388,32 @@ def _same_walk(row: RecipeRow, run: RecipeRow) -> bool:
     return row.seed == whole.SEARCH_SEED and mine == its
 
 
-def test_of_the_grid_those_runs_count_that_have_the_best_rate_of_their_walk(tmp_path: Path) -> None:
-    walk = {0.002: 1.2, 0.004: 1.3, 0.008: 1.4}
-    base = head_to_head.BASE["coordinates-adamw"]
-    rows = [grid_row(score, whole.SEARCH_SEED, damping=head_to_head.TUNED_DAMPING, lr=lr) for lr, score in walk.items()]
-    rows += [grid_row(9.0, whole.SEARCH_SEED, damping=head_to_head.TUNED_DAMPING, lr=0.001, exponent=0.25)]
-    rows += [grid_row(1.0, 0, lr=0.004), grid_row(1.1, 0, lr=0.002), grid_row(1.05, 0, lr=0.002, exponent=0.25)]
-    shorter = grid_row(0.1, whole.SEARCH_SEED, damping=head_to_head.TUNED_DAMPING, lr=0.008)
-    table.write([*rows, dataclasses.replace(shorter, steps=10)], RecipeRow, tmp_path / head_to_head.FILE)
+def test_of_the_grid_those_runs_count_that_have_the_best_rate_of_the_longest_walk(tmp_path: Path) -> None:
+    rows = [*walk_rows(0.002), *walk_rows(0.008, steps=10)]
+    rows += [*walk_rows(0.001, exponent=0.25)[:-1], *walk_rows(0.004, steps=10, exponent=0.25)]  # the first was cut
+    rows += [grid_row(1.0, 0, lr=0.004), grid_row(1.1, 0, lr=0.002), grid_row(1.2, 0, lr=0.004, exponent=0.25)]
+    rows += [grid_row(1.3, 0, lr=0.001, exponent=0.25), grid_row(1.4, 0, exponent=1.0)]  # of the last nobody walked
+    table.write([*rows, grid_row(0.1, 0, steps=10, lr=0.002)], RecipeRow, tmp_path / head_to_head.FILE)
     found = grid_report.rows(tmp_path)
-    assert [(run.score, run.lr) for run in found] == [(1.1, 0.002)]
-    assert head_to_head.runs(found, "coordinates-adamw") == found
-    assert head_to_head.runs(found, "coordinates-adamw", exponent=base.exponent, damping=0.1) == []
+    assert [(run.score, run.lr) for run in found] == [(1.1, 0.002), (1.2, 0.004)]
+    assert head_to_head.runs(found, "coordinates-adamw") == found[:1]
+    assert head_to_head.runs(found, "coordinates-adamw", damping=0.1) == []
+    text = "\n".join(grid_report.text(tmp_path, "pictures"))
+    assert "| around, 0.5 | 0.002 |  | 1.100 |" in text
+    assert "| around, 0.25 | 0.004 (10 steps) |  | 1.200 |" in text
+
+
+def walk_rows(best: float, name: str = "coordinates-adamw", **changes: Any) -> list[RecipeRow]:
+    """The walk of an optimizer's grid that ends at a rate."""
+    changes = ({"damping": head_to_head.TUNED_DAMPING} if name in head_to_head.BASE else {}) | changes
+    tried: list[RecipeRow] = []
+
+    def score(lr: float) -> float:
+        tried.append(grid_row(1 + abs(math.log2(lr / best)), whole.SEARCH_SEED, name, lr=lr, **changes))
+        return tried[-1].score
+
+    head_to_head.walk(START[name].lr, score)
+    return tried
 
 
 def grid_row(score: float, seed: int, name: str = "coordinates-adamw", **changes: object) -> RecipeRow:
@@ -408,13 +423,8 @@ def grid_row(score: float, seed: int, name: str = "coordinates-adamw", **changes
 
 def test_the_report_of_the_grid_gives_means_over_seeds_that_are_complete_and_divergence(tmp_path: Path) -> None:
     point = grid_row
-    walked = [(name, {"damping": head_to_head.TUNED_DAMPING}) for name in head_to_head.OPTIMIZERS]
-    walked += [(name, {}) for name in ("adamw", "muon")]
-    walked += [
-        ("coordinates-adamw", {"damping": head_to_head.TUNED_DAMPING} | more)
-        for more in ({"placing": "before"}, {"exponent": 1.0, "lr": 0.008})
-    ]
-    walks = [point(1.0, whole.SEARCH_SEED, name, **changes) for name, changes in walked]
+    walks = [run for name in (*head_to_head.BASE, "adamw", "muon") for run in walk_rows(START[name].lr, name)]
+    walks += [*walk_rows(0.004, placing="before"), *walk_rows(0.008, exponent=1.0)]
     rows = [point(1.4, seed, name) for name in ("adamw", "muon") for seed in (0, 1)]
     rows += [point(1.0 + 0.5 * seed, seed, placing="before") for seed in (0, 1)]
     rows += [point(1.6, seed) for seed in (0, 1)] + [point(1.3 + seed, seed, damping=1.0) for seed in (0, 1)]

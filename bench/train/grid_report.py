@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,9 +22,7 @@ Point = tuple[Placing, float, float]  # placing, exponent, damping
 def rows(folder: Path) -> list[RecipeRow]:
     """The runs that count, of the longest schedule that was run and of the seeds with the most runs, so that every
     mean is over the same seeds; none where there is no such file."""
-    found = whole.rows_in(folder, head_to_head.FILE)
-    longest = max((row.steps for row in found), default=0)
-    found = head_to_head.counted([row for row in found if row.steps == longest])
+    found = head_to_head.counted(whole.rows_in(folder, head_to_head.FILE))
     counts = Counter(row.seed for row in found)
     return [row for row in found if counts[row.seed] == max(counts.values())]
 
@@ -53,6 +52,7 @@ def text(folder: Path, pictures: str) -> list[str]:
     found = rows(folder)
     if not found:
         return []
+    walks = head_to_head.walked(whole.rows_in(folder, head_to_head.FILE))
     steps, seeds, base = found[0].steps, len({row.seed for row in found}), BASE[OPTIMIZERS[0]]
     parts = [
         "## Exponent, damping and placing, head to head",
@@ -61,7 +61,8 @@ def text(folder: Path, pictures: str) -> list[str]:
         f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}; empty: not run. Diverged: a loss was not finite. "
         "Around: `g S` goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied "
         "as it is. The rate of each optimizer, placing and exponent comes from a walk over octaves, with a seed of its "
-        f"own, at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same walk; auxiliary "
+        f"own, at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same walk; where steps "
+        "stand beside it, on a shorter schedule, whose best rate need not be the whole's. The auxiliary "
         "rate and weight decay are those that the searches above begin with. But for the tables of their own, both "
         f"optimizers are refreshed every {base.refresh_every} steps, in blocks of {base.block}, with a memory of "
         f"{base.memory:g}.",
@@ -72,8 +73,12 @@ def text(folder: Path, pictures: str) -> list[str]:
         for placing in PLACINGS:
             for exponent in EXPONENTS:
                 cells = [runs(found, name, placing=placing, exponent=exponent, damping=d) for d in DAMPINGS]
-                rates = dict.fromkeys(f"{row.lr:g}" for some in cells for row in some)
-                lines.append((f"{placing}, {exponent:g}", ", ".join(rates), *(_cell(some) for some in cells)))
+                setting = dataclasses.replace(BASE[name], placing=placing, exponent=exponent)
+                lr, walk = walks.get(head_to_head.beginning(setting), (math.nan, steps))
+                rate = f"{lr:g}" if walk == steps else f"{lr:g} ({walk} steps)"
+                lines.append(
+                    (f"{placing}, {exponent:g}", "" if math.isnan(lr) else rate, *(_cell(some) for some in cells))
+                )
         parts += [markdown(headings, lines), _verdict(name, found)]
     for field, values in (("refresh_every", REFRESHES), ("memory", MEMORIES), ("block", BLOCKS)):
         lines = [(LABELS[name], *(_cell(runs(found, name, **{field: v})) for v in values)) for name in OPTIMIZERS]

@@ -8,7 +8,9 @@ it comes; a run that is there is not made again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from . import whole
@@ -54,7 +56,7 @@ def settings() -> Iterator[Setting]:
 
 def at_its_rate(bench: Bench, setting: Setting) -> Setting:
     """The setting with the best rate of a `walk` from that which its optimizer's search begins with."""
-    first = _walked(setting)
+    first = beginning(setting)
 
     def score(lr: float) -> float:
         tried = dataclasses.replace(first, lr=lr)
@@ -63,7 +65,7 @@ def at_its_rate(bench: Bench, setting: Setting) -> Setting:
     return dataclasses.replace(setting, lr=walk(first.lr, score))
 
 
-def _walked(setting: Setting) -> Setting:
+def beginning(setting: Setting) -> Setting:
     """Where the walk begins that has a setting's rate: that of its optimizer, placing and exponent."""
     if setting.placing is None:
         return START[setting.optimizer]
@@ -83,14 +85,27 @@ def walk(lr: float, score: Callable[[float], float]) -> float:
         found |= {rate: score(rate) for rate in beyond}
 
 
-def counted(rows: Sequence[RecipeRow]) -> list[RecipeRow]:
-    """The runs that count among the rows of one schedule: those at the best rate of their walk."""
-    walks: dict[Setting, list[RecipeRow]] = {}
+def walked(rows: Iterable[RecipeRow]) -> dict[Setting, tuple[float, int]]:
+    """The best rate of each walk, by `beginning`, and on how many steps it was found: of those that came to their end
+    that on the most."""
+    scores: dict[tuple[int, Setting], dict[float, float]] = {}
     for row in rows:
         if row.seed == SEARCH_SEED:
-            walks.setdefault(_walked(row.setting), []).append(row)
-    rates = {first: min(walk, key=lambda row: row.score).lr for first, walk in walks.items()}
-    return [row for row in rows if row.seed in SEEDS and row.lr == rates.get(_walked(row.setting))]
+            scores.setdefault((row.steps, beginning(row.setting)), {})[row.lr] = row.score
+    found = {}
+    for (steps, first), tried in sorted(scores.items(), key=lambda item: item[0][0]):
+        with contextlib.suppress(KeyError):  # a walk that was cut
+            found[first] = walk(first.lr, tried.__getitem__), steps
+    return found
+
+
+def counted(rows: Sequence[RecipeRow]) -> list[RecipeRow]:
+    """The runs that count: those of the longest schedule, at the best rate of their walk."""
+    mine = [row for row in rows if row.seed in SEEDS]
+    longest, walks = max((row.steps for row in mine), default=0), walked(rows)
+    return [
+        row for row in mine if row.steps == longest and row.lr == walks.get(beginning(row.setting), (math.nan, 0))[0]
+    ]
 
 
 def runs(rows: Iterable[RecipeRow], optimizer: str, **chosen: object) -> list[RecipeRow]:
