@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from itertools import product
@@ -197,6 +198,7 @@ def test_every_backend_has_every_op() -> None:
 @needs_kernels
 def test_the_compiled_ops_have_the_schemas_of_the_table() -> None:
     own = {"emended_linear"}  # has a derivative, and so no fake
+    importlib.import_module("consequentialism.autograd.traced")  # which a layer does where it is traced
     prefix = "consequentialism::"
     compiled = {
         s.name.removeprefix(prefix): str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)
