@@ -38,8 +38,9 @@ TABLE = CUDA / "cycles.txt"
 ARCHITECTURE = "sm_90"
 HEADER = "# piece, cycles of one warp on sm_90 as tools/cuda_cycles.py models them, instructions issued"
 
-# Passes of the loops in a piece, which all have one loop or none: a tile of 32 by steps of 16 bytes.
-TRIPS = {"float": 8, "double": 16}
+# Passes of the loops in a piece, which all have one loop or none: 32 lines of a product, by four in float32, by eight
+# in float64.
+TRIPS = {"float": 8, "double": 4}
 
 # Cycles from issue until the scoreboard of the result is free. From public microbenchmarks of sm_80 and sm_90, rounded;
 # global memory is taken to hit in L2.

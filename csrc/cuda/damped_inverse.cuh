@@ -70,7 +70,7 @@ struct Team {
 // The elements of a tile that a lane has of a product with A^T (kRows) or A (kColumns) on the left.
 template <Inner kInnerA, class T>
 __device__ __forceinline__ T& fragment_element(T* tile, int lane, int q, int p) {
-  return tile[fragment_row<kInnerA>(lane, q) * TileTraits<T>::kStride + fragment_column<Inner::kRows>(lane, p)];
+  return tile[fragment_row<T, kInnerA>(lane, q) * TileTraits<T>::kStride + fragment_column<T, Inner::kRows>(lane, p)];
 }
 
 // tile -= A^T B (kRows) or A B (kColumns). One product after the other is taken from the tile, never their sum: where
@@ -247,8 +247,8 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const
       for (int q = 0; q < 4; ++q) {
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
-          const int row = i * kTile + fragment_row<Inner::kColumns>(lane, q);
-          const int column = j * kTile + fragment_column<Inner::kColumns>(lane, p);
+          const int row = i * kTile + fragment_row<T, Inner::kColumns>(lane, q);
+          const int column = j * kTile + fragment_column<T, Inner::kColumns>(lane, p);
           if (row > column || column >= n) continue;  // of a tile on the diagonal, one triangle and its mirror
           const T value = multiplier * sums[q][p];
           inverse[row * stride + column] = value;

@@ -3,6 +3,7 @@
 
 #include <cfloat>
 
+#include "mma.cuh"
 #include "platform.cuh"
 
 namespace consequentialism::cuda {
@@ -53,21 +54,26 @@ enum class Inner { kRows, kColumns };
 // What becomes of the products: sums -= the first, the second, ...; or sums += the last, the last but one, ...
 enum class Sum { kSubtractUp, kAddDown };
 
-// A lane's 4 x 8 elements of a product's tile; which ones depends on how the operands are read.
-template <Inner kInnerA>
+// A lane's 4 x 8 elements of a product's tile; which ones depends on how the operands are read, for no read meets a
+// bank twice.
+template <class T, Inner kInnerA>
 __device__ __forceinline__ int fragment_row(int lane, int q) {
-  return kInnerA == Inner::kRows ? lane / 4 * 4 + q : lane / 4 + 8 * q;
+  constexpr bool kNeighbours = (kInnerA == Inner::kRows) == (sizeof(T) == 4);
+  return kNeighbours ? lane / 4 * 4 + q : lane / 4 + 8 * q;
 }
 
-template <Inner kInnerB>
+template <class T, Inner kInnerB>
 __device__ __forceinline__ int fragment_column(int lane, int p) {
-  return kInnerB == Inner::kRows ? lane % 4 * 8 + p : lane % 4 + 4 * p;
+  if constexpr (sizeof(T) == 4) return kInnerB == Inner::kRows ? lane % 4 * 8 + p : lane % 4 + 4 * p;
+  return kInnerB == Inner::kRows ? lane % 4 * 2 + p % 2 + p / 2 * 8 : lane % 4 * 8 + p;
 }
 
 // sums -= A B or += A B, where A[r, k] = a[r, k] (inner index along columns) or a[k, r] (along rows), B[k,
-// c] = b[k, c] (along rows) or b[c, k] (along columns).
-template <Inner kInnerA, Inner kInnerB, Sum kSum, class T>
-__device__ __forceinline__ void tile_product(T (&sums)[4][8], const T* a, const T* b, int lane) {
+// c] = b[k, c] (along rows) or b[c, k] (along columns). By fused multiply and add: of terms of TF32 on tensor cores,
+// which cut sums off at float32's digits instead of rounding them, inverses come out up to three times as far off.
+template <Inner kInnerA, Inner kInnerB, Sum kSum>
+__device__ __forceinline__ void tile_product(float (&sums)[4][8], const float* a, const float* b, int lane) {
+  using T = float;
   using Traits = TileTraits<T>;
   constexpr int kPack = Traits::kPack;
   constexpr int kStride = Traits::kStride;
@@ -77,14 +83,14 @@ __device__ __forceinline__ void tile_product(T (&sums)[4][8], const T* a, const 
     T left[4][kPack], right[8][kPack];
     if constexpr (kInnerA == Inner::kColumns) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) load_pack(a + fragment_row<kInnerA>(lane, q) * kStride + k, left[q]);
+      for (int q = 0; q < 4; ++q) load_pack(a + fragment_row<T, kInnerA>(lane, q) * kStride + k, left[q]);
     } else {
 #pragma unroll
       for (int kk = 0; kk < kPack; ++kk) {
 #pragma unroll
         for (int q = 0; q < 4; q += kPack) {
           T pack[kPack];
-          load_pack(a + (k + kk) * kStride + fragment_row<kInnerA>(lane, q), pack);
+          load_pack(a + (k + kk) * kStride + fragment_row<T, kInnerA>(lane, q), pack);
 #pragma unroll
           for (int i = 0; i < kPack; ++i) left[q + i][kk] = pack[i];
         }
@@ -92,14 +98,14 @@ __device__ __forceinline__ void tile_product(T (&sums)[4][8], const T* a, const 
     }
     if constexpr (kInnerB == Inner::kColumns) {
 #pragma unroll
-      for (int p = 0; p < 8; ++p) load_pack(b + fragment_column<kInnerB>(lane, p) * kStride + k, right[p]);
+      for (int p = 0; p < 8; ++p) load_pack(b + fragment_column<T, kInnerB>(lane, p) * kStride + k, right[p]);
     } else {
 #pragma unroll
       for (int kk = 0; kk < kPack; ++kk) {
 #pragma unroll
         for (int p = 0; p < 8; p += kPack) {
           T pack[kPack];
-          load_pack(b + (k + kk) * kStride + fragment_column<kInnerB>(lane, p), pack);
+          load_pack(b + (k + kk) * kStride + fragment_column<T, kInnerB>(lane, p), pack);
 #pragma unroll
           for (int i = 0; i < kPack; ++i) right[p + i][kk] = pack[i];
         }
@@ -113,6 +119,54 @@ __device__ __forceinline__ void tile_product(T (&sums)[4][8], const T* a, const 
         const T factor = kSum == Sum::kAddDown ? left[q][kk] : -left[q][kk];
 #pragma unroll
         for (int p = 0; p < 8; ++p) sums[q][p] = fma(factor, right[p][kk], sums[q][p]);
+      }
+    }
+  }
+}
+
+// A lane's part of an operand's lines k..k + 7 along the inner index: those of two instructions, by four outer indices.
+template <Inner kInner>
+__device__ __forceinline__ void load_lines(double (&lines)[2][4], const double* tile, int k, int lane) {
+  constexpr int kStride = TileTraits<double>::kStride;
+  const int line = k + lane % 4 * 2;
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    const int outer = fragment_row<double, kInner>(lane, o);
+    if constexpr (kInner == Inner::kColumns) {
+      double pack[2];
+      load_pack(tile + outer * kStride + line, pack);
+      lines[0][o] = pack[0], lines[1][o] = pack[1];
+    } else {
+      lines[0][o] = tile[line * kStride + outer], lines[1][o] = tile[(line + 1) * kStride + outer];
+    }
+  }
+}
+
+// The same in float64, by tensor cores, whose sums are rounded there.
+template <Inner kInnerA, Inner kInnerB, Sum kSum>
+__device__ __forceinline__ void tile_product(double (&sums)[4][8], const double* a, const double* b, int lane) {
+  constexpr bool kDown = kSum == Sum::kAddDown;
+  constexpr int kLines = 8;
+#pragma unroll 1
+  for (int step = 0; step < kTile; step += kLines) {
+    const int k = kDown ? kTile - kLines - step : step;
+    double left[2][4], right[2][4];
+    load_lines<kInnerA>(left, a, k, lane);
+    load_lines<kInnerB>(right, b, k, lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = kDown ? 1 - half : half;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const double factor = kDown ? left[own][q] : -left[own][q];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          double& first = sums[q][kInnerB == Inner::kRows ? 2 * n : n];
+          double& second = sums[q][kInnerB == Inner::kRows ? 2 * n + 1 : n + 4];
+          double pair[2] = {first, second};
+          mma_m8n8k4_f64(pair, factor, right[own][n]);
+          first = pair[0], second = pair[1];
+        }
       }
     }
   }
