@@ -149,3 +149,91 @@ def test_timm_models_keep_their_names_and_outputs() -> None:
         x = torch.randn(2, 3, 32, 32)
         assert_identical(name, model(x).detach(), twin(x).detach())
         assert list(model.state_dict()) == list(twin.state_dict())
+
+
+def small(form: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 16), nn.ReLU())
+    model.append(nn.Linear(16, 3))
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if form == "emended":
+        return model, cw.optim.Emended(inner, model, refresh_every=2)
+    return cw.convert(model), inner
+
+
+def images() -> torch.utils.data.DataLoader[Any]:
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(32) % 3), 4)
+
+
+def assert_same_weights(model: nn.Module, expected: list[torch.Tensor]) -> None:
+    for i, (parameter, other) in enumerate(zip(model.parameters(), expected, strict=True)):
+        assert_identical(str(i), parameter.detach(), other)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_accelerate_accumulates_clips_and_resumes(form: str, mixed_precision: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=mixed_precision)
+    model, optimizer, data = accelerator.prepare(*small(form), images())
+
+    def epoch() -> list[torch.Tensor]:
+        for x, target in data:
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(x), target))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    epoch()
+    accelerator.save_state(str(tmp_path))
+    expected = epoch()
+    accelerator.load_state(str(tmp_path))
+    epoch()
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_lightning_accumulates_clips_and_resumes(form: str, manual: bool, tmp_path: Path) -> None:
+    """By its own loop, and with manual optimization."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = not manual
+            self.model, self.own = small(form)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, 1.0, "norm")
+                optimizer.step()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.own
+
+    def fitted(epochs: int, checkpoint: str | None = None) -> tuple[nn.Module, Any]:
+        options: dict[str, Any] = {} if manual else {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", default_root_dir=str(tmp_path), **quiet, **options
+        )
+        module = Module()
+        trainer.fit(module, images(), ckpt_path=checkpoint, weights_only=False)
+        return module, trainer
+
+    whole, _ = fitted(4)
+    _, trainer = fitted(2)
+    trainer.save_checkpoint(str(tmp_path / "half.ckpt"))
+    resumed, _ = fitted(4, str(tmp_path / "half.ckpt"))
+    assert_same_weights(resumed, [parameter.detach() for parameter in whole.parameters()])
