@@ -148,7 +148,7 @@ $(ECO_VENV)/.torch: constraints-ecosystem.txt
 	test -x $(ECO_BIN)/python || $(PYTHON) -m venv $(ECO_VENV)
 	$(ECO_PIP) torch
 	$(ECO_PIP) setuptools wheel ninja pybind11 numpy pytest pytest-timeout pytest-xdist hypothesis
-	$(ECO_PIP) accelerate lightning peft transformers pillow
+	$(ECO_PIP) accelerate lightning onnx onnxscript peft transformers pillow
 	$(ECO_PIP) --no-deps timm torchvision
 	cp tools/torchvision_cpu.py $$($(ECO_BIN)/python -c "import site; print(site.getsitepackages()[0])")
 	echo "import torchvision_cpu" > $$($(ECO_BIN)/python -c "import site; print(site.getsitepackages()[0])")/torchvision_cpu.pth

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
 }
 
 
@@ -237,3 +238,32 @@ def test_lightning_accumulates_clips_and_resumes(form: str, manual: bool, tmp_pa
     trainer.save_checkpoint(str(tmp_path / "half.ckpt"))
     resumed, _ = fitted(4, str(tmp_path / "half.ckpt"))
     assert_same_weights(resumed, [parameter.detach() for parameter in whole.parameters()])
+
+
+@pytest.mark.parametrize("reverted", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_onnx_has_torchs_own_operators(form: str, reverted: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3), nn.Flatten(), nn.Linear(400, 10)
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 8, 8)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    if form == "convert":
+        cw.convert(model)
+    else:
+        optimizer = cw.optim.Emended(optimizer, model)
+    model(x).square().mean().backward()
+    optimizer.step()
+    if reverted:
+        cw.revert(model)
+    model.eval()
+    with torch.no_grad():
+        program = torch.onnx.export(model, (x,), verbose=False)
+        expected = model(x)
+    exported = program.model_proto
+    onnx.checker.check_model(exported)
+    assert {node.op_type for node in exported.graph.node} == {"Conv", "Relu", "ConvTranspose", "Reshape", "Gemm"}
+    (y,) = reference.ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x.numpy()})
+    assert_close("y", torch.from_numpy(y), expected, 1e-5)
