@@ -33,7 +33,7 @@ test: $(VENV)/.test
 
 # Every example, and the trainers' options. The log of a run stands in docs/ecosystem.txt.
 test-ecosystem: $(ECO_VENV)/.built
-	$(ECO_BIN)/pip list --format freeze | grep -E "^(torch|transformers|accelerate|lightning|timm|peft|consequentialism)="
+	$(ECO_BIN)/pip list --format freeze | grep -E "^(torch|transformers|accelerate|lightning|onnx|onnxscript|timm|peft|consequentialism)="
 	$(ECO_BIN)/python -m pytest -v --no-header --disable-warnings -n 0 -m "" tests/test_examples.py tests/test_ecosystem.py $(ARGS)
 
 bench: $(VENV)/.test
