@@ -8,6 +8,7 @@ capture takes in the streams that wait for its own, and must end with all of the
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,13 +110,16 @@ class World(TorchDispatchMode):
         super().__init__()
         self.current = Stream(self, "main")
         self.memory: dict[int, Memory] = {}
-        self.sides: list[Stream] = []
+        self.sides: list[Stream] = []  # all that were handed out
+        self.ring = itertools.cycle(Stream(self, f"side {i}") for i in range(side_stream.RING))
         self.problems: list[str] = []  # of freed memory, found where nothing can be raised
         self.ran: list[tuple[Stream, str]] = []
 
     def new_stream(self, device: Any = None) -> Stream:
-        self.sides.append(Stream(self, f"side {len(self.sides)}"))
-        return self.sides[-1]
+        stream = next(self.ring)
+        if stream not in self.sides:
+            self.sides.append(stream)
+        return stream
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:

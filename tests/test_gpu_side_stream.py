@@ -49,6 +49,19 @@ def assert_same(own: list[Tensor], expected: list[Tensor]) -> None:
         assert_identical(f"gradient {i}", one, other)
 
 
+def test_side_streams_are_nobody_elses_while_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_stream, "_streams", {})
+    ring = [torch.cuda.Stream() for _ in range(side_stream.RING)]
+    assert len(set(ring)) == side_stream.RING
+    assert torch.cuda.Stream() in ring
+    for main in ring[:6]:
+        side_stream._streams_beside(main)
+    streams = [stream for main in ring[:6] for stream in (main, *side_stream._streams_beside(main))]
+    assert len(set(streams)) == len(streams) == 6 * (1 + side_stream.STREAMS)
+    for main in ring:
+        assert main not in side_stream._streams_beside(main)
+
+
 def test_side_streams_that_are_late(case: tuple[nn.Module, Tensor, list[Tensor]]) -> None:
     model, x, expected = case
     for side in side_stream._streams_beside(torch.cuda.current_stream()):

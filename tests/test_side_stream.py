@@ -271,6 +271,39 @@ def test_each_stream_has_side_streams_of_its_own(world: World) -> None:
     assert (len(first), len(second)) == (3, 6)
 
 
+def test_side_streams_are_nobody_elses_while_there_are_more(world: World) -> None:
+    mains = [torch.cuda.Stream() for _ in range(6)]
+    for _ in range(side_stream.RING - len(mains) - 2):  # two more, and torch begins again
+        torch.cuda.Stream()
+    for main in mains:
+        side_stream._streams_beside(main)
+    streams = [stream for main in mains for stream in (main, *side_stream._streams_beside(main))]
+    assert len(set(streams)) == len(streams) == len(mains) * (1 + side_stream.STREAMS)
+
+
+def test_a_side_stream_that_becomes_a_main_stream_is_replaced(world: World) -> None:
+    main: Any = world.current
+    other = side_stream._streams_beside(main)[1]
+    own = side_stream._streams_beside(other)
+    sides = side_stream._streams_beside(main)
+    assert len({main, other, *own, *sides}) == 2 + 2 * side_stream.STREAMS
+
+
+def test_more_streams_than_torch_has_share(world: World) -> None:
+    model, x = linear_model(), rows()
+    expected = gradients(model, x)
+    mains = [world.current, *(torch.cuda.Stream() for _ in range(side_stream.RING))]
+    for main in mains:
+        main.wait_stream(world.current)  # type: ignore[arg-type]
+        with world.on(main), cw.side_stream():  # type: ignore[arg-type]
+            assert_same(gradients(model, x), expected)
+        world.current.wait_stream(main)  # type: ignore[arg-type]
+    for main in mains:
+        sides = side_stream._streams_beside(main)  # type: ignore[arg-type]
+        assert main not in sides
+        assert len(set(sides)) == side_stream.STREAMS
+
+
 def test_layers_take_side_streams_in_turn(world: World) -> None:
     model = cw.convert(nn.Sequential(*(nn.Linear(4, 4) for _ in range(side_stream.STREAMS + 1))))
     with cw.side_stream():

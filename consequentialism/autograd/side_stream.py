@@ -21,9 +21,11 @@ from .. import _torch
 from ..options import Options
 
 STREAMS = 4  # beside each one, taken in turn: the factor of a Gram up to order 288 is one block, and occupies one SM
+RING = 32  # torch.cuda.Stream() hands out as many of a device, one after the other, and then the first again
 
 Result = TypeVar("Result")
-_streams: dict[Any, tuple[Any, ...]] = {}  # by the stream they run beside, so that no two share one
+_streams: dict[Any, tuple[Any, ...]] = {}  # by the stream they run beside; no two share one as long as torch has more
+_drawing = threading.Lock()
 
 
 class Lane:
@@ -171,9 +173,26 @@ def _is_served(x: Tensor) -> bool:
 
 
 def _streams_beside(main: torch.cuda.Stream) -> tuple[Any, ...]:
-    if main not in _streams:
-        _streams[main] = tuple(torch.cuda.Stream(main.device) for _ in range(STREAMS))
-    return _streams[main]
+    with _drawing:
+        if main not in _streams:
+            _streams[main] = _draw(main)
+            for other, sides in _streams.items():
+                if main in sides:  # drawn before the program made it a main stream
+                    _streams[other] = _draw(other, tuple(side for side in sides if side != main))
+        return _streams[main]
+
+
+def _draw(main: torch.cuda.Stream, kept: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+    """`STREAMS` for work beside ``main``: those kept, then free ones, else others' side streams, else main streams."""
+    beside = {side for sides in _streams.values() for side in sides}
+    drawn: dict[Any, int] = {}  # and how much each is in use
+    for _ in range(RING):
+        stream = torch.cuda.Stream(main.device)
+        if stream != main and stream not in kept:
+            drawn[stream] = 2 if stream in _streams else int(stream in beside)
+        if list(drawn.values()).count(0) + len(kept) == STREAMS:
+            break
+    return (*kept, *sorted(drawn, key=drawn.__getitem__))[:STREAMS]
 
 
 _torch.never_inlined(Ready.wait, "backward of an emended layer waits for a side stream")
