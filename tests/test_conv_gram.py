@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -33,6 +35,15 @@ GRAMS: dict[str, tuple[Any, ...]] = {
     "many channels": ((5, 68, 4, 5), (3, 2), (1, 1), (1, 0), (1, 1), 1),
     "3d": ((2, 5, 4, 5, 6), (2, 3, 2), (1, 1, 1), (1, 1, 0), (2, 1, 1), 1),
     "3d stride": ((2, 4, 4, 5, 6), (2, 2, 2), (2, 1, 1), (0, 1, 0), (1, 1, 1), 4),
+}
+# The same of x without a number: its patches are padding, or have no entries.
+EMPTY: dict[str, tuple[Any, ...]] = {
+    "no channels": ((2, 0, 5, 5), (3, 3), (1, 1), (0, 0), (1, 1), 1),
+    "no channels, stride, groups": ((2, 0, 5, 6), (3, 3), (2, 1), (0, 1), (1, 2), 3),
+    "no channels, pointwise": ((2, 0, 5), (1,), (1,), (0,), (1,), 1),
+    "no depth": ((2, 3, 0, 5), (1, 3), (1, 1), (2, 0), (1, 1), 1),
+    "no width, stride": ((2, 4, 5, 0), (3, 1), (2, 1), (0, 4), (1, 1), 2),
+    "no samples": ((0, 3, 5, 5), (3, 3), (1, 1), (0, 0), (1, 1), 1),
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -72,6 +83,29 @@ def test_both_ways_and_every_block_size(name: str, dtype: torch.dtype, layout: s
                     assert own.dtype == out
                     assert_close(f"{method}, {patch_bytes} bytes", own, expected, BOUNDS[out])
                     assert_identical("symmetric", own.mT, own)
+
+
+def empty_gram(size: tuple[int, ...], arguments: Any, bias: bool) -> Tensor:
+    """Zeros, but for the bias's count of rows."""
+    kernel, *sizes, groups = arguments
+    order = size[1] // groups * math.prod(kernel) + bias
+    gram = torch.zeros(groups, order, order, dtype=F64)
+    if bias:
+        gram[:, -1, -1] = size[0] * math.prod(reference.conv_output_size(size[2:], kernel, *sizes))
+    return gram
+
+
+@pytest.mark.parametrize("out", [F64, F32], ids=str)
+@pytest.mark.parametrize("name", EMPTY)
+def test_without_a_number(name: str, out: torch.dtype) -> None:
+    size, *arguments = EMPTY[name]
+    for bias, dtype in product((True, False), (out, BF16)):
+        x, expected = torch.zeros(size, dtype=dtype), empty_gram(size, arguments, bias).to(out)
+        assert_identical("reference", reference.conv_gram(x, *arguments, bias, 2**26, out), expected)
+        assert_identical("op", ops.conv_gram(x, *arguments, bias, 2**26, out), expected)
+        for method in methods(arguments[1]) if ops.device_types else ():
+            own = torch.ops.consequentialism.conv_gram(x, *arguments, bias, 2**26, out, method)
+            assert_identical(method, own, expected)
 
 
 @needs_kernels
@@ -135,6 +169,7 @@ def test_the_cheaper_way_is_chosen() -> None:
     assert cost.conv_method("cpu", 64, (1, 1), (1, 1), (32, 32)) == "direct"
     assert cost.conv_method("cpu", 2, (3, 3), (1, 1), (32, 32)) == "direct"  # the kernel would multiply four channels
     assert cost.conv_method("cpu", 3, (3, 3), (1, 1), (32, 32)) == "displaced"
+    assert cost.conv_method("cpu", 0, (3, 3), (1, 1), (32, 32)) == "direct"
     assert cost.conv_method("cpu", 64, (7, 7), (1, 1), (1, 1)) == "direct"  # all border
     assert cost.conv_method("cuda", 64, (3, 3), (1, 1), (32, 32)) == "direct"
     # 13 products instead of 45 of 3x3, where the border costs nothing.

@@ -9,7 +9,7 @@ import cuda_shim
 import pytest
 import torch
 from cases import BF16, DTYPES, F16, F32, F64, error_of, randn
-from test_conv_gram import GRAMS, LAYOUTS, naive
+from test_conv_gram import EMPTY, GRAMS, LAYOUTS, empty_gram, naive
 from test_cuda_input_gram import CUDA, SUMS, TYPE_CODE
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def gram(
     made = plan(shim, x, arguments, bias, wide=wide, budget=budget, tile=tile, splits=splits)
     kernel, *_, groups = arguments
     n = x.shape[1] // groups * torch.Size(kernel).numel() + bias
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     buffer = x.as_strided((extent,), (1,))
     results = shim.run(
         "call_conv_gram",
@@ -136,6 +136,18 @@ def test_channels(shim: cuda_shim.Library, dtype: torch.dtype, channels: int) ->
     """Copies of every size, and channels that are rounded up."""
     x, arguments = randn(2, 2 * channels, 5, 6, dtype=dtype), ((2, 3), (1, 2), (1, 0), (1, 1), 2)
     assert_right(gram(shim, x, arguments, True, seeds=(0,)), x, arguments, True, ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in EMPTY if name != "no samples"])  # which launch nothing
+def test_without_a_number(shim: cuda_shim.Library, name: str, dtype: torch.dtype) -> None:
+    size, *arguments = EMPTY[name]
+    x = torch.zeros(size, dtype=dtype)
+    for bias in (True, False) if size[1] else (True,):  # without either there is no Gram
+        expected = empty_gram(size, arguments, bias)
+        for options in ({}, {"budget": 1}, {"wide": True}):
+            own = gram(shim, x, arguments, bias, **options, seeds=(0,))
+            assert torch.equal(own.double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

@@ -23,6 +23,7 @@ from cases import (
     oracle,
     randn,
 )
+from test_conv_gram import EMPTY, empty_gram
 from torch import Tensor
 
 import consequentialism as cw
@@ -222,6 +223,17 @@ def test_torchs_new_switch_for_tf32(dtype: torch.dtype, precision: str) -> None:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False  # sets both
     assert_close("dw", dw, oracle(x, dy, False)[0], bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", EMPTY)
+def test_convolutions_gram_without_a_number(name: str, dtype: torch.dtype) -> None:
+    size, *arguments = EMPTY[name]
+    x = torch.zeros(size, dtype=dtype, device="cuda")
+    for bias in (True, False):
+        for out in (F64,) if dtype == F64 else (F32, F64):
+            own = ops.conv_gram(x, *arguments, bias, 2**26, out)
+            assert_identical("gram", own.cpu(), empty_gram(size, arguments, bias).to(out))
 
 
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (40,)], ids=str)

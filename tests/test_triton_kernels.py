@@ -26,6 +26,7 @@ from cases import (
     oracle,
     randn,
 )
+from test_conv_gram import EMPTY, empty_gram
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -297,6 +298,14 @@ def test_conv_gram(
         own = conv_gram(x, *each, groups, bias, 1, wide)
         assert_close("gram", own, rows.mT @ rows, TOLERANCE[wide])
         assert_identical("gram^T", own.mT.contiguous(), own)
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_conv_gram_without_a_number(name: str) -> None:
+    size, *arguments = EMPTY[name]
+    for bias, (dtype, out) in product((True, False), ((F32, F32), (BF16, F64))):
+        own = conv_gram(torch.zeros(size, dtype=dtype), *arguments, bias, 1, out)
+        assert_identical("gram", own, empty_gram(size, arguments, bias).to(out))
 
 
 @pytest.mark.parametrize(("form", "bias", "dtype"), [("dual", True, F32), ("primal", False, F16)], ids=str)

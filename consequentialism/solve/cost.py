@@ -239,8 +239,9 @@ def conv_method(
     if device_type != "cpu" or any(s != 1 for s in stride) or math.prod(kernel) == 1:
         return "direct"
     multiplied = -(-channels // _TILE_CHANNELS) * _TILE_CHANNELS
-    displaced = displaced_flops(channels, kernel, positions) * (multiplied / channels) ** _TILE_COST
-    return "displaced" if displaced < direct_flops(channels, kernel, positions) else "direct"
+    displaced = displaced_flops(channels, kernel, positions) * multiplied**_TILE_COST
+    direct = direct_flops(channels, kernel, positions) * channels**_TILE_COST  # no quotient: there may be no channels
+    return "displaced" if displaced < direct else "direct"
 
 
 def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:

@@ -18,10 +18,11 @@ at::Tensor conv_gram(
   const PlainKernelGuard guard;
   const int64_t n = geometry.inputs() + bias;
   const at::Tensor gram = at::zeros({groups, n, n}, x.options().dtype(dtype).memory_format(c10::nullopt));
-  if (gram.numel() == 0 || geometry.batch == 0) return gram;
-  const auto [depth, height, width] = geometry.size;
-  const at::Tensor five = x.reshape({geometry.batch, geometry.channels, depth, height, width});
-  (displaced ? conv_gram_displaced_ : conv_gram_direct_)(gram, five, geometry, bias, patch_bytes);
+  if (x.numel() > 0) {  // else there is padding alone, if anything: zeros but for the bias's count
+    const auto [depth, height, width] = geometry.size;
+    const at::Tensor five = x.reshape({geometry.batch, geometry.channels, depth, height, width});
+    (displaced ? conv_gram_displaced_ : conv_gram_direct_)(gram, five, geometry, bias, patch_bytes);
+  }
   if (bias) gram.select(1, n - 1).select(1, n - 1).fill_(geometry.lines() * geometry.positions[2]);
   for (int64_t g = 0; g < groups; ++g) mirror_lower_(gram.select(0, g));
   return gram;

@@ -52,7 +52,8 @@ ConvGramPlan with(
 int64_t copied_channels(int64_t channels, size_t element_bytes) {
   const auto bytes = static_cast<int64_t>(element_bytes);
   int64_t copied = ceil_div(channels * bytes, kCopyBytes) * kCopyBytes;
-  for (int64_t unit = kCopyBytes / 2; unit >= kLeastCopyBytes && channels * bytes <= unit; unit /= 2) copied = unit;
+  const int64_t least = std::max(kLeastCopyBytes, bytes);  // an element, even of no channels
+  for (int64_t unit = kCopyBytes / 2; unit >= least && channels * bytes <= unit; unit /= 2) copied = unit;
   return copied / bytes;
 }
 

@@ -47,9 +47,11 @@ def conv_patches(
     patches = F.pad(x, _both_sides(padding)) if any(padding) else x
     for i in range(spatial):
         patches = patches.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
-    patches = patches.unflatten(1, (groups, -1)).movedim(0, 1)  # [groups, B, C/groups, *out, *kernel]
+    channels = x.shape[1] // groups
+    patches = patches.unflatten(1, (groups, channels)).movedim(0, 1)  # [groups, B, C/groups, *out, *kernel]
     patches = patches.movedim(2, 2 + spatial)  # the channel before the kernel: one copy is enough
-    return patches.reshape(groups, -1, x.shape[1] // groups * math.prod(kernel))
+    rows = math.prod(patches.shape[1 : 2 + spatial])  # -1 would be ambiguous without channels
+    return patches.reshape(groups, rows, channels * math.prod(kernel))
 
 
 def conv_transpose_patches(
