@@ -11,6 +11,7 @@ import torch
 from cases import (
     BF16,
     DTYPES,
+    F16,
     F32,
     F64,
     SHAPES,
@@ -223,6 +224,21 @@ def test_torchs_new_switch_for_tf32(dtype: torch.dtype, precision: str) -> None:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False  # sets both
     assert_close("dw", dw, oracle(x, dy, False)[0], bound)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_float16_sums_are_not_used_where_they_are_allowed(size: float, allowed: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    rows, dy = randn(300, 784, dtype=F32, device="cuda"), randn(300, 100, seed=1, dtype=F16, device="cuda")
+    column = randn(300, seed=2, dtype=F32, device="cuda")
+    torch.backends.cuda.matmul.allow_fp16_accumulation = allowed
+    try:
+        dw, db = ops.weight_grad(dy / size, rows * size, column)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before
+    assert_close("dw", dw, (dy / size).double().T @ (rows * size).double(), TOLERANCE[F16])
+    assert_close("db", db, (dy / size).double().T @ column.double(), TOLERANCE[F16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

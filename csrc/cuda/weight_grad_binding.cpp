@@ -1,4 +1,5 @@
 // The op `weight_grad` on CUDA: the product by cuBLAS, the bias and NaNs by kernels. Nothing here waits for the device.
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
@@ -72,7 +73,9 @@ at::Tensor half_product(const at::Tensor& dy, const at::Tensor& rows) {
 
 at::Tensor product_of(const at::Tensor& dy, const at::Tensor& rows) {
   const bool in_unit = dy.scalar_type() == at::kHalf && rows.scalar_type() == at::kFloat;
-  if (in_unit && rows.numel() > 0) return half_product(dy, rows);
+  // cuBLAS with float16 sums, where they are allowed, returns no float32; and in the unit they would overflow.
+  const bool float32_sums = !at::globalContext().allowFP16AccumulationCuBLAS();
+  if (in_unit && float32_sums && rows.numel() > 0) return half_product(dy, rows);
   return at::mm(dy.to(rows.scalar_type()).t(), rows).to(dy.scalar_type());
 }
 
