@@ -295,7 +295,7 @@ def no_false_alarm(rank: int) -> dict[str, Any]:
     cw.emended_conv(x[None], torch.full((3, 5, 2), rank - 0.5, requires_grad=True), process_group=group)
     torch.manual_seed(rank)
     layer = cw.Linear(4, 3, process_group=group)
-    layer.serial = 1  # rank 0 has made more layers
+    layer._emended_serial = 1  # rank 0 has made more layers
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trained(layer, x)

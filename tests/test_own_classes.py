@@ -14,9 +14,12 @@ import torch
 from cases import F32, F64, TOLERANCE, assert_close, assert_identical, oracle, randn
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import consequentialism as cw
-from consequentialism.nn.module import EmendedModule
+from consequentialism.nn.module import EmendedModule, hidden_name
+from consequentialism.nn.registry import DEFAULTS
+from consequentialism.solve.distributed import SavedGroup
 
 
 class Named(nn.Module):
@@ -180,6 +183,127 @@ def test_an_input_by_its_own_name(compiled: bool) -> None:
         layer(x, x=x)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.ConvTranspose1d])
+def test_an_input_by_its_own_name_in_a_subclass_of_torchs_layer(kind: Any) -> None:
+    linear = kind is nn.Linear
+
+    class Own(kind):  # type: ignore[misc]
+        def forward(self, signal: Tensor) -> Tensor:
+            return super().forward(signal)
+
+    cw.register(Own, like=kind)
+    layer, x = Own(5, 3, **({} if linear else {"kernel_size": 2})), randn(4, 5, 7, dtype=F32)
+    x = x[..., 0] if linear else x
+    expected = layer(signal=x).detach()
+    cw.convert(layer, damping=0.2)
+    assert [*inspect.signature(layer.forward).parameters] == ["signal"]
+    named, placed = layer(signal=x), layer(x)
+    assert_close("y", named.detach(), expected, TOLERANCE[F32])
+    grads = [torch.autograd.grad(y.square().sum(), [layer.weight])[0] for y in (named, placed)]
+    assert_identical("dw", grads[0], grads[1])
+    plain = torch.autograd.grad(cw.revert(layer)(x).square().sum(), [layer.weight])[0]
+    assert not torch.allclose(grads[0], plain)
+    cw.convert(layer)
+    for wrong in ({"input": x}, {"signal": x, "output_size": [9]}, {}):
+        with pytest.raises(TypeError, match="takes its input 'signal' alone"):
+            layer(**wrong)
+
+
+def test_a_transposed_convolutions_output_size_in_a_subclass() -> None:
+    class Own(nn.ConvTranspose1d):
+        def forward(self, signal: Tensor, output_size: list[int] | None = None) -> Tensor:
+            return super().forward(signal, output_size)
+
+    cw.register(Own, like=nn.ConvTranspose1d)
+    layer, x = cw.convert(Own(5, 3, 2, stride=2)), randn(4, 5, 7, dtype=F32)
+    for y in (layer(x, [15]), layer(signal=x, output_size=[15]), layer(x, output_size=[15])):
+        assert y.shape == (4, 3, 15)
+
+
+def added_names(like: Any) -> set[str]:
+    """All that `convert` adds to a class of a user's or its instance, and torch's layer has not."""
+    made = {"bias": True}
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(*WEIGHTS[like]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Sub(like):  # type: ignore[misc]
+        pass
+
+    cw.register(Own, like=like)
+    sub = Sub(*WEIGHTS[like][:2]) if len(WEIGHTS[like]) == 2 else Sub(*WEIGHTS[like][:3], **made)
+    names: set[str] = set()
+    for module, plain in ((Own(), Own), (sub, Sub)):
+        before = {*module.__dict__}
+        cw.convert(module, damping=0.2)
+        assert isinstance(module, EmendedModule)
+        names |= module.__dict__.keys() - before
+        names |= {name for cls in type(module).__mro__ if cls not in plain.__mro__ for name in cls.__dict__}
+    of_torch = {"qconfig", *DEFAULTS[like], *(name for name in names if hasattr(like, name))}
+    return {name for name in names if not (name.startswith("__") and name.endswith("__"))} - of_torch
+
+
+WEIGHTS: dict[Any, tuple[int, ...]] = {
+    nn.Linear: (5, 3),
+    nn.Embedding: (5, 3),
+    nn.Conv1d: (4, 2, 2),
+    nn.ConvTranspose2d: (4, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("like", WEIGHTS)
+def test_every_name_that_an_emended_layer_adds_is_refused(like: Any) -> None:
+    names = added_names(like)
+    assert {"options", "damping", "recorder", "_emended_serial", "_emended_form", "_emended_plain"} <= names
+    for name in names:
+        own = type("Own", (like,), {name: 0.5})
+        layer = own(*WEIGHTS[like][:2]) if len(WEIGHTS[like]) == 2 else own(*WEIGHTS[like][:3])
+        assert hidden_name(layer, like) == name
+
+
+@pytest.mark.parametrize("name", ["serial", "form", "plain_class", "_state"])
+def test_names_of_a_users_own_stay(name: str) -> None:
+    class Own(nn.Linear):
+        pass
+
+    setattr(Own, name, lambda self: 1)
+    shown = getattr(Own, name)
+    Own.extra_repr = lambda self: str(shown(self))  # type: ignore[method-assign]
+    layer, instance, buffer = Own(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
+    setattr(instance, name, 7)
+    buffer.register_buffer(name, torch.tensor(7))
+    model = cw.convert(nn.Sequential(layer, instance, buffer))
+    for again in (model, copy.deepcopy(model), pickled(nn.Sequential(model[1], model[2]))):
+        assert all(isinstance(one, EmendedModule) for one in again)
+        assert [int(getattr(one, name)) for one in again[-2:]] == [7, 7]
+    assert getattr(layer, name)() == 1
+    assert repr(layer).startswith("Own(1")
+    cw.revert(model)
+    assert getattr(instance, name) == 7
+    assert int(getattr(buffer, name)) == int(buffer.state_dict()[name]) == 7
+
+
+def test_a_module_in_the_place_of_a_convolutions_setting() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padding = nn.ConstantPad1d(1, 0.0)
+            self.weight = nn.Parameter(randn(3, 2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv1d(self.padding(x), self.weight)
+
+    cw.register(Own, like=nn.Conv1d)
+    with pytest.warns(UserWarning, match="its padding is a parameter, buffer or module, where Conv1d has a plain"):
+        layer = cw.convert(Own())
+    assert layer(randn(1, 2, 4)).shape == (1, 3, 5)
+
+
 @pytest.mark.parametrize("where", ["instance", "class", "buffer"])
 @pytest.mark.parametrize("name", ["scale", "options", "samples"])
 def test_an_attribute_that_a_converted_layer_would_hide(name: str, where: str) -> None:
@@ -244,6 +368,77 @@ class Shared(nn.Linear):
         return self
 
 
+def made_of(cls: Any, inputs: int, outputs: int, state: dict[str, Tensor]) -> Any:
+    layer = cls(inputs, outputs)
+    layer.load_state_dict(state)
+    return layer
+
+
+class Reduced(nn.Linear):
+    """Pickled and copied by a function of its module's, with its class's name."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return made_of, (Reduced, self.in_features, self.out_features, self.state_dict())
+
+
+class ReducedByType(Reduced):
+    """By its own type and a state, whatever the protocol."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return type(self), (self.in_features, self.out_features), state
+
+
+class FromSuper(nn.Linear):
+    """By what Python gives."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol)
+
+
+class Inherited(Copied):
+    """Its copy is a `Copied`."""
+
+
+class OfEmended(cw.Linear):
+    """Built on an emended layer, without its lock in its state."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.lock: Any = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        del state["lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+class AttributesOfEmended(OfEmended):
+    """Its state is all attributes but the lock, those of emended layers among them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+
+class ReducedEmended(cw.Linear):
+    """Its damping and its weights are all that it is made of."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, damping=0.2)
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return made_of, (type(self), self.in_features, self.out_features, self.state_dict())
+
+
 def pickled(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
 
@@ -259,6 +454,13 @@ def pickled(module: Any) -> Any:
         (Copied, pickled),
         (Copied, copy.deepcopy),
         (Shared, copy.deepcopy),
+        (Reduced, pickled),
+        (Reduced, copy.deepcopy),
+        (Reduced, copy.copy),
+        (ReducedByType, pickled),
+        (ReducedByType, copy.deepcopy),
+        (FromSuper, pickled),
+        (FromSuper, copy.deepcopy),
     ],
 )
 def test_copies_as_the_class_makes_them_are_emended(kind: Any, again: Callable[[Any], Any]) -> None:
@@ -271,9 +473,90 @@ def test_copies_as_the_class_makes_them_are_emended(kind: Any, again: Callable[[
     if kind is Locked and again is not copy.copy:
         assert other.lock is not layer.lock
     if kind is not Shared and again is not copy.copy:
-        assert other.serial != layer.serial
+        assert other._emended_serial != layer._emended_serial
         assert other.weight is not layer.weight
     grads = [torch.autograd.grad(one(x), [one.weight], dy)[0] for one in (layer, other)]
     assert_identical("dw", grads[1], grads[0])
     assert_close("dw", grads[0], oracle(x.double(), dy.double(), damping=0.2)[0].float(), TOLERANCE[F32])
     assert type(cw.revert(made)[0]) is kind
+
+
+@pytest.mark.parametrize("kind", [OfEmended, AttributesOfEmended, ReducedEmended])
+@pytest.mark.parametrize("again", [pickled, copy.deepcopy])
+def test_copies_of_a_class_built_on_an_emended_one(kind: Any, again: Callable[[Any], Any]) -> None:
+    layer = kind(5, 3)
+    layer.damping = 0.2
+    layer.samples = 3
+    other = again(layer)
+    assert type(other) is kind
+    assert other.lock is not layer.lock
+    assert (other.damping, other.samples) == (0.2, None)
+    assert other._emended_serial != layer._emended_serial
+    assert_identical("weight", other.weight, layer.weight)
+
+
+@pytest.mark.parametrize("kind", [Locked, Reduced])
+def test_a_parametrised_layer_is_copied_with_its_parametrisation(kind: Any) -> None:
+    layer = cw.convert(kind(5, 3), damping=0.2)
+    layer.lock = None
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    copied = copy.deepcopy(layer)
+    assert copied.damping == 0.2
+    assert parametrize.is_parametrized(copied)
+    assert_identical("weight", copied.weight, layer.weight)
+
+
+def test_the_copy_that_an_inherited_method_makes_is_emended() -> None:
+    model = cw.convert(nn.Sequential(Inherited(5, 3)), damping=0.2)
+    copied = copy.deepcopy(model)
+    layer = copied[0]
+    assert isinstance(layer, EmendedModule)
+    assert isinstance(layer, Copied)
+    assert (layer.damping, layer.qualified_name) == (0.2, "0")
+    assert type(cw.revert(copied)[0]) is Copied
+
+
+def test_a_copy_that_cannot_be_emended_is_announced() -> None:
+    class Other(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Own(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Other:
+            return Other(self.in_features, self.out_features)
+
+    layer = cw.convert(Own(5, 3))
+    with pytest.warns(UserWarning, match="converted nothing.*Other is a subclass of Linear with code of its own"):
+        assert type(copy.deepcopy(layer)) is Other
+
+
+def test_states_of_older_versions() -> None:
+    """Options stood among the attributes, and the process group beside them."""
+    layer = cw.Linear(5, 3, damping=0.2)
+    attributes = {name: value for name, value in layer.__dict__.items() if name != "_emended_serial"}
+    older = {**attributes, "process_group": SavedGroup(None), "qualified_name": "0"}
+    loaded = cw.Linear.__new__(cw.Linear)
+    loaded.__setstate__(older)
+    assert (loaded.damping, loaded.qualified_name) == (0.2, "0")
+    assert "process_group" not in loaded.__dict__
+    assert_identical("weight", loaded.weight, layer.weight)
+    del attributes["options"]
+    loaded = cw.Linear.__new__(cw.Linear)
+    loaded.__setstate__(attributes)
+    assert loaded.options == cw.Options()
+
+
+def test_a_shallow_copy_leaves_the_layer_watched() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.first(x), self.inner.weight)
+
+    model = cw.convert(Around())
+    shallow = copy.copy(model.inner)
+    del shallow
+    with pytest.warns(UserWarning, match="the weights of inner got a gradient although the layers' own forward"):
+        model(randn(4, 5, dtype=F32)).sum().backward()

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from .._torch import is_dtensor
 from ..functional.checks import FLOATING_TYPES
 from ..options import Options, OptionsDict, as_number, options_from
-from .module import EmendedModule, hidden_name
+from .module import BESIDE, SERIAL, EmendedModule, begin, hidden_name, restored_beside
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
 
@@ -133,10 +133,31 @@ def revert(model: Model) -> Model:
     for module, plain in emended:
         if module.watched is not None:
             module.watched.leave(module)
-        for name in ("options", "recorder", "qualified_name", "serial"):
-            module.__dict__.pop(name, None)
+        _take_beside_away(module)
         _swap(module, plain)
     return model
+
+
+def emend_again(made: Any, emended: type[EmendedModule], saved: dict[str, Any]) -> None:
+    """Called on what a class's own ``__deepcopy__`` or ``__reduce__`` has made: it is plain where it names its class.
+
+    Args:
+        made: The copy, or what was unpickled.
+        emended: The class of the layer that it was made of.
+        saved: What `module.saved_beside` gave for that layer.
+    """
+    if not isinstance(made, nn.Module):
+        return
+    if type(made) is emended._emended_plain:  # which this process may not have registered
+        _swap(made, emended)
+    elif not isinstance(made, EmendedModule):
+        convert(made, filter_fn=lambda module, _: module is made)  # warns where it has no emended form
+    if isinstance(made, EmendedModule):
+        _take_beside_away(made)
+        beside = restored_beside(saved, Options())
+        made.__dict__.update(beside)
+        made.set_options(beside["options"])
+        begin(made)
 
 
 def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -211,6 +232,12 @@ def _check_model(model: Any) -> None:
 def _swap(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
     module.__class__ = new_class
     return module
+
+
+def _take_beside_away(module: nn.Module) -> None:
+    """Leave an instance the attributes of its plain class alone."""
+    for name in (*BESIDE, SERIAL):
+        module.__dict__.pop(name, None)
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:

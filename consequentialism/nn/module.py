@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import _torch
 from ..autograd import side_stream
@@ -76,12 +77,14 @@ class EmendedModule(nn.Module):
     samples = Option["int | Tensor | None"]()  # of this batch alone: neither copied nor saved
 
     qualified_name: str | None = None  # set by convert: where in the model the layer is
-    serial: int  # the place among all layers that this process has made
+    _emended_serial: int = 0  # the place among all layers that this process has made
     recorder: Recorder | None = None  # set by `attach`, on this instance only
     watched: Watched | None = None  # set by convert, until the layer has run
     weight_name: ClassVar[str] = "weight"  # of the parameter; `register` may say others
     bias_name: ClassVar[str] = "bias"
     weight_transposed: ClassVar[bool] = False  # whether a linear layer's weight is [I, O]
+    _emended_form: ClassVar[Any] = None  # the `registry.Form` of a class that `convert` made
+    _emended_plain: ClassVar[type[nn.Module] | None] = None  # the class that `convert` made it of
     # Serves what is usual, without Python, and returns None for the rest; a compiler does not see through it.
     shortcut: ClassVar[Callable[[EmendedModule, Tensor], Tensor | None] | None] = None
 
@@ -152,7 +155,7 @@ class EmendedModule(nn.Module):
     def set_options(self, options: Options) -> None:
         """Take over those of the checked options that the layer uses."""
         self.options = Options(**{name: getattr(options, name) for name in (*self.option_names(), "samples")})
-        self.__dict__.setdefault("serial", next(_serials))
+        self.__dict__.setdefault(SERIAL, next(_serials))
 
     def attach(self, recorder: Recorder | None) -> None:
         """Let a recorder serve this layer's forward, or None."""
@@ -167,56 +170,45 @@ class EmendedModule(nn.Module):
             return options
         return options.changed(process_group=cast(Any, Peers(options.process_group, self)) if self.training else None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmendedModule:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self.options)] = self.options.changed(samples=None)  # its group cannot be copied: it is the same
         own = _method_below(self, "__deepcopy__")
-        if own is None:
+        parametrized = parametrize.is_parametrized(self)  # whose class refuses to be pickled, and can be copied
+        if own is not None:
+            copied = own(memo)
+        elif not parametrized and any(own_method(self, name) is not None for name in ("__reduce_ex__", "__reduce__")):
+            copied = _copied_by(self.__reduce_ex__(4), self, memo)
+        else:
             copied = memo[id(self)] = type(self).__new__(type(self))
-            state = copy.deepcopy(self._state(), memo)
-            copied._restore(state, copy.deepcopy(self._beside(), memo))
+            state = EmendedModule.__getstate__(self) if parametrized else self.__getstate__()
+            copied.__setstate__(copy.deepcopy(state, memo))
             return copied
-        copied = own(memo)
-        if type(copied) is getattr(type(self), "plain_class", None):
-            copied.__class__ = type(self)
-        if copied is not self and type(copied) is type(self):
-            copied.__dict__.update(copy.deepcopy(self._beside(), memo))
-            copied._begin()
+        if copied is not self:
+            from .convert import emend_again  # which imports this module
+
+            emend_again(copied, type(self), copy.deepcopy(saved_beside(self), memo))
         return copied
 
-    def __getstate__(self) -> BesideState:
-        beside = self._beside()
-        options = beside.pop("options")
-        saved = options.changed(process_group=None, samples=None), SavedGroup(options.process_group)
-        return BesideState(self._state(), *saved, beside)
-
-    def __setstate__(self, state: BesideState) -> None:
-        options = state.options.changed(process_group=state.process_group.group)
-        self._restore(state.module, {**state.beside, "options": options})
-
-    def _state(self) -> Any:
-        """The state of the plain class."""
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of the plain class, a dict, and all that is the emended layer's under one key of it."""
         own = _method_below(self, "__getstate__")
         state = self.__dict__ if own is None else own()
-        if not isinstance(state, dict):
-            return state
-        return {name: value for name, value in state.items() if name not in _BESIDE}
+        if isinstance(state, dict):
+            return {**without_beside(state), KEY: saved_beside(self)}
+        return {KEY: {**saved_beside(self), "state": state}}
 
-    def _restore(self, state: Any, beside: dict[str, Any]) -> None:
+    def __setstate__(self, state: Any) -> None:
+        """Take a state, also one without that key; options are then those that the layer has already."""
+        saved: dict[str, Any] = {}
+        if isinstance(state, dict):
+            # The second is how layers of older versions were pickled, and what a subclass has of its `__dict__`.
+            saved = state[KEY] if KEY in state else {name: state[name] for name in _SAVED if name in state}
+            state = without_beside(state)
+        beside = restored_beside(saved, self.options)
         self.__dict__.update(beside)
-        super().__setstate__(state)
+        super().__setstate__(saved.get("state", state))
         self.__dict__.update(beside)  # which a class that calls its constructor there has begun anew
-        self._begin()
-
-    def _beside(self) -> dict[str, Any]:
-        """What the instance has beside the attributes of its plain class, but for ``serial``."""
-        kept = {name: self.__dict__[name] for name in _BESIDE if name in self.__dict__ and name != "serial"}
-        return {"options": self.options, **kept}
-
-    def _begin(self) -> None:
-        """Called on a copy, or what was unpickled."""
-        self.__dict__["serial"] = next(_serials)
-        if self.watched is not None:
-            self.watched.bind(self)
+        begin(self)
 
     def __prepare_scriptable__(self) -> EmendedModule:
         raise TypeError(plain_path.refusal(self, "torch.jit.script"))
@@ -250,25 +242,71 @@ class EmendedModule(nn.Module):
         return ", ".join([super().extra_repr(), *changed])
 
 
-_BESIDE = ("options", "qualified_name", "recorder", "serial", "watched")
+KEY = "_emended"  # of a state; and what names begin with that an emended layer's class has for itself
+SERIAL = "_emended_serial"
+BESIDE = ("options", "qualified_name", "recorder", "watched")  # what an instance has beside its plain class's
+_SAVED = (*BESIDE, "process_group")
 
 
-class BesideState(NamedTuple):
-    """What is pickled of a layer: the state of its plain class, and what it has beside that."""
+def without_beside(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a layer's attributes or state, what its plain class has too."""
+    ours = {*_SAVED, KEY, SERIAL}
+    return {name: value for name, value in state.items() if name not in ours}
 
-    module: Any
-    options: Options
-    process_group: SavedGroup
-    beside: dict[str, Any]
+
+def saved_beside(layer: EmendedModule) -> dict[str, Any]:
+    """What an instance has beside the attributes of its plain class, to be copied or pickled."""
+    options = layer.options
+    return {
+        **{name: layer.__dict__[name] for name in BESIDE if name in layer.__dict__},
+        "options": options.changed(process_group=None, samples=None),
+        "process_group": SavedGroup(options.process_group),
+    }
+
+
+def restored_beside(saved: dict[str, Any], options: Options) -> dict[str, Any]:
+    """The attributes of an instance, from what `saved_beside` gave or a part of it; ``options`` where it has none."""
+    options = saved.get("options", options).changed(samples=None)
+    if "process_group" in saved:
+        options = options.changed(process_group=saved["process_group"].group)
+    return {**{name: saved[name] for name in BESIDE if name in saved}, "options": options}
+
+
+def begin(layer: EmendedModule) -> None:
+    """Called on a copy, or what was unpickled."""
+    layer.__dict__[SERIAL] = next(_serials)
+    if layer.watched is not None and not layer.watched.bound():  # a shallow copy is a replica
+        layer.watched.bind(layer)
+
+
+def own_method(layer: EmendedModule, name: str) -> Callable[..., Any] | None:
+    """A method that the layer's class has from a user's, and not from torch, Python or this package; or None."""
+    return _method_of(type(layer).__mro__, layer, name)
 
 
 def _method_below(layer: EmendedModule, name: str) -> Callable[..., Any] | None:
-    """A method that the layer's class has from a user's, and not from torch or Python; None without one."""
+    """Such a method, of those that ``super()`` finds in `EmendedModule`; None without one."""
     order = type(layer).__mro__
-    for cls in order[order.index(EmendedModule) + 1 :]:
-        if name in cls.__dict__ and cls not in (nn.Module, object):
+    return _method_of(order[order.index(EmendedModule) + 1 :], layer, name)
+
+
+def _method_of(classes: Iterable[type], layer: EmendedModule, name: str) -> Callable[..., Any] | None:
+    for cls in classes:
+        made = cls.__dict__.get("_emended_plain") is not None  # by `convert`
+        if name in cls.__dict__ and not made and cls not in (EmendedModule, nn.Module, object):
             return cast(Callable[..., Any], cls.__dict__[name].__get__(layer))
     return None
+
+
+def _copied_by(reduced: Any, layer: EmendedModule, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` makes of the value of ``__reduce_ex__``."""
+    if isinstance(reduced, str):  # the name of a constant
+        return layer
+    make, arguments, *rest = reduced
+    copied = memo[id(layer)] = make(*(copy.deepcopy(argument, memo) for argument in arguments))
+    if rest and rest[0] is not None:
+        copied.__setstate__(copy.deepcopy(rest[0], memo))
+    return copied
 
 
 def hidden_name(module: nn.Module, like: type[nn.Module]) -> str | None:
@@ -280,7 +318,7 @@ def hidden_name(module: nn.Module, like: type[nn.Module]) -> str | None:
     instance = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
     known = {base for cls in (like, nn.Module) for base in cls.__mro__}
     own = instance.union(*(cls.__dict__ for cls in type(module).__mro__ if cls not in known))
-    return next((name for name in sorted(own) if name in _NAMES), None)
+    return next((name for name in sorted(own) if name in _NAMES or name.startswith(KEY)), None)
 
 
 # Those of methods that torch has too are no concern.

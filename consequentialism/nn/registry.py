@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .conv import Conv1d, Conv2d, Conv3d
-from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, EmendedConvTransposeNd
 from .embedding import Embedding
 from .linear import Linear
-from .module import EmendedModule
+from .module import KEY, EmendedModule, own_method, saved_beside, without_beside
 
 EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Linear: Linear,
@@ -71,6 +71,9 @@ class Form(NamedTuple):
 
     def obstacle(self, module: nn.Module) -> str | None:
         """What a module says of itself that its map does not have; None where there is nothing."""
+        held = {*module._parameters, *module._buffers, *module._modules} & DEFAULTS[self.like].keys()
+        if held:
+            return f"its {min(held)} is a parameter, buffer or module, where {self.like.__name__} has a plain value"
         mode = getattr(module, "padding_mode", "zeros")
         if "output_padding" in DEFAULTS[self.like] and mode != "zeros":
             return f"its padding_mode is {mode!r}, which transposed convolutions do not have"
@@ -177,45 +180,74 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__reduce_ex__": _reduce,
-        "plain_class": cls,
-        "form": form,
+        "_emended_plain": cls,
+        "_emended_form": form,
         "weight_name": form.weight,
         "bias_name": form.bias,
         "weight_transposed": form.transposed,
     }
     if issubclass(cls, form.like):
         bases: tuple[type, ...] = (own, cls)
+        if _input_name(cls) != "input":
+            namespace["forward"] = _forward_of(cls, own)
     else:
         bases = (EmendedModule, cls)
         borrowed = {name: getattr(own, name) for name in ("emended_forward", "check_input", "shortcut")}
         defaults = {name: value for name, value in DEFAULTS[form.like].items() if not hasattr(cls, name)}
         namespace.update(borrowed, **defaults)
-        namespace["forward"] = _forward_of(cls)
+        namespace["forward"] = _forward_of(cls, EmendedModule)
     return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
 
 
-def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
-    """`EmendedModule.forward` for callers of ``cls.forward``, who may name its input."""
-    name = next(itertools.islice(inspect.signature(cls.forward).parameters, 1, None), "input")
+def _input_name(cls: type[nn.Module]) -> str:
+    return next(itertools.islice(inspect.signature(cls.forward).parameters, 1, None), "input")
+
+
+def _forward_of(cls: type[nn.Module], own: type[EmendedModule]) -> Callable[..., Any]:
+    """The forward of ``own`` for callers of ``cls.forward``, who may name its input."""
+    name = _input_name(cls)
+    sized = issubclass(own, EmendedConvTransposeNd) and "output_size" in inspect.signature(cls.forward).parameters
+    further = {"output_size"} if sized else set()
 
     @functools.wraps(cls.forward)
     def forward(self: EmendedModule, *inputs: Any, **named: Any) -> Any:
         if not inputs and name in named:
             inputs = (named.pop(name),)
-        if len(inputs) != 1 or named:
+        if not 1 <= len(inputs) <= 1 + len(further) or not named.keys() <= further:
             raise TypeError(
                 f"forward of a registered {cls.__name__} takes its input {name!r} alone, got {len(inputs)} positional "
                 f"arguments and {sorted(named)}"
             )
-        return EmendedModule.forward(self, *inputs)
+        return own.forward(self, *inputs, **named)
 
     return forward
 
 
-def _reduce(module: EmendedModule, protocol: Any) -> tuple[Any, ...]:
-    """Pickles by the plain class, for nobody else can find the emended one."""
-    cls: Any = type(module)
-    return _new, (cls.plain_class, cls.form), module.__getstate__()
+def _reduce(module: EmendedModule, protocol: Any) -> Any:
+    """Pickles by the plain class, for nobody else can find the emended one; by its own way where it has one."""
+    emended = type(module)
+    plain: Any = emended._emended_plain
+    by_protocol, by_itself = own_method(module, "__reduce_ex__"), own_method(module, "__reduce__")
+    if by_protocol is None and by_itself is None:
+        return _new, (plain, emended._emended_form), module.__getstate__()
+    reduced = by_protocol(protocol) if by_protocol is not None else by_itself()  # type: ignore[misc]
+    if isinstance(reduced, str):  # the name of a constant
+        return reduced
+    make, arguments, *rest = reduced
+    if getattr(make, "__self__", None) is emended:
+        make = getattr(plain, make.__name__)
+    make, *arguments = (plain if value is emended else value for value in (make, *arguments))
+    if rest and isinstance(rest[0], dict) and KEY not in rest[0]:
+        rest[0] = without_beside(rest[0])
+    return _made_again, (plain, emended._emended_form, saved_beside(module), make, *arguments), *rest
+
+
+def _made_again(cls: type[nn.Module], form: Form, saved: dict[str, Any], make: Callable[..., Any], *args: Any) -> Any:
+    from .convert import emend_again  # which imports this module
+
+    made = make(*args)
+    emend_again(made, emended_class(cls, form), saved)
+    return made
 
 
 def _new(cls: type[nn.Module], form: Form) -> EmendedModule:
@@ -234,14 +266,15 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     """
     if cls in PLAIN:
         return PLAIN[cls]
-    if "plain_class" in cls.__dict__:
-        return cls.__dict__["plain_class"]
+    made_of: type[nn.Module] | None = cls.__dict__.get("_emended_plain")
+    if made_of is not None:
+        return made_of
     return _over_plain(cls)  # type: ignore[arg-type]
 
 
 @functools.cache
 def _over_plain(cls: type[nn.Module]) -> type[nn.Module]:
-    namespace = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    namespace = {name: value for name, value in cls.__dict__.items() if name not in _OF_CLASS}
     if _calls_super(namespace.get("__init__")):
         del namespace["__init__"]  # it builds an emended layer; the plain one's own serves
     own = [name for name, value in namespace.items() if name in _OF_FORWARD or _calls_super(value)]
@@ -255,6 +288,7 @@ def _over_plain(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
 
 
+_OF_CLASS = ("__dict__", "__weakref__", "shortcut")
 _OF_FORWARD = ("forward", "emended_forward")
 
 

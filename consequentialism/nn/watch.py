@@ -101,6 +101,10 @@ class Watched:
         self._layer = weakref.ref(layer)
         self.watch.wait(self)
 
+    def bound(self) -> bool:
+        """Whether it is known whose part it is."""
+        return self._layer is not None
+
     def run_by(self, layer: EmendedModule) -> None:
         """Called by the forward of the layer or its replica: nothing is to be watched any more."""
         self.leave(layer)

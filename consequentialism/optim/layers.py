@@ -198,7 +198,7 @@ KINDS: dict[type[nn.Module], type[Kind]] = {
 def kind_of(module: nn.Module) -> Kind | str | None:
     """How a layer makes rows; why it cannot be stepped in coordinates; or None, where it is no such layer."""
     converted = isinstance(module, EmendedModule)
-    form: Form | None = getattr(type(module), "form", None) if converted else form_of(type(module))
+    form: Form | None = getattr(type(module), "_emended_form", None) if converted else form_of(type(module))
     plain = next((plain for plain in KINDS if isinstance(module, plain)), None)
     if form is None and plain is None:
         return None

@@ -46,7 +46,7 @@ class Peers(NamedTuple):
 
     def serial(self) -> int:
         """The layer's place among all that this process has made; equal on all ranks where they run one program."""
-        return getattr(self.layer, "serial", 0)
+        return getattr(self.layer, "_emended_serial", 0)
 
     def witnesses(self) -> Tensor | None:
         """Elements of the weight ``[WITNESSES]`` or fewer; None where it is computed, and may differ between ranks."""
@@ -64,6 +64,9 @@ class SavedGroup:
 
     def __init__(self, group: Any) -> None:
         self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedGroup:
+        return self
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         if self.group is None:
