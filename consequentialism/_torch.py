@@ -122,6 +122,13 @@ def forbid_derivative(gradients: Sequence[Tensor | None], sources: Sequence[Tens
     return list(error(*fresh, *sources)[: len(gradients)])
 
 
+def autograd_kernel(op: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel that `torch.library.register_autograd` would register, given its dispatch keys and the arguments."""
+    from torch._library.autograd import Info, make_autograd_impl
+
+    return make_autograd_impl(op, Info(backward, None))
+
+
 def not_a_view(tensor: Tensor) -> Tensor:
     """A tensor with the same memory that autograd takes for no view."""
     return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)

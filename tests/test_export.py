@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +80,39 @@ def test_an_export_for_inference_is_silent(inference: str, strict: bool) -> None
     with warnings.catch_warnings(), torch.set_grad_enabled(inference != "no_grad"):
         warnings.filterwarnings("error", message=".*consequentialism")
         export(model, x, strict)
+
+
+class WeightGradients(nn.Module):
+    """The functions that return emended gradients, as ops in the graph."""
+
+    def forward(self, x: Tensor, dy: Tensor) -> tuple[Any, ...]:
+        convolved = cw.emended_conv_weight_grad(x.unsqueeze(2), dy.unsqueeze(2), 1)
+        return cw.emended_weight_grad(x, dy), convolved
+
+
+def test_an_exported_program_of_gradients_loads_in_a_new_process(tmp_path: Path) -> None:
+    x, dy = randn(6, 4), randn(6, 3)
+    program = torch.export.export(WeightGradients(), (x, dy))
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    ops = {"consequentialism.emended_weight_grad.default", "consequentialism.emended_conv_weight_grad.default"}
+    assert set.union(*map(targets, graphs)) >= ops
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((x, dy), tmp_path / "arguments.pt")
+    code = """
+import sys, torch, consequentialism
+program = torch.export.load("program.pt2")
+x, dy = torch.load("arguments.pt")
+assert "consequentialism.autograd.traced" not in sys.modules
+torch.save(program.module()(x, dy), "gradients.pt")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cw.__file__).parent.parent)}
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    found = torch.load(tmp_path / "gradients.pt")
+    for own, other in zip(found, WeightGradients()(x, dy), strict=True):
+        for name, one, expected in zip(("dw", "db"), own, other, strict=True):
+            assert_identical(name, one, expected)
 
 
 def test_a_second_export_warns_again_and_the_model_is_emended_still() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from itertools import product
@@ -198,7 +197,6 @@ def test_every_backend_has_every_op() -> None:
 @needs_kernels
 def test_the_compiled_ops_have_the_schemas_of_the_table() -> None:
     own = {"emended_linear"}  # has a derivative, and so no fake
-    importlib.import_module("consequentialism.autograd.traced")  # which a layer does where it is traced
     prefix = "consequentialism::"
     compiled = {
         s.name.removeprefix(prefix): str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)
@@ -207,7 +205,7 @@ def test_the_compiled_ops_have_the_schemas_of_the_table() -> None:
     for name, (schema, _) in ops_of_table.items():
         expected = schema.replace(" dtype)", " dtype, str method)") if name == "conv_gram" else schema
         assert str(op(name)._schema) == str(torch._C.parse_schema(f"consequentialism::{name}{expected}"))
-    traced = {"emended_weight_grad", "emended_conv_weight_grad"}  # defined in Python, see autograd/traced.py
+    traced = {"emended_weight_grad", "emended_conv_weight_grad"}  # defined in Python, see autograd/traced_ops.py
     assert compiled.keys() == ops_of_table.keys() | own | traced
 
 

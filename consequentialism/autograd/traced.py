@@ -9,58 +9,20 @@ changes between steps reaches the op as a tensor, data like ``x``. Loaded when t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _torch
 from ..backend import dispatch
-from ..options import DampingMode, Options, Scale, Solver
+from ..options import Options
 from ..solve import cost
 from .conv import Needs, conv_gradients
 from .conv import prepare as prepare_conv
 from .geometry import Geometry, geometry_of
 from .linear import full_precision, once_differentiable, plain_linear, prepare
-
-# The arguments that say how, the last of every op here; `options_of` takes them.
-SETTINGS = (
-    "float damping, str damping_mode, str scale, str backend, str solver, int iterations, Tensor? varying_damping"
-)
-_library = torch.library.Library("consequentialism", "FRAGMENT")
-
-
-def settings_of(options: Options) -> tuple[Any, ...]:
-    """The last arguments of an op. A damping that is a symbol of the graph goes as a tensor, a constant as it is."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # loaded where something is compiled
-
-    damping, varying = options.damping, None
-    if not has_static_value(damping):  # a product, of all ways the one that does not make the compiler ask for it
-        damping, varying = 1.0, torch.ones((), dtype=torch.float64, device="cpu") * damping
-    rest = options.damping_mode, options.scale, options.backend, options.solver, options.iterations
-    return (damping, *rest, varying)
-
-
-def options_of(
-    damping: float,
-    damping_mode: str,
-    scale: str,
-    backend: str,
-    solver: str,
-    iterations: int,
-    varying_damping: Tensor | None,
-) -> Options:
-    """The options that `settings_of` was given. Its tensor is on the CPU, so that nothing waits for a device."""
-    return Options(
-        damping=damping if varying_damping is None else varying_damping.item(),
-        damping_mode=cast(DampingMode, damping_mode),
-        scale=cast(Scale, scale),
-        backend=backend,
-        solver=cast(Solver, solver),
-        iterations=iterations,
-    )
+from .traced_ops import options_of, settings_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
@@ -73,18 +35,6 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     """A convolution of either kind in a traced graph, of checked arguments; ``x [B, C, *spatial]``."""
     dispatch.select(options.backend, x)
     return TracedConv.apply(x, weight, bias, geometry, options.patch_bytes, *settings_of(options))
-
-
-def conv_weight_grad(x: Tensor, dy: Tensor, geometry: Geometry, bias: bool, options: Options) -> tuple[Tensor, Tensor]:
-    """`functional.emended_conv_weight_grad` in a traced graph; ``db`` is empty without a bias."""
-    arguments = (*geometry.arguments(), bias, options.patch_bytes, *settings_of(options))
-    return torch.ops.consequentialism.emended_conv_weight_grad(x, dy, *arguments)
-
-
-def linear_weight_grad(x: Tensor, dy: Tensor, bias: bool, options: Options) -> tuple[Tensor, Tensor | None]:
-    """`functional.emended_weight_grad` in a traced graph."""
-    dw, db = torch.ops.consequentialism.emended_weight_grad(x, dy, bias, True, bias, *settings_of(options))
-    return dw, db if bias else None
 
 
 class TracedLinear(torch.autograd.Function):
@@ -115,7 +65,7 @@ class TracedLinear(torch.autograd.Function):
         return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 7
 
 
-def _weight_grad(
+def emended_weight_grad(
     x: Tensor, dy: Tensor, bias: bool, need_weight: bool, need_bias: bool, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     """``dw [O, I]`` and ``db [O]`` of ``x [..., I]`` and ``dy [..., O]``, each empty where it is not needed."""
@@ -137,33 +87,6 @@ def fresh(dw: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients, contiguous and each in memory of its own, as a graph expects of an op's results."""
     shared = dw.untyped_storage().data_ptr() == db.untyped_storage().data_ptr()
     return dw.contiguous(), db.clone() if shared else db.contiguous()
-
-
-def add_op(name: str, arguments: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an op of ``arguments`` and `SETTINGS` that returns ``dw`` and ``db``, and has no derivative."""
-    _library.define(f"{name}({arguments}, {SETTINGS}) -> (Tensor, Tensor)")
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    _library.impl(name, fake, "Meta")
-    torch.library.register_autograd(f"consequentialism::{name}", _refuse_derivative, lib=_library)
-
-
-def _refuse_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(_torch.SECOND_DERIVATIVE)
-
-
-def _fake_weight_grad(
-    x: Tensor, dy: Tensor, bias: bool, need_weight: bool, need_bias: bool, *settings: Any
-) -> tuple[Tensor, Tensor]:
-    inputs, outputs = x.shape[-1], dy.shape[-1]
-    return dy.new_empty((outputs, inputs) if need_weight else 0), dy.new_empty(outputs if need_bias else 0)
-
-
-add_op(
-    "emended_weight_grad",
-    "Tensor x, Tensor dy, bool bias, bool need_weight, bool need_bias",
-    _weight_grad,
-    _fake_weight_grad,
-)
 
 
 class TracedConv(torch.autograd.Function):
@@ -191,7 +114,7 @@ class TracedConv(torch.autograd.Function):
         return dx, dw if needs_weight else None, db if needs_bias else None, *(None,) * 9
 
 
-def _conv_weight_grad(
+def emended_conv_weight_grad(
     x: Tensor,
     dy: Tensor,
     kernel: list[int],
@@ -217,30 +140,3 @@ def _conv_weight_grad(
         _, dw, db = conv_gradients(kept, x, weight, dy, bias, geometry, patch_bytes, options.scale, needs)
     assert dw is not None
     return fresh(dw, dy.new_empty(0) if db is None else db)
-
-
-def _fake_conv_weight_grad(
-    x: Tensor,
-    dy: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    output_padding: list[int],
-    bias: bool,
-    *settings: Any,
-) -> tuple[Tensor, Tensor]:
-    geometry = geometry_of(kernel, stride, padding, dilation, groups, transposed, output_padding)
-    shape = geometry.weight_shape(x.shape[1], dy.shape[1])
-    return dy.new_empty(shape), dy.new_empty(dy.shape[1] if bias else 0)
-
-
-add_op(
-    "emended_conv_weight_grad",
-    "Tensor x, Tensor dy, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "bool transposed, SymInt[] output_padding, bool bias, SymInt patch_bytes",
-    _conv_weight_grad,
-    _fake_conv_weight_grad,
-)

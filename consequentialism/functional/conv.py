@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from typing_extensions import Unpack
 
 from .. import _torch
-from ..autograd import side_stream
+from ..autograd import side_stream, traced_ops
 from ..autograd.conv import EmendedConv, Needs, TransformableEmendedConv, conv_gradients, prepare
 from ..autograd.geometry import (
     CONVOLUTIONS,
@@ -268,9 +268,7 @@ def emended_conv_weight_grad(
     with torch.no_grad(), full_precision(x.device.type):
         dw: Tensor | None
         if plain_path.is_traced(settings):
-            from ..autograd import traced
-
-            dw, own_db = traced.conv_weight_grad(x, dy, geometry, bias, settings)
+            dw, own_db = traced_ops.conv_weight_grad(x, dy, geometry, bias, settings)
             db = own_db if bias else None
         else:
             kept = prepare(x, geometry, bias, dy.shape[1], settings)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from .. import _torch
-from ..autograd import side_stream
+from ..autograd import side_stream, traced_ops
 from ..autograd.linear import EmendedLinear, TransformableEmendedLinear, autocasts, full_precision, prepare
 from ..backend import compiled as ops
 from ..backend import dispatch, reference
@@ -151,9 +151,7 @@ def emended_weight_grad(
         x, dy = x.reshape(rows, inputs), dy.reshape(rows, outputs)
         dw: Tensor | None
         if plain_path.is_traced(settings):
-            from ..autograd import traced
-
-            dw, db = traced.linear_weight_grad(x, dy, bias, settings)
+            dw, db = traced_ops.linear_weight_grad(x, dy, bias, settings)
         else:
             backend = dispatch.select(settings.backend, x)
             plan = None
