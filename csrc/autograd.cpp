@@ -19,6 +19,7 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable_info.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
@@ -291,7 +292,8 @@ class EmendedLinearBackward : public torch::autograd::Node {
   std::string name() const override { return "consequentialism::EmendedLinearBackward"; }
 
   variable_list apply(variable_list&& gradients) override {
-    return gradients_of(or_zeros(gradients[0]), kept(), has_bias, plan, wanted());
+    return gradients_of(
+        gradients[0].defined() ? gradients[0] : input_metadata(0).zeros_like(), kept(), has_bias, plan, wanted());
   }
 
   void release_variables() override {
@@ -310,12 +312,14 @@ class EmendedLinearBackward : public torch::autograd::Node {
     args.collect(static_cast<int64_t>(plan.scale));
     for (const double setting : {plan.damping, plan.narrow_up_to}) args.collect(setting);
     args.collect(plan.gram_dtype);
+    args.collect(input_metadata(0));
   }
 
   // Compiled autograd calls `apply_packed` in its graph, as it does a C++ `Function` that is not traced.
   variable_list apply_with_saved(const variable_list& gradients, SwapSavedVariables& saved) override {
     namespace compiled = torch::dynamo::autograd;
     for (SavedVariable* one : {&x_, &weight_, &inverse_, &emended_, &column_}) saved.before(*one);
+    saved.before(mutable_input_metadata(0));
     const Kept tensors = kept();
     std::vector<at::IValue> arguments = settings();
     const auto [x, weight, bias] = wanted();
@@ -325,20 +329,33 @@ class EmendedLinearBackward : public torch::autograd::Node {
     }
     std::vector<at::TypePtr> schema;
     for (const at::IValue& one : arguments) schema.push_back(one.isTensor() ? at::TensorType::get() : one.type());
+    arguments.push_back(PackedOutput::pack(output()));
+    schema.push_back(PackedOutput::packed_type());
     const auto& python = compiled::getPyCompilerInterface();
     const std::string function = python->bind_function(
         saved.get_py_compiler(), name(), apply_packed, schema, /*is_custom_function=*/true, /*is_traceable=*/false);
     using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
     const auto outputs = compiled::IValuePacker<Metadata>::pack(compiled::get_input_metadata(next_edges()));
-    variable_list result = python->call_function(
-        saved.get_py_compiler(), "apply_functional", function, {or_zeros(gradients[0])}, arguments, outputs);
+    variable_list result =
+        python->call_function(saved.get_py_compiler(), "apply_functional", function, gradients, arguments, outputs);
     for (SavedVariable* one : {&x_, &weight_, &inverse_, &emended_, &column_}) saved.after(*one);
+    saved.after(mutable_input_metadata(0));
     return result;
   }
 
  private:
-  at::Tensor or_zeros(const at::Tensor& gradient) const {
-    return gradient.defined() ? gradient : input_metadata(0).zeros_like();
+  using PackedOutput = torch::dynamo::autograd::IValuePacker<torch::autograd::VariableInfo>;
+
+  torch::autograd::VariableInfo output() const {
+    const torch::autograd::InputMetadata& metadata = input_metadata(0);
+    torch::autograd::VariableInfo info;
+    info.layout = metadata.layout();
+    info.device = metadata.device();
+    info.scalar_type = c10::typeMetaToScalarType(metadata.dtype());
+    info.size = metadata.shape_as_dim_vector().vec();
+    info.requires_grad = false;
+    info.is_empty = false;
+    return info;
   }
 
   Kept kept() {
@@ -362,7 +379,8 @@ class EmendedLinearBackward : public torch::autograd::Node {
         plan.narrow_up_to};
   }
 
-  // Of the settings, what is wanted, and the tensors.
+  // Of the settings, what is wanted, the tensors, and the output's shape: only when this runs is it known whether the
+  // gradient is defined.
   static variable_list apply_packed(const variable_list& gradients, const std::vector<at::IValue>& arguments) {
     const auto is = [&](size_t place) { return arguments[place].toBool(); };
     const auto tensor = [&](size_t place) { return arguments[place].toTensor(); };
@@ -374,7 +392,9 @@ class EmendedLinearBackward : public torch::autograd::Node {
                           arguments[6].toOptional<at::ScalarType>(),
                           arguments[7].toDouble()};
     const Kept kept{tensor(11), tensor(12), tensor(13), tensor(14), tensor(15)};
-    return gradients_of(gradients[0], kept, is(0), plan, {is(8), is(9), is(10)});
+    at::OptionalDeviceGuard guard;
+    const at::Tensor dy = gradients[0].defined() ? gradients[0] : PackedOutput::unpack(arguments[16]).zeros(guard);
+    return gradients_of(dy, kept, is(0), plan, {is(8), is(9), is(10)});
   }
 
   SavedVariable x_, weight_, inverse_, emended_, column_;

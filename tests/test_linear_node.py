@@ -229,3 +229,40 @@ def test_compiled_autograd_calls_it(plan: str, bias: bool) -> None:
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         layer(x).square().sum().backward()
     assert_identical("dx", x.grad, expected[0])
+
+
+class Ignored(torch.autograd.Function):
+    """A copy that hands no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+IGNORED = {
+    "compiled": lambda: (cw.Linear(16, 4), torch.ones(8, 16)),
+    "compiled, of emended inputs": lambda: (cw.Linear(64, 200), torch.ones(8, 64)),
+    "reference": lambda: (cw.Linear(16, 4, backend="reference"), torch.ones(8, 16)),
+    "convolution": lambda: (cw.Conv1d(3, 4, 2), torch.ones(2, 3, 9)),
+    "embedding": lambda: (cw.Embedding(7, 3), torch.tensor([1, 2])),
+}
+
+
+@pytest.mark.parametrize("form", IGNORED)
+def test_compiled_autograd_takes_a_missing_gradient_for_zeros_as_eager_mode_does(form: str) -> None:
+    layer, x = IGNORED[form]()
+    inputs = [x.requires_grad_()] if x.is_floating_point() else []
+    parameters = [*inputs, *layer.parameters()]
+    Ignored.apply(layer(x)).sum().backward()
+    expected = [torch.zeros_like(parameter) for parameter in parameters]
+    assert_same([p.grad for p in parameters], expected)  # type: ignore[misc, arg-type]
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            Ignored.apply(layer(x)).sum().backward()
+        assert_same([p.grad for p in parameters], expected)  # type: ignore[misc, arg-type]

@@ -21,7 +21,7 @@ from ..solve import conjugate, cost, distributed
 from ..solve.gram import Gram
 from .geometry import Geometry
 from .kept import Conjugate, Inverse, restored
-from .linear import full_precision, once_differentiable, refuse_jacobian
+from .linear import full_precision, keep_output, once_differentiable, refuse_jacobian
 
 # Where the largest entries of a Gram's diagonal lie within these, neither it nor products with its inverse leave the
 # type's range.
@@ -270,7 +270,7 @@ class EmendedConv(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save(ctx, inputs)
         x, weight, bias, geometry, *_ = inputs
-        return geometry.forward(x, weight, bias)
+        return keep_output(ctx, geometry.forward(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -290,6 +290,7 @@ class TransformableEmendedConv(EmendedConv):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
+        keep_output(ctx, output)
         ctx.levels = _torch.transform_levels()
 
     @staticmethod

@@ -13,7 +13,7 @@ from .. import _torch
 from ..backend.reference import embedding_counts, embedding_occurrences, emended_embedding_rows
 from ..options import Options
 from ..solve import distributed
-from .linear import once_differentiable
+from .linear import keep_output, once_differentiable
 
 
 class EmendedEmbedding(torch.autograd.Function):
@@ -36,6 +36,7 @@ class EmendedEmbedding(torch.autograd.Function):
         ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
         if ctx.padding_idx is not None:  # -1, the last row, is "none" to torch's backward
             ctx.padding_idx %= ctx.num_embeddings
+        keep_output(ctx, output)
         ctx.save_for_backward(indices, ratio)
 
     @staticmethod

@@ -110,19 +110,31 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     torch's decorator of that name does so only where ``dy`` has a history of its own. The input's gradient ``dy W``
     depends on ``W`` without one too, and would lose that term silently.
+
+    Zeros stand for a ``dy`` that is None, which eager mode makes zeros of itself and compiled autograd hands on; the
+    output's shape is then what `keep_output` kept.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def wrapper(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            shape, dtype, device = ctx.output
+            dy = torch.zeros(shape, dtype=dtype, device=device)
         with torch.no_grad():
-            gradients = backward(ctx, *grads)
+            gradients = backward(ctx, dy)
         # torch.func asks for a graph always, and has its own refusal; a compiler's backward has no second one.
         transformed = torch.compiler.is_compiling() or _torch.transforms_active()
         if transformed or not torch.is_grad_enabled():
             return gradients
-        return tuple(_torch.forbid_derivative(gradients, grads))
+        return tuple(_torch.forbid_derivative(gradients, (dy,)))
 
     return wrapper
+
+
+def keep_output(ctx: Any, output: Tensor) -> Tensor:
+    """The output itself, whose gradient may be None; see `once_differentiable`."""
+    ctx.output = output.shape, output.dtype, output.device
+    return output
 
 
 def refuse_jacobian(ctx: Any, first: int) -> None:
@@ -170,7 +182,7 @@ class EmendedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save(ctx, inputs)
-        return plain_linear(*inputs[:3])
+        return keep_output(ctx, plain_linear(*inputs[:3]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,6 +201,7 @@ class TransformableEmendedLinear(EmendedLinear):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save(ctx, inputs)
+        keep_output(ctx, output)
         ctx.levels = _torch.transform_levels()
 
     @staticmethod

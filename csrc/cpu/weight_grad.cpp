@@ -31,7 +31,9 @@ at::Tensor in_type(const at::Tensor& tensor, at::ScalarType dtype) {
 
 // Whether a loop serves: float32 or float64, rows of at::Tensor's own order.
 bool is_small(const at::Tensor& dy, at::ScalarType column_type) {
-  return dy.size(0) <= kFewRows && dy.numel() <= kFewEntries && dy.scalar_type() == column_type && dy.is_contiguous();
+  const bool known = column_type == at::kFloat || column_type == at::kDouble;
+  return known && dy.size(0) <= kFewRows && dy.numel() <= kFewEntries && dy.scalar_type() == column_type &&
+         dy.is_contiguous();
 }
 
 // db [O] <- dy^T column, or dy^T 1 where column is null; dy [N, O].
