@@ -156,6 +156,52 @@ def test_symbolic_trace_keeps_the_emended_gradient(name: str) -> None:
         assert_identical("dw", own, plain)
 
 
+@pytest.mark.parametrize("name", [name for name, (make, _) in MODELS.items() if isinstance(make(), nn.Sequential)])
+def test_symbolic_trace_of_one_layer_keeps_the_emended_gradient(name: str) -> None:
+    model, x = made(name)
+    layer = model[0]
+    traced = torch.fx.symbolic_trace(layer.eval())
+    assert not traced.training
+    gradients = []
+    for one in (layer, traced):
+        layer.zero_grad()
+        one(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    for plain, own in zip(*gradients, strict=True):
+        assert_identical("dw", own, plain)
+
+
+class Doubled(cw.Linear):
+    """A subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("model", [Doubled(4, 3), nn.Sequential(Doubled(4, 3))], ids=["root", "part"])
+def test_symbolic_trace_refuses_a_forward_that_would_run_twice(model: nn.Module) -> None:
+    with pytest.raises(TypeError, match="the forward of Doubled, a subclass of an emended layer"):
+        torch.fx.symbolic_trace(model)
+
+
+def test_symbolic_trace_of_a_registered_layer() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(randn(3, 4))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.linear(input, self.kernel)
+
+    cw.register(Own, like=nn.Linear, weight="kernel")
+    layer, x = cw.convert(Own()), randn(5, 4)
+    traced = torch.fx.symbolic_trace(layer)
+    layer(x).square().sum().backward()
+    expected, layer.kernel.grad = layer.kernel.grad, None
+    traced(x).square().sum().backward()
+    assert_identical("dw", layer.kernel.grad, expected)
+
+
 def test_rewriters_are_told_the_remedy() -> None:
     model, _ = made("Linear")
     with pytest.raises(TypeError, match=r"consequentialism\.revert\(model\)"):

@@ -209,6 +209,16 @@ def test_the_compiled_ops_have_the_schemas_of_the_table() -> None:
     assert compiled.keys() == ops_of_table.keys() | own | traced
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_op_weight_grad_takes_few_rows_of_a_half_type(dtype: torch.dtype) -> None:
+    dy, rows, column = (randn(*shape).to(dtype) for shape in ((8, 3), (8, 5), (8,)))
+    dw, db = op("weight_grad")(dy, rows, column)
+    assert dw.dtype == db.dtype == dtype
+    torch.testing.assert_close(dw, (dy.double().T @ rows.double()).to(dtype))
+    torch.testing.assert_close(db, (dy.double().T @ column.double()).to(dtype))
+
+
 def indefinite(smallest: float, order: int = 70) -> Tensor:
     """A symmetric matrix with eigenvalues 1 but for one."""
     basis = torch.linalg.qr(randn(order, order))[0]

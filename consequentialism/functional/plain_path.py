@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import _torch
@@ -84,11 +84,26 @@ def plain_forward(layer: EmendedModule, input: Any, forward: Callable[[Tensor], 
 
 
 def leaf(layer: EmendedModule, input: Proxy, *more: Any) -> Any:
-    """A call of the layer itself in the graph of ``torch.fx``, as of torch's own layers."""
+    """A call of the layer itself in the graph of ``torch.fx``, as of torch's own layers.
+
+    A model that is one emended layer has no name that a graph could call: it is traced as the ``layer`` of a module,
+    which takes its place as ``tracer.root``.
+    """
     tracer: Any = input.tracer
     if type(tracer).__module__.startswith(("torch.ao.", "torchao.")):
         raise TypeError(refusal(layer, "a quantiser"))
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    owner = next(base for base in type(layer).__mro__ if "forward" in vars(base))
+    if not (owner.__module__.startswith("consequentialism.") or "_emended_form" in vars(owner)):
+        raise TypeError(
+            f"consequentialism: torch.fx would trace the forward of {owner.__name__}, a subclass of an emended layer, "
+            "and run it once more with the layer: hold the emended layer as a submodule instead, use a Tracer whose "
+            "is_leaf_module is True for emended layers, or call consequentialism.revert(model) first"
+        )
+    if tracer.root is layer:
+        tracer.root = nn.Module().train(layer.training)
+        tracer.root.add_module("layer", layer)
+        tracer.submodule_paths = {module: name for name, module in tracer.root.named_modules()}
+    elif layer._forward_hooks or layer._forward_pre_hooks:
         raise TypeError(
             f"consequentialism: torch.fx would trace the hooks of an emended layer ({type(layer).__name__}) and run "
             "them once more with it: remove them, use a Tracer whose is_leaf_module is True for emended layers, or "
