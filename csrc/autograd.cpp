@@ -267,7 +267,8 @@ variable_list gradients_of(
     if (wanted.weight || wanted.bias) {
       auto [dw, db] = weight_grads(kept, as_rows(dy), has_bias, plan, wanted);
       if (wanted.weight) result[1] = std::move(dw);
-      if (wanted.bias) result[2] = std::move(db);
+      // An empty column stands for no bias in `weight_grad`, so that nothing comes of no rows.
+      if (wanted.bias) result[2] = db.size(0) == 0 ? dy.new_zeros({dy.size(-1)}) : std::move(db);
     }
   }
   return twice ? once_differentiable(std::move(result), {dy, kept.x, kept.weight}) : result;

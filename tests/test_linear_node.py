@@ -110,16 +110,19 @@ def test_a_change_in_place_of_what_is_saved_is_an_error() -> None:
             gradients(layer, x, y)
 
 
+class Ignored(torch.autograd.Function):
+    """A copy that hands no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
 def test_an_output_that_nothing_depends_on_has_a_gradient_of_zeros() -> None:
-    class Ignored(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, y: Tensor) -> Tensor:
-            return y.clone()
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> None:  # type: ignore[override]
-            return None
-
     layer, x = layer_and_input("gradient")
     Ignored.apply(layer(x)).sum().backward()
     for parameter in (x, *layer.parameters()):
@@ -231,16 +234,15 @@ def test_compiled_autograd_calls_it(plan: str, bias: bool) -> None:
     assert_identical("dx", x.grad, expected[0])
 
 
-class Ignored(torch.autograd.Function):
-    """A copy that hands no gradient on."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> None:
-        return None
+@pytest.mark.parametrize("needs_weight", [True, False])
+@pytest.mark.parametrize("form", ["dual", "primal"])
+@pytest.mark.parametrize("side", ["input", "gradient", "fused"])
+def test_the_op_gives_zeros_for_no_rows(side: str, form: str, needs_weight: bool) -> None:
+    x, weight, bias = randn(0, 4).requires_grad_(), randn(3, 4).requires_grad_(needs_weight), randn(3).requires_grad_()
+    settings = (form, side, 1.0, "absolute", "raw", None, 0.0)
+    torch.ops.consequentialism.emended_linear(x, weight, bias, *settings).sum().backward()
+    for one in (x, weight, bias) if needs_weight else (x, bias):
+        assert_identical("gradient", one.grad, torch.zeros_like(one))
 
 
 IGNORED = {
