@@ -6,7 +6,6 @@ nothing. `traced` has the implementations, and says what the ops are for.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -106,12 +105,12 @@ def _late(name: str) -> Callable[..., Any]:
 def _without_derivative(name: str) -> Callable[..., Any]:
     """The autograd kernel of an op that has no derivative, made when it is first called: making one is slow."""
 
-    @functools.cache
-    def made() -> Callable[..., Any]:
-        return _torch.autograd_kernel(getattr(torch.ops.consequentialism, name).default, _refuse_derivative)
+    made: list[Callable[..., Any]] = []
 
     def kernel(keys: Any, *arguments: Any) -> Any:
-        return made()(keys, *arguments)
+        if not made:
+            made.append(_torch.autograd_kernel(getattr(torch.ops.consequentialism, name).default, _refuse_derivative))
+        return made[-1](keys, *arguments)
 
     return kernel
 
