@@ -220,6 +220,34 @@ def test_a_transposed_convolutions_output_size_in_a_subclass() -> None:
         assert y.shape == (4, 3, 15)
 
 
+def test_a_forward_of_any_arguments_in_a_subclass() -> None:
+    class Any1(nn.Linear):
+        def forward(self, *args: Any, **named: Any) -> Tensor:
+            return super().forward(*args, **named)
+
+    class Any2(nn.ConvTranspose1d):
+        def forward(self, *args: Any, **named: Any) -> Tensor:
+            return super().forward(*args, **named)
+
+    class Size(nn.ConvTranspose1d):
+        def forward(self, x: Tensor, size: list[int] | None = None) -> Tensor:
+            return super().forward(x, size)
+
+    for own, like in ((Any1, nn.Linear), (Any2, nn.ConvTranspose1d), (Size, nn.ConvTranspose1d)):
+        cw.register(own, like=like)
+    linear, x = Any1(5, 3), randn(4, 5, dtype=F32)
+    expected = linear(x).detach()
+    cw.convert(linear)
+    for y in (linear(x), linear(input=x)):
+        assert_close("y", y.detach(), expected, TOLERANCE[F32])
+    x = randn(4, 5, 7, dtype=F32)
+    anything, sized = (cw.convert(own(5, 3, 2, stride=2)) for own in (Any2, Size))
+    for y in (anything(x, [15]), anything(x, output_size=[15]), sized(x, [15]), sized(x=x, size=[15])):
+        assert y.shape == (4, 3, 15)
+    with pytest.raises(TypeError, match="takes its input 'x' and 'size' alone"):
+        sized(x, output_size=[15])
+
+
 def added_names(like: Any) -> set[str]:
     """All that `convert` adds to a class of a user's or its instance, and torch's layer has not."""
     made = {"bias": True}

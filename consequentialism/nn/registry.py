@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .conv import Conv1d, Conv2d, Conv3d
-from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, EmendedConvTransposeNd
+from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import Linear
 from .module import KEY, EmendedModule, own_method, saved_beside, without_beside
@@ -188,7 +187,7 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
     }
     if issubclass(cls, form.like):
         bases: tuple[type, ...] = (own, cls)
-        if _input_name(cls) != "input":
+        if _names(cls, own) != list(inspect.signature(own.forward).parameters)[1:]:
             namespace["forward"] = _forward_of(cls, own)
     else:
         bases = (EmendedModule, cls)
@@ -199,26 +198,29 @@ def _subclass(cls: type[nn.Module], form: Form) -> type[EmendedModule]:
     return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
 
 
-def _input_name(cls: type[nn.Module]) -> str:
-    return next(itertools.islice(inspect.signature(cls.forward).parameters, 1, None), "input")
+def _names(cls: type[nn.Module], own: type[EmendedModule]) -> list[str]:
+    """What callers of ``cls.forward`` may name of that which ``own.forward`` takes; its names for ``*args``."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    ours = list(inspect.signature(own.forward).parameters)[1:]
+    theirs = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    open_ended = len(theirs) < max(len(parameters), 1)
+    return [*theirs, *(ours[len(theirs) :] if open_ended else [])][: len(ours)]
 
 
 def _forward_of(cls: type[nn.Module], own: type[EmendedModule]) -> Callable[..., Any]:
-    """The forward of ``own`` for callers of ``cls.forward``, who may name its input."""
-    name = _input_name(cls)
-    sized = issubclass(own, EmendedConvTransposeNd) and "output_size" in inspect.signature(cls.forward).parameters
-    further = {"output_size"} if sized else set()
+    """The forward of ``own`` for callers of ``cls.forward``, who may name what it takes as that does."""
+    names = _names(cls, own)
 
     @functools.wraps(cls.forward)
     def forward(self: EmendedModule, *inputs: Any, **named: Any) -> Any:
-        if not inputs and name in named:
-            inputs = (named.pop(name),)
-        if not 1 <= len(inputs) <= 1 + len(further) or not named.keys() <= further:
+        given = dict(zip(names, inputs, strict=False)) | named
+        if len(inputs) + len(named) != len(given) or not {names[0]} <= given.keys() <= set(names):
+            taken = " and ".join(map(repr, names))
             raise TypeError(
-                f"forward of a registered {cls.__name__} takes its input {name!r} alone, got {len(inputs)} positional "
+                f"forward of a registered {cls.__name__} takes its input {taken} alone, got {len(inputs)} positional "
                 f"arguments and {sorted(named)}"
             )
-        return own.forward(self, *inputs, **named)
+        return own.forward(self, *(given[name] for name in names if name in given))
 
     return forward
 
