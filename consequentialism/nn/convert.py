@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from .._torch import is_dtensor
 from ..functional.checks import FLOATING_TYPES
 from ..options import Options, OptionsDict, as_number, options_from
-from .module import BESIDE, SERIAL, EmendedModule, begin, hidden_name, restored_beside
+from .module import OURS, EmendedModule, begin, hidden_name, restored_beside
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
 
@@ -236,7 +236,7 @@ def _swap(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
 
 def _take_beside_away(module: nn.Module) -> None:
     """Leave an instance the attributes of its plain class alone."""
-    for name in (*BESIDE, SERIAL):
+    for name in OURS:
         module.__dict__.pop(name, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -92,6 +93,7 @@ class EmendedModule(nn.Module):
         super().__init_subclass__(**kwargs)
         if not _keeps_shortcut(cls):
             cls.shortcut = None
+        _finish_setstate(cls)
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() or _torch.is_traced_by_fx()):
@@ -190,19 +192,22 @@ class EmendedModule(nn.Module):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of the plain class, a dict, and all that is the emended layer's under one key of it."""
+        """The state of the plain class, a dict, and all that is the emended layer's under one key of it.
+
+        A class that is built on an emended one has that among the rest, for it may write a state into its `__dict__`.
+        """
         own = _method_below(self, "__getstate__")
         state = self.__dict__ if own is None else own()
         if isinstance(state, dict):
-            return {**without_beside(state), KEY: saved_beside(self)}
+            saved = saved_beside(self)
+            return {**without_beside(state), **(saved if self._emended_plain is None else {KEY: saved})}
         return {KEY: {**saved_beside(self), "state": state}}
 
     def __setstate__(self, state: Any) -> None:
         """Take a state, also one without that key; options are then those that the layer has already."""
         saved: dict[str, Any] = {}
         if isinstance(state, dict):
-            # The second is how layers of older versions were pickled, and what a subclass has of its `__dict__`.
-            saved = state[KEY] if KEY in state else {name: state[name] for name in _SAVED if name in state}
+            saved = _saved_in(state)
             state = without_beside(state)
         beside = restored_beside(saved, self.options)
         self.__dict__.update(beside)
@@ -246,12 +251,12 @@ KEY = "_emended"  # of a state; and what names begin with that an emended layer'
 SERIAL = "_emended_serial"
 BESIDE = ("options", "qualified_name", "recorder", "watched")  # what an instance has beside its plain class's
 _SAVED = (*BESIDE, "process_group")
+OURS = (*_SAVED, KEY, SERIAL)
 
 
 def without_beside(state: dict[str, Any]) -> dict[str, Any]:
     """Of a layer's attributes or state, what its plain class has too."""
-    ours = {*_SAVED, KEY, SERIAL}
-    return {name: value for name, value in state.items() if name not in ours}
+    return {name: value for name, value in state.items() if name not in OURS}
 
 
 def saved_beside(layer: EmendedModule) -> dict[str, Any]:
@@ -270,6 +275,37 @@ def restored_beside(saved: dict[str, Any], options: Options) -> dict[str, Any]:
     if "process_group" in saved:
         options = options.changed(process_group=saved["process_group"].group)
     return {**{name: saved[name] for name in BESIDE if name in saved}, "options": options}
+
+
+def _saved_in(state: dict[str, Any]) -> dict[str, Any]:
+    """What `saved_beside` gave, or as much of it as a state has."""
+    return state[KEY] if KEY in state else {name: state[name] for name in _SAVED if name in state}
+
+
+def _finish_setstate(cls: type[EmendedModule]) -> None:
+    """Have a class's ``__setstate__`` that stands before this package's leave what was saved where it belongs."""
+    above = cls.__mro__[: cls.__mro__.index(EmendedModule)]
+    holder = next((base for base in above if "__setstate__" in base.__dict__), None)
+    if holder is None or hasattr(holder.__dict__["__setstate__"], OWN_SETSTATE):
+        return
+    own = holder.__dict__["__setstate__"]
+
+    @functools.wraps(own)
+    def __setstate__(self: EmendedModule, state: Any) -> None:
+        if isinstance(state, dict) and "state" not in _saved_in(state):
+            state = {**without_beside(state), **restored_beside(_saved_in(state), self.options)}
+        own.__get__(self)(state)
+        attributes = self.__dict__
+        saved = {name: attributes[name] for name in _SAVED if name in attributes} | attributes.pop(KEY, {})
+        attributes.pop("process_group", None)
+        attributes.update(restored_beside(saved, self.options))
+        begin(self)
+
+    setattr(__setstate__, OWN_SETSTATE, own if holder is cls else None)
+    cls.__setstate__ = __setstate__  # type: ignore[method-assign]
+
+
+OWN_SETSTATE = "_emended_own"  # of that function: what the class itself has in its place, or None
 
 
 def begin(layer: EmendedModule) -> None:

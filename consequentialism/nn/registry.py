@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,7 +14,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import Linear
-from .module import KEY, EmendedModule, own_method, saved_beside, without_beside
+from .module import KEY, OWN_SETSTATE, EmendedModule, own_method, saved_beside, without_beside
 
 EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Linear: Linear,
@@ -236,12 +237,45 @@ def _reduce(module: EmendedModule, protocol: Any) -> Any:
     if isinstance(reduced, str):  # the name of a constant
         return reduced
     make, arguments, *rest = reduced
-    if getattr(make, "__self__", None) is emended:
-        make = getattr(plain, make.__name__)
-    make, *arguments = (plain if value is emended else value for value in (make, *arguments))
+    make, *arguments = (_exchanged(value, emended, plain) for value in (make, *arguments))
     if rest and isinstance(rest[0], dict) and KEY not in rest[0]:
         rest[0] = without_beside(rest[0])
+    if rest:
+        rest[0] = _exchanged(rest[0], emended, plain)
     return _made_again, (plain, emended._emended_form, saved_beside(module), make, *arguments), *rest
+
+
+def _exchanged(value: Any, emended: type, plain: type, inside: tuple[int, ...] = ()) -> Any:
+    """The value with the plain class for the emended one, in tuples, lists, dicts and partials too."""
+    if value is emended:
+        return plain
+    if inspect.ismethod(value) and value.__self__ is emended:
+        return getattr(plain, value.__name__)
+    if id(value) in inside:  # a list or dict that holds itself
+        return value
+
+    def each(values: Iterable[Any]) -> list[Any]:
+        return [_exchanged(one, emended, plain, (*inside, id(value))) for one in values]
+
+    def same(new: list[Any], old: Iterable[Any]) -> bool:
+        return all(a is b for a, b in zip(new, old, strict=True))
+
+    if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_make")):
+        new = each(value)
+        if same(new, value):
+            return value
+        made = getattr(type(value), "_make", type(value))  # a named tuple's
+        return made(new)
+    if type(value) in (dict, OrderedDict):
+        keys, values = each(value), each(value.values())
+        unchanged = same(keys, value) and same(values, value.values())
+        return value if unchanged else type(value)(zip(keys, values, strict=True))
+    if type(value) is functools.partial:
+        make, arguments, named = each((value.func, value.args, value.keywords))
+        if same([make, arguments, named], (value.func, value.args, value.keywords)):
+            return value
+        return functools.partial(make, *arguments, **named)
+    return value
 
 
 def _made_again(cls: type[nn.Module], form: Form, saved: dict[str, Any], make: Callable[..., Any], *args: Any) -> Any:
@@ -277,6 +311,9 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
 @functools.cache
 def _over_plain(cls: type[nn.Module]) -> type[nn.Module]:
     namespace = {name: value for name, value in cls.__dict__.items() if name not in _OF_CLASS}
+    if hasattr(namespace.get("__setstate__"), OWN_SETSTATE):
+        own_setstate = getattr(namespace.pop("__setstate__"), OWN_SETSTATE)
+        namespace.update({} if own_setstate is None else {"__setstate__": own_setstate})
     if _calls_super(namespace.get("__init__")):
         del namespace["__init__"]  # it builds an emended layer; the plain one's own serves
     own = [name for name, value in namespace.items() if name in _OF_FORWARD or _calls_super(value)]
