@@ -75,10 +75,9 @@ class Emended(torch.optim.Optimizer):
     gradient before ``S``. In eval mode and under ``no_grad`` nothing is recorded; a batch whose Gram is not finite does
     not enter.
 
-    Make it before `torch.compile` sees a forward, for its hooks must be there. A compiled forward counts its batch at
-    once, an eager one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold training
-    steps between refreshes, as nothing is then read by the host and roots stay where they are: capture while
-    `is_recording` is False, which takes no step, and call `replayed` after each replay.
+    Make it before `torch.compile` sees a forward, for its hooks. A compiled forward counts its batch at once, an eager
+    one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold steps between refreshes,
+    which the host does not read: capture while `is_recording` is False, and call `replayed` after each replay.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` that takes dense gradients and calls no closure within its step. It
@@ -347,9 +346,8 @@ class Emended(torch.optim.Optimizer):
                 step_all(self.optimizer, parts, states, self._rule, rooted)
         if waiting and not self._process_groups():  # over several, ranks might not agree
             recorder.begin()
-        if due and not refreshes:  # no forward yet, as where a checkpoint's place is made: the refresh is still due
-            return loss
-        if not capturing:
+        # Where a checkpoint's place is made there was no forward yet, and the refresh is still due.
+        if not capturing and refreshes == due:
             self._count(1)
         return loss
 
