@@ -94,7 +94,7 @@ def test_the_optimizer_works_in_coordinates(name: str) -> None:
         gradient = augmented(oracle, gradient=True) @ root
         weight.grad, bias.grad = gradient[:, :-1].clone(), gradient[:, -1].clone()
         inner.step()
-        place = start + torch.cat([weight, bias[:, None]], 1).detach() @ root
+        place = start + torch.cat([weight, bias[:, None]], 1).detach() @ root.T
         with torch.no_grad():
             oracle.weight.copy_(place[:, :-1])
             oracle.bias.copy_(place[:, -1])
@@ -104,7 +104,7 @@ def test_the_optimizer_works_in_coordinates(name: str) -> None:
         before = augmented(layer)
         optimizer.eval()
         inner.eval()
-        averaged = start + torch.cat([weight, bias[:, None]], 1).detach() @ root
+        averaged = start + torch.cat([weight, bias[:, None]], 1).detach() @ root.T
         assert_close("averaged", augmented(layer), averaged, EXACT)
         assert (augmented(layer) - before).abs().max() > 1e-4
         optimizer.train()
@@ -124,7 +124,7 @@ def test_asgd_averages_the_weights() -> None:
         gradient = augmented(layer, True) + 0.1 * augmented(layer)
         optimizer.step()
         root = optimizer.state[layer.weight]["root"]
-        expected = before * (1 - 0.1 * eta) - eta * (gradient @ root @ root)[:, :-1]
+        expected = before * (1 - 0.1 * eta) - eta * (gradient @ root @ root.T)[:, :-1]
         assert_close(f"step {step}", layer.weight, expected, EXACT)
         seen.append(layer.weight.detach().clone())
     own = seen[0]

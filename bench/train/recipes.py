@@ -272,6 +272,7 @@ class Before:
             torch.optim.SGD(model.parameters(), lr=0.0),
             model,
             scale="gradient",
+            root="symmetric",  # without a second product no other turns g downhill
             filter_fn=lambda module, _: id(getattr(module, "weight", None)) in hidden,
             **where,
         )

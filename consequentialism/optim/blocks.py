@@ -76,9 +76,9 @@ def right_multiply(
     if column is None:
         return product, None
     begin, end = spans[-1]
-    beside, corner = _edge(root, end - begin)
+    above, beside, corner = _edge(root, end - begin)
     product[..., begin:].addcmul_(column[..., None], beside[:, None])
-    return product, (column * corner).add_(torch.bmm(rows[..., begin:], beside[..., None])[..., 0])
+    return product, (column * corner).add_(torch.bmm(rows[..., begin:], above[..., None])[..., 0])
 
 
 def add_right_multiplied_(
@@ -113,11 +113,11 @@ def add_right_multiplied_(
     if column is None or bias is None:
         return
     begin, end = spans[-1]
-    beside, corner = _edge(root, end - begin)
+    above, beside, corner = _edge(root, end - begin)
     weight[..., begin:].addcmul_(column[..., None], beside[:, None])
-    bias.addcmul_(column, corner).add_(torch.bmm(rows[..., begin:], beside[..., None])[..., 0])
+    bias.addcmul_(column, corner).add_(torch.bmm(rows[..., begin:], above[..., None])[..., 0])
 
 
-def _edge(root: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The bias's row of S: what is the last block's inputs' ``[groups, size]``, and its own ``[groups, 1]``."""
-    return root[:, -1, size, :size], root[:, -1, size, size:]
+def _edge(root: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias's column and row in the last block, ``[groups, size]`` each, and where they meet, ``[groups, 1]``."""
+    return root[:, -1, :size, size], root[:, -1, size, :size], root[:, -1, size, size:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,15 @@ def check_numbers(damping: Any, exponent: Any, memory: Any, refresh_every: Any, 
             raise TypeError(f"{name} must be an integer of at least 1 or None, got {value!r} ({type(value).__name__})")
         if value < 1:  # type: ignore[operator]
             raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def check_root(root: str, exponent: float) -> None:
+    """Raise where there is no such root of that exponent."""
+    if root == "cholesky" and exponent != 0.5:
+        raise ValueError(
+            f"root='cholesky' needs exponent=0.5, got exponent {exponent!r} (1/4 is the default of optimizers that "
+            "orthogonalise)"
+        )
 
 
 def check_process_group(group: Any) -> None:
@@ -114,4 +124,16 @@ def check_one_process(units: Sequence[Unit], model: nn.Module, process_group: An
         raise ValueError(
             f"process_group must not be None with {which}: replicas with roots of their own would drift apart; use "
             "process_group='auto'"
+        )
+
+
+def warn_of_unseen(names: Sequence[str], stacklevel: int) -> None:
+    """Warn of the layers named, of which no rank has recorded an input."""
+    if names:
+        warnings.warn(
+            f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, names))}, which have gradients: "
+            "their own forward did not run, ran in eval mode, or was compiled before the optimizer was made. They are "
+            "stepped plainly",
+            UserWarning,
+            stacklevel=stacklevel,
         )

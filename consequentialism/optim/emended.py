@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
-from ..backend import dispatch
 from ..options import check_choice
 from ..solve.gram import Gram
+from ..solve.root import KINDS, Kind
+from ..solve.root import method as root_method
 from . import memory
 from .checks import (
     check_converted,
@@ -26,8 +27,10 @@ from .checks import (
     check_one_process,
     check_optimizer,
     check_process_group,
+    check_root,
     check_shard_state,
     check_weights,
+    warn_of_unseen,
 )
 from .inside import (
     POSITION,
@@ -38,6 +41,7 @@ from .inside import (
     standing_in,
     step_all,
     step_weight_by_weight,
+    turn,
     without_gradients,
 )
 from .join import JoinHook, notify
@@ -56,24 +60,23 @@ class Emended(torch.optim.Optimizer):
 
     A step ``dW`` changes a layer's outputs by ``x dW^T``, of mean square ``tr(dW A dW^T)`` with the second moment
     ``A = E[x^T x]`` of its input. In coordinates ``V = W (A + c I)^(1/2)`` a unit step has a unit consequence, so the
-    optimizer works there: it gets the preconditioned gradient ``g S``, and what it adds is multiplied by ``S`` again,
+    optimizer works there: it gets the preconditioned gradient ``g S``, and what it adds is multiplied by ``S^T``,
 
-        S = ((A + c I) / t)^-s,    t = trace(A) / I,    c = damping * t,    W <- W + u S.
+        S S^T = ((A + c I) / t)^-2s,    t = trace(A) / I,    c = damping * t,    W <- W + u S^T.
 
     ``A`` is a mean over the rows of the batches in memory, taken in forward on one step in ``refresh_every``; between
-    these a step costs two products with ``S`` a layer. Gradients stay the plain ones until ``step()``, so clipping,
-    accumulation, loss scaling, DDP and FSDP2 work as they always do: a step over k micro-batches with ``memory=0`` is
-    that of their union, exactly. Linear layers, convolutions, transposed ones, `transformers`' ``Conv1D`` and
-    embeddings are served, a layer's bias as an input that is always 1; of attentions and recurrent layers the
-    projections of their own input (`left_alone` names the rest); the optimizer steps the rest as ever.
+    these a step costs two products a layer. Gradients stay the plain ones until ``step()``, so clipping, accumulation,
+    loss scaling, DDP and FSDP2 work as they always do: a step over k micro-batches with ``memory=0`` is that of their
+    union, exactly. Linear layers, convolutions, transposed ones, `transformers`' ``Conv1D`` and embeddings are served,
+    a layer's bias as an input that is always 1; of attentions and recurrent layers the projections of their own input
+    (`left_alone` names the rest); the optimizer steps the rest as ever.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = cw.optim.Emended(optimizer, model)
 
     Its state stands in ``optimizer.state[weight]`` beside the optimizer's own: ``input_gram``, ``root``, ``gram_rows``
     and ``emended_steps``. Weight decay acts on ``W``: decoupled decay as that class does, coupled decay by entering the
-    gradient before ``S``. In eval mode and under ``no_grad`` nothing is recorded; a batch whose Gram is not finite does
-    not enter.
+    gradient before ``S``. In eval mode and under ``no_grad`` nothing is recorded, nor a batch whose Gram is not finite.
 
     Make it before `torch.compile` sees a forward, for its hooks. A compiled forward counts its batch at once, an eager
     one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold steps between refreshes,
@@ -108,6 +111,11 @@ class Emended(torch.optim.Optimizer):
             all ranks step together. The Grams of a refresh step are added up where their rows are: from forward to that
             step they stand on every rank. The weights are those of ``shard_state=False``. A checkpoint holds the whole
             state, and resumes with any number of ranks, sharded or not: see `consolidate_state_dict`.
+        root: ``"symmetric"``: ``S = ((A + c I) / t)^-s``. ``"cholesky"``, for ``s = 1/2``: the triangular ``L^-T`` of
+            ``(A + c I) / t = L L^T``, on the CPU in a sixth of the time. `torch.optim.SGD` and Muon take the same
+            step with either; others, as Adam, work in other coordinates. ``"auto"``: Cholesky's on the CPU where the
+            step is the same, else the symmetric. A loaded root of the other kind, whose zeros show which it is, stays
+            until the next refresh; the optimizer's moments remain, in its coordinates, until new ones outweigh them.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
 
     Raises:
@@ -130,6 +138,7 @@ class Emended(torch.optim.Optimizer):
         block: int | None = None,
         process_group: Any = "auto",
         shard_state: bool = False,
+        root: Kind = "auto",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
         check_optimizer(optimizer)
@@ -137,6 +146,7 @@ class Emended(torch.optim.Optimizer):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
         check_numbers(damping, exponent, memory, refresh_every, block)
         check_choice("scale", scale, SCALES)
+        check_choice("root", root, KINDS)
         if filter_fn is not None and not callable(filter_fn):
             raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
         check_process_group(process_group)
@@ -147,6 +157,8 @@ class Emended(torch.optim.Optimizer):
             scale = "nlms" if isinstance(optimizer, torch.optim.SGD) else "gradient"
         self.damping, self.scale, self.memory, self.process_group = damping, scale, memory, process_group
         self.exponent = default.exponent if exponent is None else exponent
+        check_root(root, self.exponent)
+        self.root: Kind = root
         self.refresh_every = default.refresh_every if refresh_every is None else refresh_every
         self.block = default.block if block is None else block
         self._rule, self._name = rule, type(optimizer).__name__
@@ -217,7 +229,7 @@ class Emended(torch.optim.Optimizer):
             for unit, state in zip(self.units, states, strict=True):
                 own = [p for u, p in pairs if u is unit]
                 if own:
-                    root = state["root"].view(unit.slot.shape)
+                    root = unit.transposed(state["root"].view(unit.slot.shape))
                     moved = unit.multiply(root, done[id(own[0])], done[id(own[1])] if len(own) > 1 else None)
                     for parameter, change in zip(own, moved, strict=False):
                         if change is not None:
@@ -401,25 +413,13 @@ class Emended(torch.optim.Optimizer):
         unseen = [unit.name for unit in units if float(self.state[unit.weight]["gram_rows"]) == 0]
         for unit in units:
             unit.met = True
-        if unseen:
-            warnings.warn(
-                f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, unseen))}, which have "
-                "gradients: their own forward did not run, ran in eval mode, or was compiled before the optimizer was "
-                "made. They are stepped plainly",
-                UserWarning,
-                stacklevel=6,
-            )
+        warn_of_unseen(unseen, stacklevel=7)
 
     def _roots(self, units: Sequence[Unit], moments: Sequence[Gram]) -> list[Tensor]:
         """``S`` of each ``A``, all of one shape, with the stored shape."""
-        one, ops = units[0], dispatch.for_coordinates(moments[0].matrix)
-        how = one.blocks.columns, self.damping, self.exponent, self.scale == "gradient"
-        matrices = [moment.matrix.view(one.slot.shape) for moment in moments]
-        if one.diagonal:
-            made = [Gram(own, moment.count).root(ops, *how) for own, moment in zip(matrices, moments, strict=True)]
-        else:
-            made = list(Gram(torch.cat(matrices), moments[0].count).root(ops, *how).split(one.groups))
-        return [root.view(moment.matrix.shape) for root, moment in zip(made, moments, strict=True)]
+        turned = turn(self.optimizer, self.units, self._rule)
+        method = root_method(self.exponent, moments[0].matrix.device.type, self.root, turned)
+        return memory.roots_of(units, moments, (self.damping, self.exponent, self.scale == "gradient"), method)
 
     def _process_groups(self) -> list[Any]:
         """The groups over which Grams are summed, one after the other."""

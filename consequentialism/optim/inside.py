@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _torch
 from .memory import KEYS, State
 from .rules import Rule, decay_of, kept_share
-from .steps import Entry, local
+from .steps import Entry, local, muon, rule_for, sgd
 from .steps import Rule as Step
 from .units import Unit
 
@@ -57,7 +57,7 @@ class Part(NamedTuple):
         return [kept_share(group) if decay == "decoupled" else 1 for group, decay in pairs]
 
     def apply(self, changes: Sequence[Tensor], shares: Sequence[Any]) -> None:
-        """``W <- share * W + change S``."""
+        """``W <- share * W + change S^T``."""
         self.unit.add_product_(self.root, self.parameters, changes, shares)
 
 
@@ -86,6 +86,26 @@ def parts_of(
         root = state["root"].view(unit.slot.shape) if "root" in state else None
         parts.append(Part(unit, root, parameters, own, [decay_of(rule, group, name) for group in own]))
     return parts
+
+
+def turn(optimizer: torch.optim.Optimizer, units: Sequence[Unit], rule: Rule) -> bool:
+    """Whether a step in coordinates that any orthogonal matrix has turned is the turned step: with any root it is then
+    the same. Exactly torch's SGD and Muon and `Muon` are known for it.
+
+    Not where a layer's weight and bias have other options, but for their decay, which is on the weights; nor where an
+    optimizer that orthogonalises has a matrix whose rows have roots of their own, as grouped convolutions have.
+    """
+    if rule_for(optimizer) not in (sgd, muon) and not hasattr(optimizer, "emended_rule"):
+        return False
+    if rule.orthogonalises:
+        return all(unit.groups == 1 for unit in units)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    pairs = [(groups[id(unit.weight)], groups.get(id(unit.bias))) for unit in units if id(unit.weight) in groups]
+    return all(bias is None or bias is weight or _options(bias) == _options(weight) for weight, bias in pairs)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names", "weight_decay")}
 
 
 @contextlib.contextmanager

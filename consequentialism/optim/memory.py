@@ -3,7 +3,7 @@
 In ``optimizer.state[weight]``, for layers that share an input the same tensors:
 
 - ``input_gram``: ``A``, the mean of ``x^T x`` over rows, older ones forgotten by the factor ``memory`` a refresh.
-- ``root``: ``S``.
+- ``root``: ``S``, with ``S S^T = ((A + c I) / t)^-2s``.
 - ``gram_rows``: how many rows stand in ``A``, forgotten likewise; a convolution's samples with ``scale="nlms"``.
 - ``emended_steps``: how many steps there were, which says when the next refresh is due.
 """
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import dispatch
 from ..precision import widest_dtype
 from ..solve.gram import Gram, sum_over
+from ..solve.root import Method
 from .steps import local
 from .units import Unit
 
@@ -93,6 +95,26 @@ def take_in(
             for member in members:
                 states[member].update(places)
                 units[member].slot.folded = True
+
+
+def roots_of(
+    units: Sequence[Unit], moments: Sequence[Gram], how: tuple[float, float, bool], method: Method
+) -> list[Tensor]:
+    """``S`` of each ``A``, all of one shape, with the stored shape.
+
+    Args:
+        how: Damping, exponent, and whether ``A + c I`` is divided by its mean.
+        method: Of those that are no diagonals.
+    """
+    one, ops = units[0], dispatch.for_coordinates(moments[0].matrix)
+    matrices = [moment.matrix.view(one.slot.shape) for moment in moments]
+    columns = one.blocks.columns
+    if one.diagonal:
+        made = [Gram(own, moment.count).root(ops, columns, *how) for own, moment in zip(matrices, moments, strict=True)]
+    else:
+        joined = Gram(torch.cat(matrices), moments[0].count)
+        made = list(joined.root(ops, columns, *how, method).split(one.groups))
+    return [root.view(moment.matrix.shape) for root, moment in zip(made, moments, strict=True)]
 
 
 def _batches(units: Sequence[Unit], shared: Sequence[list[int]]) -> list[list[list[int]]]:

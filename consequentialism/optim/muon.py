@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import as_number
+from ..solve.root import Kind as RootKind
 from . import steps
 from .composite import AttentionInput, composite_kinds
 from .emended import Emended
@@ -40,8 +41,8 @@ class Muon(Emended):
         ns_coefficients, ns_steps, eps, adjust_lr_fn: As `torch.optim.Muon`.
         qkv: The last parts of the names of layers whose matrix holds those of queries, keys and values, one over the
             other, as ``("c_attn",)``: each is orthogonalised on its own. Without, it is one matrix.
-        damping, exponent, scale, memory, refresh_every, block, process_group, shard_state: As `Emended`; the exponent
-            is 1/4, a refresh comes every 25 steps and blocks are of 128 inputs.
+        damping, exponent, scale, memory, refresh_every, block, process_group, shard_state, root: As `Emended`; the
+            exponent is 1/4, a refresh comes every 25 steps and blocks are of 128 inputs.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers' weights are hidden matrices;
             None: as above.
 
@@ -71,6 +72,7 @@ class Muon(Emended):
         block: int | None = None,
         process_group: Any = "auto",
         shard_state: bool = False,
+        root: RootKind = "auto",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -100,6 +102,7 @@ class Muon(Emended):
             block=block,
             process_group=process_group,
             shard_state=shard_state,
+            root=root,
             filter_fn=lambda module, _: id(module) in chosen,
         )
 

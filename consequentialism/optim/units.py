@@ -93,10 +93,15 @@ class Unit:
         assert column is not None
         return shard.own(product), beside.own(column)
 
+    def transposed(self, root: Tensor) -> Tensor:
+        """``S^T``, by which what the optimizer adds is multiplied."""
+        return root if self.diagonal else root.mT
+
     def add_product_(
         self, root: Tensor, parameters: Sequence[Any], changes: Sequence[Tensor], shares: Sequence[Any]
     ) -> None:
-        """``W <- share * W + change S`` of the weight, and of the bias where there are two parameters."""
+        """``W <- share * W + change S^T`` of the weight, and of the bias where there are two parameters."""
+        root = self.transposed(root)
         own = [local(parameter) for parameter in parameters]
         rows = None if own[0] is not parameters[0] else self._rows(own[0], root, changes)
         in_product = rows is not None and not isinstance(shares[0], Tensor)

@@ -95,14 +95,23 @@ class Gram:
             return reference.inverse_with(self.matrix, c, ridge.scale, self.count)
         return ops.damped_inverse(self.matrix, *ridge, self.rank, self.count)
 
-    def root(self, ops: CoordinateOps, columns: int, damping: float, exponent: float, divided: bool) -> Tensor:
-        """The root ``S = ((A + c I) / t)^-s`` with ``c = damping * t`` and ``t = trace(A) / I``.
+    def root(
+        self,
+        ops: CoordinateOps,
+        columns: int,
+        damping: float,
+        exponent: float,
+        divided: bool,
+        how: root.Method | None = None,
+    ) -> Tensor:
+        """A root, ``S S^T = ((A + c I) / t)^-2s`` with ``c = damping * t`` and ``t = trace(A) / I``; see `root.power`.
 
         Args:
             columns: ``I``, the bias's column counted; diagonal blocks ``[groups, n, b, b]`` of a group share a trace.
             damping: Relative to ``t``.
             exponent: ``s``.
             divided: Whether ``A + c I`` is divided by ``t``, or taken as it is.
+            how: As `root.method` says; None: for the symmetric one.
 
         Returns:
             Of the matrix's shape and type. The identity where the trace is zero, NaN where it is not finite.
@@ -118,7 +127,7 @@ class Gram:
             t = t[:, None, None, None]
             alive = t != 0
             scaled = moment / torch.where(alive & t.isfinite(), t, 1)
-            made = root.power(ops, scaled, damping, exponent, columns)
+            made = root.power(ops, scaled, damping, exponent, columns, how)
             eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
         if not divided:
             made = made * t.pow(-exponent)

@@ -1,4 +1,6 @@
-"""How ``(B + c I)^-s`` is made, by which method and in which type, decided here; and the polynomials of its iteration.
+"""How ``S`` with ``S S^T = (B + c I)^-2s`` is made, by which method and in which type, decided here; and its iteration.
+
+Where it is symmetric, ``S = (B + c I)^-s``; at ``s = 1/2`` it may be triangular, a Cholesky factor's inverse.
 
 The coupled iteration for an inverse root of order ``p``, ``s = 1/p``, is ``X <- X T`` and ``M <- T^p M`` from ``X = I``
 and an ``M`` with eigenvalues in ``[low, 1]``; where all become 1, X is ``M^(-1/p)``. ``T`` is a quadratic polynomial in
@@ -21,10 +23,14 @@ from torch import Tensor
 from ..backend.protocol import CoordinateOps
 from ..precision import root_dtype, widest_dtype
 
-Method = Literal["iteration", "eigenvalues", "cholesky"]
+Method = Literal["iteration", "eigenvalues", "cholesky", "factor"]
+Kind = Literal["auto", "symmetric", "cholesky"]
+
+KINDS: tuple[Kind, ...] = ("auto", "symmetric", "cholesky")
 
 ROOTS = (2, 4, 8)  # orders that the iteration takes: T^p is then a few squarings
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-15}
+LEAF = 64  # the order of triangular matrices that are not cut
 NEAR_ONE = 1e-3  # where Taylor's polynomial about the middle is the minimax one but for rounding
 
 
@@ -35,23 +41,36 @@ class Plan(NamedTuple):
     coefficients: list[float]
 
 
-def method(exponent: float, device_type: str) -> Method:
-    """How ``(B + c I)^-exponent`` is made.
+def method(exponent: float, device_type: str, kind: Kind = "symmetric", turns: bool = False) -> Method:
+    """How ``S`` is made, and so whether it is symmetric or, by "factor", triangular.
 
     Args:
         exponent: Above 0 and at most 1.
         device_type: On the host eigenvalues, in float64, are more accurate and as fast on one thread (the iteration in
             float32 takes .59 to 1.20 of their seconds, measured at orders 64 to 1024); they make a GPU's host wait.
+        kind: ``"auto"``: triangular on the host where it changes nothing, for it takes a sixth of the eigenvalues'
+            seconds (measured at order 257).
+        turns: Whether the step is the same with any ``S``.
     """
+    if kind == "cholesky" or (kind == "auto" and turns and exponent == 0.5 and device_type == "cpu"):
+        return "factor"
     if exponent == 1:
         return "cholesky"
     root = round(1 / exponent)
     return "iteration" if device_type != "cpu" and root in ROOTS and 1 / root == exponent else "eigenvalues"
 
 
-def power(ops: CoordinateOps, scaled: Tensor, damping: float, exponent: float, columns: int) -> Tensor:
-    """``(B + damping I)^-s [..., b, b]`` of symmetric ``B``, its trace at most ``columns``."""
-    how = method(exponent, scaled.device.type)
+def power(
+    ops: CoordinateOps, scaled: Tensor, damping: float, exponent: float, columns: int, how: Method | None = None
+) -> Tensor:
+    """``S [..., b, b]`` with ``S S^T = (B + damping I)^-2s`` of symmetric ``B``, its trace at most ``columns``.
+
+    Args:
+        how: As `method` says; None: for a symmetric one.
+    """
+    how = how or method(exponent, scaled.device.type)
+    if how == "factor":
+        return inverse_factor(scaled, damping)
     if how == "eigenvalues":
         return eigen_power(scaled, damping, exponent)
     if how == "cholesky":
@@ -69,6 +88,47 @@ def eigen_power(scaled: Tensor, damping: float, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(torch.where(wide.isfinite(), wide, 0))
     powers = (values.clamp(min=0) + damping).pow(-exponent)
     return ((vectors * powers[..., None, :]) @ vectors.mT).to(scaled.dtype)
+
+
+def inverse_factor(scaled: Tensor, damping: float) -> Tensor:
+    """The upper triangular ``S``, its diagonal positive, with ``S S^T = (B + damping I)^-1``: of the factor ``L`` the
+    inverse, transposed. In float64 where the device has it.
+
+    Where rounding leaves ``B`` an eigenvalue below ``-damping``, the host takes it for zero; a GPU, which is not waited
+    for, gives NaN. So it does, on both, where ``B`` is not finite.
+    """
+    damped = scaled.to(widest_dtype(scaled.device.type), copy=True)
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    served = (info == 0)[..., None, None]
+    if scaled.device.type != "cpu":
+        lower = torch.where(served, lower, torch.nan)
+    elif not bool(served.all()):
+        lower = torch.where(served, lower, _factor_of_eigenvalues(scaled, damping))
+    return _inverse_of_lower(lower).mT.to(scaled.dtype)
+
+
+def _factor_of_eigenvalues(scaled: Tensor, damping: float) -> Tensor:
+    """``L`` of the matrix whose eigenvalues below 0 are 0, plus the ridge: what is orthogonal drops out of its root."""
+    wide = scaled.to(widest_dtype(scaled.device.type))
+    values, vectors = torch.linalg.eigh(torch.where(wide.isfinite(), wide, 0))
+    upper = torch.linalg.qr((values.clamp(min=0) + damping).sqrt()[..., None] * vectors.mT).R
+    lower = (upper * upper.diagonal(dim1=-2, dim2=-1).sign()[..., None]).mT
+    return torch.where(wide.isfinite().all(-1).all(-1)[..., None, None], lower, torch.nan)
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """``L^-1``, by halves: LAPACK's solution for all columns of I takes twice the time at order 257."""
+    order = lower.shape[-1]
+    if order <= LEAF:
+        eye = torch.eye(order, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    half = order // 2
+    inverse = torch.zeros_like(lower)
+    first, last = _inverse_of_lower(lower[..., :half, :half]), _inverse_of_lower(lower[..., half:, half:])
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
+    inverse[..., half:, :half] = (last @ lower[..., half:, :half] @ first).neg_()
+    return inverse
 
 
 def cholesky_inverse(scaled: Tensor, damping: float) -> Tensor:
