@@ -75,6 +75,7 @@ CUDA_SOURCES = [
     "csrc/cuda/emended_input.cu",
     "csrc/cuda/weight_grad.cu",
     "csrc/cuda/fused_weight_grad.cu",
+    "csrc/cuda/launch_counters.cu",
 ]
 CUDA_ARCHITECTURES = ("8.0", "9.0+PTX")  # where TORCH_CUDA_ARCH_LIST names none; no kernel uses what only 9.0a has
 NEWER_CUDA_ARCHITECTURES = ("10.0", "12.0")  # where nvcc has them, which else compile whole modules at their first use

@@ -401,6 +401,6 @@ def test_a_device_that_cannot_hold_all_blocks_at_once_recomputes(shim: cuda_shim
 def test_a_capture_takes_no_slot_of_a_stream(shim: cuda_shim.Library) -> None:
     # A graph that is captured again and again would use them up, and later launches would change their bits.
     slots, streams = 1024, 1026
-    (own,) = shim.run("call_fused_slots", shim.empty(2, streams, dtype=torch.int64), 3 * slots, streams, seeds=(0,))
+    (own,) = shim.run("call_stream_slots", shim.empty(2, streams, dtype=torch.int64), 3 * slots, streams, seeds=(0,))
     assert own[0].tolist() == [*range(slots), -1, -1]
     assert torch.equal(own[0], own[1])

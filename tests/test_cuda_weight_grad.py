@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import cuda_shim
 import pytest
@@ -30,34 +31,43 @@ def shim() -> cuda_shim.Library:
 VECTOR = {F64: 2, F32: 4, BF16: 8, F16: 8}  # elements of 16 bytes
 
 
-def plan(shim: cuda_shim.Library, dy: Tensor, outputs: int, offset: int = 0) -> list[int]:
-    """The vector, the number of splits and of flags, of the first ``outputs`` columns from element ``offset`` on."""
+class Plan(NamedTuple):
+    """Elements read at once, strips of columns, sets of them, splits of the rows, partial sums."""
+
+    vector: int
+    strips: int
+    sets: int
+    splits: int
+    partials: int
+
+
+def plan(shim: cuda_shim.Library, dy: Tensor, outputs: int, offset: int = 0) -> Plan:
+    """Of the first ``outputs`` columns of dy from its element ``offset`` on."""
     rows, stride = dy.shape
-    made = shim.empty(3, dtype=torch.int64)
+    made = shim.empty(5, dtype=torch.int64)
     name = f"call_plan_bias_grad_{NAMES[dy.dtype]}"
     result = shim.run(name, shim.guarded(dy, "dy"), made, rows, outputs, stride, offset, seeds=(0,))
-    return [int(value) for value in result[1]]
+    return Plan(*result[1].tolist())
 
 
 def bias_grad(
     shim: cuda_shim.Library, dy: Tensor, column: Tensor | None, outputs: int, dw: Tensor | None = None, offset: int = 0
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """``db [O]``, the flags and ``dw``, of the first ``outputs`` columns of dy from its element ``offset`` on."""
+) -> tuple[Tensor | None, Tensor]:
+    """``db [O]`` and ``dw``, of the first ``outputs`` columns of dy from its element ``offset`` on."""
     rows, stride = dy.shape
-    _, splits, count = plan(shim, dy, outputs, offset)
     dw = randn(outputs, 3, dtype=dy.dtype) if dw is None else dw
-    wide = F64 if dy.dtype == F64 else F32
-    flags, held_dw = shim.empty(count, dtype=torch.int32, name="broken"), shim.guarded(dw, "dw")
+    counters = shim.guarded(torch.zeros(32, dtype=torch.int32), "counters")
     held = partial = db = None
     if column is not None:
         held = shim.guarded(column, "column")
-        partial = shim.empty(splits, outputs, dtype=wide, name="partial")
+        wide = F64 if dy.dtype == F64 else F32
+        partial = shim.empty(plan(shim, dy, outputs, offset).partials, dtype=wide, name="partial")
         db = shim.empty(outputs, dtype=dy.dtype, name="db")
-    arguments = (shim.guarded(dy, "dy"), held, partial, flags, held_dw, db)
+    arguments = (shim.guarded(dy, "dy"), held, partial, counters, shim.guarded(dw, "dw"), db)
     results = shim.run(f"call_bias_grad_{NAMES[dy.dtype]}", *arguments, rows, outputs, stride, offset, dw.numel())
-    if column is None:
-        return None, results[1], results[2]
-    return results[-1], results[-3], results[-2]
+    *_, counted, own = results if column is None else results[:-1]
+    assert counted.tolist() == [0] * 32, "the counters are not ready for the next launch"
+    return None if column is None else results[-1], own
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,15 +76,15 @@ def bias_grad(
 )
 def test_bias_grad(shim: cuda_shim.Library, rows: int, outputs: int, dtype: torch.dtype) -> None:
     dy, column = randn(rows, outputs, dtype=dtype), randn(rows, seed=1, dtype=F64 if dtype == F64 else F32)
-    assert plan(shim, dy, outputs)[0] == (VECTOR[dtype] if outputs % VECTOR[dtype] == 0 else 1)
+    assert plan(shim, dy, outputs).vector == (VECTOR[dtype] if outputs % VECTOR[dtype] == 0 else 1)
     dw = randn(outputs, 3, dtype=dtype)
-    db, broken, own = bias_grad(shim, dy, column, outputs, dw)
+    shim.reset_counts()
+    db, own = bias_grad(shim, dy, column, outputs, dw)
+    assert shim.launches == len(cuda_shim.SEEDS)  # one each
     assert_close("db", db, dy.double().T @ column.double(), ROUNDING[dtype])
-    assert broken.tolist() == [0] * len(broken)
     assert torch.equal(own, dw)
-    nothing, broken, own = bias_grad(shim, dy, None, outputs, dw)
+    nothing, own = bias_grad(shim, dy, None, outputs, dw)
     assert nothing is None
-    assert broken.tolist() == [0] * len(broken)
     assert torch.equal(own, dw)
 
 
@@ -84,21 +94,49 @@ def test_bias_grad(shim: cuda_shim.Library, rows: int, outputs: int, dtype: torc
 def test_rows_are_split_for_two_blocks_a_processor(
     shim: cuda_shim.Library, rows: int, outputs: int, splits: int
 ) -> None:
-    assert plan(shim, torch.empty(rows, outputs), outputs)[1:] == [splits, splits * -(-outputs // 128)]
+    strips = -(-outputs // 128)
+    partials = splits * outputs if splits > 1 else 0
+    assert plan(shim, torch.empty(rows, outputs), outputs) == (4, strips, strips, splits, partials)
+
+
+@pytest.mark.parametrize("column", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("outputs", [961, 1100, 2000])
+def test_strips_share_a_ticket(shim: cuda_shim.Library, outputs: int, column: bool) -> None:
+    """More strips than tickets, some sets with one strip more than others."""
+    dy = randn(3, outputs + 1, dtype=F32)[:, 1:].contiguous()
+    held = torch.zeros(3, outputs + 2)
+    held[:, 1:-1] = dy
+    made = plan(shim, held, outputs, 1)
+    assert (made.vector, made.strips, made.sets) == (1, -(-outputs // 32), 30)
+    db, _ = bias_grad(shim, held, torch.ones(3) if column else None, outputs, offset=1)
+    assert db is None or assert_close("db", db, dy.double().sum(0), ROUNDING[F32]) is None
+    for output in (0, outputs - 1):
+        spoiled = held.clone()
+        spoiled[1, 1 + output] = math.inf
+        db, dw = bias_grad(shim, spoiled, torch.ones(3) if column else None, outputs, offset=1)
+        assert dw.isnan().all()
+        assert db is None or db.isnan().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("row", "output"), [(0, 0), (63, 127), (64, 128), (150, 203)])
 def test_what_is_not_finite_poisons_all(shim: cuda_shim.Library, row: int, output: int, value: float) -> None:
     dy = randn(151, 204, dtype=F32)
+    assert plan(shim, dy, 204)[1:4] == (2, 2, 3)
     dy[row, output] = value
     for column in (torch.zeros(151), None):
-        db, broken, dw = bias_grad(shim, dy, column, 204)
-        assert [bool(flag) for flag in broken] == [
-            (split, block) == (row // 64, output // 128) for split in range(3) for block in range(2)
-        ]
+        db, dw = bias_grad(shim, dy, column, 204)
         assert dw.isnan().all()
         assert db is None or db.isnan().all()
+
+
+def test_several_values_are_not_finite(shim: cuda_shim.Library) -> None:
+    dy = randn(151, 204, dtype=F32)
+    dy[::50, ::40] = math.inf
+    db, dw = bias_grad(shim, dy, torch.ones(151), 204)
+    assert db is not None
+    assert db.isnan().all()
+    assert dw.isnan().all()
 
 
 @pytest.mark.parametrize(("stride", "offset", "vector"), [(48, 0, 4), (50, 0, 1), (48, 4, 4), (48, 3, 1)])
@@ -106,33 +144,33 @@ def test_rows_apart_and_off_alignment(shim: cuda_shim.Library, stride: int, offs
     dy = torch.full((20, stride), math.nan)  # what is not this layer's
     own = randn(20, 40, dtype=F32)
     dy[:, offset : offset + 40] = own
-    assert plan(shim, dy, 40, offset)[0] == vector
-    db, broken, _ = bias_grad(shim, dy, torch.ones(20), 40, offset=offset)
+    assert plan(shim, dy, 40, offset).vector == vector
+    db, dw = bias_grad(shim, dy, torch.ones(20), 40, offset=offset)
     assert_close("db", db, own.double().sum(0), ROUNDING[F32])
-    assert broken.tolist() == [0] * len(broken)
+    assert dw.isfinite().all()
 
 
 def test_large_values_are_finite(shim: cuda_shim.Library) -> None:
     dy = torch.full((40, 3), 3e38)  # their sum is not
-    _, broken, dw = bias_grad(shim, dy, torch.ones(40), 3)
-    assert broken.tolist() == [0]
+    db, dw = bias_grad(shim, dy, torch.ones(40), 3)
+    assert db is not None
+    assert db.isinf().all()
     assert dw.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (33, 40), (100, 300)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (33, 40), (100, 300), (7, 11)])
 def test_poison_reaches_all_of_dw(shim: cuda_shim.Library, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     dy, dw = randn(2, outputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
     dy[1, -1] = math.inf
-    _, _, own = bias_grad(shim, dy, None, outputs, dw)
+    _, own = bias_grad(shim, dy, None, outputs, dw)
     assert own.isnan().all()
 
 
 def test_no_rows_and_nothing_to_do(shim: cuda_shim.Library) -> None:
-    db, broken, _ = bias_grad(shim, torch.empty(0, 5), torch.empty(0), 5)
+    db, _ = bias_grad(shim, torch.empty(0, 5), torch.empty(0), 5)
     assert db is not None
     assert db.tolist() == [0] * 5
-    assert broken.tolist() == [0]
     shim.reset_counts()
     bias_grad(shim, torch.empty(4, 0), None, 0)
     assert shim.launches == 0

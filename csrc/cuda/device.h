@@ -15,7 +15,7 @@
 #include "../checks.h"
 #include "damped_inverse_launcher.h"
 #include "device_limits.h"
-#include "fused_weight_grad_launcher.h"
+#include "launch_counters.h"
 
 namespace consequentialism::cuda {
 
@@ -23,7 +23,7 @@ constexpr size_t kMaxDevices = 64;
 
 // Addresses on each device, null where no op has run; breakdowns() reads the others.
 inline std::array<std::atomic<unsigned*>, kMaxDevices> breakdown_counters{};
-inline std::array<std::atomic<unsigned*>, kMaxDevices> fused_counters{};
+inline std::array<std::atomic<unsigned*>, kMaxDevices> launch_counters{};
 
 // Of the current device; asked for once each.
 inline Limits limits_of_current_device() {
@@ -39,8 +39,8 @@ inline Limits limits_of_current_device() {
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     C10_CUDA_CHECK(clusters_run(&clusters));
     unsigned* address = nullptr;
-    C10_CUDA_CHECK(fused_counters_address(&address));
-    fused_counters[static_cast<size_t>(device)] = address;
+    C10_CUDA_CHECK(launch_counters_address(&address));
+    launch_counters[static_cast<size_t>(device)] = address;
     C10_CUDA_CHECK(breakdown_counter_address(&address));
     breakdown_counters[static_cast<size_t>(device)] = address;
     known[static_cast<size_t>(device)] = {static_cast<size_t>(shared), processors, clusters};
@@ -52,8 +52,8 @@ inline Limits limits_of_current_device() {
 inline unsigned* breakdown_counter() {
   return breakdown_counters.at(static_cast<size_t>(c10::cuda::current_device()));
 }
-inline unsigned* first_fused_counter() {
-  return fused_counters.at(static_cast<size_t>(c10::cuda::current_device()));
+inline unsigned* first_launch_counter() {
+  return launch_counters.at(static_cast<size_t>(c10::cuda::current_device()));
 }
 
 template <class Scalar>

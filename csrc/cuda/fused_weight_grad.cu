@@ -4,12 +4,6 @@ namespace consequentialism::cuda {
 
 namespace {
 
-constexpr int64_t kMaxBlocks = 0xFFFF;  // the ticket's lower half
-
-#ifndef CONSEQUENTIALISM_HOST_SHIM
-__device__ unsigned all_counters[kFusedSlots * kFusedCounters];
-#endif
-
 template <class T, int kTile, int kTerms>
 cudaError_t launch_tile(
     const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
@@ -50,7 +44,7 @@ template <class T>
 cudaError_t launch_plan(
     const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,
     unsigned* breakdowns, cudaStream_t stream) {
-  if (plan.variant == FusedVariant::kNone || plan.blocks() > kMaxBlocks || arguments.rows > plan.tile) {
+  if (plan.variant == FusedVariant::kNone || plan.blocks() > kMostArrivals || arguments.rows > plan.tile) {
     return cudaErrorInvalidValue;
   }
   if constexpr (std::is_same_v<T, float>) {
@@ -60,12 +54,6 @@ cudaError_t launch_plan(
 }
 
 }  // namespace
-
-#ifndef CONSEQUENTIALISM_HOST_SHIM
-cudaError_t fused_counters_address(unsigned** address) {
-  return cudaGetSymbolAddress(reinterpret_cast<void**>(address), all_counters);
-}
-#endif
 
 template <class T>
 cudaError_t launch_fused_weight_grad(

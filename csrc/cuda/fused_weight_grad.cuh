@@ -1,11 +1,13 @@
 // The weight gradient in one launch: Gram, inverse, emended slice of x, product with dy. See FusedPlan.
 #pragma once
 
+#include "arrivals.cuh"
 #include "damped_inverse.cuh"
 #include "emended_input.cuh"
 #include "emended_input_launcher.h"
 #include "fused_weight_grad_launcher.h"
 #include "input_gram.cuh"
+#include "launch_counters.h"
 
 namespace consequentialism::cuda {
 
@@ -77,34 +79,6 @@ __device__ __forceinline__ void sum_partials(
 #pragma unroll
     for (int k = 0; k < kPack; ++k) gram[row * stride + column + k] = sums[k];
   }
-}
-
-// Whether some thread of the block comes with `flag`; shared is one integer.
-__device__ __forceinline__ bool block_any(bool flag, int* shared) {
-  __syncthreads();
-  if (threadIdx.x == 0) *shared = 0;
-  __syncthreads();
-  if (flag) *shared = 1;
-  __syncthreads();
-  return *shared != 0;
-}
-
-// Whether this is the last block to come here and some block came with `flag`, the same in all its threads. What other
-// blocks wrote before is seen after. The ticket is left at zero; shared is one integer.
-__device__ __forceinline__ bool last_of_flagged(unsigned* ticket, unsigned blocks, bool flag, int* shared) {
-  constexpr unsigned kFlagged = 1u << 16;
-  bool poisons = false;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const unsigned own = flag ? kFlagged + 1 : 1;
-    __threadfence();
-    const unsigned all = atomicAdd(ticket, own) + own;
-    const bool last = all % kFlagged == blocks;
-    if (last) *ticket = 0;
-    poisons = last && all >= kFlagged;
-    __threadfence();
-  }
-  return block_any(poisons, shared);
 }
 
 template <class Traits, class T>
@@ -203,7 +177,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) fused_weight_grad_kernel(
     }
     broken = block_any(broken, any);
   }
-  if (!last_of_flagged(counters + 1, gridDim.x, broken, any)) return;
+  if (!last_of_flagged(counters + kFirstTicket, gridDim.x, broken, any)) return;
   const T nan = from_accumulator<T>(G(NAN));
   for (int64_t i = thread; i < outputs * inputs; i += Traits::kThreads) arguments.dw[i] = nan;
   if (!bias) return;

@@ -1,12 +1,10 @@
 // The op `fused_weight_grad` on CUDA: one launch where the plan has one, else the ops for its parts.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -17,36 +15,11 @@
 #include "../separate_weight_grad.h"
 #include "device.h"
 #include "fused_weight_grad_launcher.h"
+#include "launch_counters_binding.h"
 
 namespace consequentialism::cuda {
 
 namespace {
-
-// Of the current device; null where the launch needs some of its own.
-unsigned* counters_of(cudaStream_t stream, bool captured) {
-  static std::array<FusedSlots, kMaxDevices> all;
-  const int64_t slot = all.at(static_cast<size_t>(c10::cuda::current_device())).of(stream, captured);
-  return slot < 0 ? nullptr : first_fused_counter() + kFusedCounters * slot;
-}
-
-// Counters that no other launch uses at the same time. A graph may run beside anything: its launches have counters of
-// their own in the graph's memory, which each replay sets to zero, and which go with the graph.
-class Counters {
- public:
-  Counters(cudaStream_t stream, const at::Tensor& x) {
-    const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-    address_ = counters_of(stream, captured);
-    if (address_ == nullptr) {
-      own_ = at::zeros({kFusedCounters}, x.options().dtype(at::kInt));
-      address_ = reinterpret_cast<unsigned*>(own_.mutable_data_ptr<int>());
-    }
-  }
-  unsigned* address() const { return address_; }
-
- private:
-  unsigned* address_ = nullptr;
-  at::Tensor own_;
-};
 
 FusedShape shape_of(const at::Tensor& x, const at::Tensor& dy, bool bias) {
   return {x.size(0), x.size(1), dy.size(1), bias, x.dtype().itemsize(), x.scalar_type() == at::kBFloat16};

@@ -3,16 +3,10 @@
 #pragma once
 
 #include "damped_inverse.h"
-#include "fused_slots.h"
 #include "fused_weight_grad.h"
 #include "types.h"
 
 namespace consequentialism::cuda {
-
-constexpr int kFusedCounters = 2;  // of a launch: the grid's barrier, and the arrivals at the end
-
-// The current device's own counters, kFusedSlots times kFusedCounters. Zero when the process begins.
-cudaError_t fused_counters_address(unsigned** address);
 
 // x [rows, inputs] and dy [rows, outputs], contiguous along a row; dw [outputs, inputs] and db [outputs], contiguous.
 template <class T>
@@ -32,8 +26,9 @@ struct FusedArguments {
 
 // dw, db <- dy^T P [x, 1] with P the inverse of the damped Gram, by plan = plan_fused(...). NaN everywhere where an
 // entry of x or dy is not finite. Where the device cannot hold the blocks of a planned cooperative launch at once, each
-// computes the whole Gram. counters [kFusedCounters] are zero before the first launch that is given them and
-// after each; no two launches that may run at once share them. workspace has plan.workspace_bytes, aligned to 16.
+// computes the whole Gram. counters [kLaunchCounters], of which the barrier's and one ticket are used, are
+// zero before the first launch that is given them; no two launches that may run at once share them. workspace has
+// plan.workspace_bytes, aligned to 16.
 template <class T>
 cudaError_t launch_fused_weight_grad(
     const FusedArguments<T>& arguments, const FusedPlan& plan, void* workspace, unsigned* counters,

@@ -35,28 +35,19 @@ BiasPlan plan_bias_grad(const T* dy, int64_t rows, int64_t outputs, int64_t row_
 
 template <class T>
 cudaError_t launch_bias_grad(
-    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column,
-    Accumulator<T>* partial, int* broken, const BiasPlan& plan, cudaStream_t stream) {
+    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column, T* dw, int64_t count,
+    T* db, Accumulator<T>* partial, unsigned* counters, const BiasPlan& plan, cudaStream_t stream) {
+  const int64_t strips = (plan.along + plan.sets() - 1) / std::max<int64_t>(plan.sets(), 1);  // of a set
+  if (strips * plan.splits > kMostArrivals) return cudaErrorInvalidValue;
   LaunchShape shape{};
   shape.grid = dim3(static_cast<unsigned>(plan.along), static_cast<unsigned>(plan.splits));
   shape.block = dim3(kBiasThreads);
-  shape.shared_bytes = kBiasGroups * (kBiasLanes * plan.vector * sizeof(Accumulator<T>) + sizeof(int));
+  shape.shared_bytes = kBiasGroups * kBiasLanes * plan.vector * sizeof(Accumulator<T>) + sizeof(int);
   shape.stream = stream;
   const auto kernel = plan.vector == 1 ? bias_grad_kernel<T, 1> : bias_grad_kernel<T, 16 / sizeof(T)>;
-  return launch(kernel, shape, dy, rows, outputs, row_stride, plan.rows_each, column, partial, broken);
-}
-
-template <class T>
-cudaError_t launch_finish(
-    T* dw, int64_t count, T* db, int64_t outputs, const Accumulator<T>* partial, const int* broken,
-    const BiasPlan& plan, int processors, cudaStream_t stream) {
-  const int64_t blocks = (std::max(count, outputs) + kPoisonThreads - 1) / kPoisonThreads;
-  LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 2 * processors)));
-  shape.block = dim3(kPoisonThreads);
-  shape.shared_bytes = sizeof(int);
-  shape.stream = stream;
-  return launch(finish_kernel<T>, shape, dw, count, db, outputs, plan.splits, partial, broken, plan.flags());
+  return launch(
+      kernel, shape, dy, rows, outputs, row_stride, plan.rows_each, column, dw, count, db, partial,
+      static_cast<unsigned>(plan.sets()), counters + kFirstTicket);
 }
 
 PassPlan plan_pass(const void* wide, const void* narrow, int64_t count, int processors) {
@@ -86,13 +77,11 @@ cudaError_t launch_widen(
   return launch(kernel, shape_of(plan, 0, stream), product, count, unit, dw);
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T)                                                                   \
-  template BiasPlan plan_bias_grad<T>(const T*, int64_t, int64_t, int64_t, int);                          \
-  template cudaError_t launch_bias_grad<T>(                                                               \
-      const T*, int64_t, int64_t, int64_t, const Accumulator<T>*, Accumulator<T>*, int*, const BiasPlan&, \
-      cudaStream_t);                                                                                      \
-  template cudaError_t launch_finish<T>(                                                                  \
-      T*, int64_t, T*, int64_t, const Accumulator<T>*, const int*, const BiasPlan&, int, cudaStream_t);
+#define CONSEQUENTIALISM_INSTANTIATE(T)                                                                        \
+  template BiasPlan plan_bias_grad<T>(const T*, int64_t, int64_t, int64_t, int);                               \
+  template cudaError_t launch_bias_grad<T>(                                                                    \
+      const T*, int64_t, int64_t, int64_t, const Accumulator<T>*, T*, int64_t, T*, Accumulator<T>*, unsigned*, \
+      const BiasPlan&, cudaStream_t);
 CONSEQUENTIALISM_INSTANTIATE(float)
 CONSEQUENTIALISM_INSTANTIATE(double)
 CONSEQUENTIALISM_INSTANTIATE(bfloat16)

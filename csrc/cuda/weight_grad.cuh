@@ -3,13 +3,13 @@
 
 #include <cfloat>
 
+#include "arrivals.cuh"
 #include "platform.cuh"
 #include "weight_grad_launcher.h"
 
 namespace consequentialism::cuda {
 
 constexpr int kBiasThreads = kBiasLanes * kBiasGroups;
-constexpr int kPoisonThreads = 256;
 constexpr int kPassThreads = 256;
 
 // Read at once.
@@ -29,17 +29,44 @@ __device__ __forceinline__ float block_largest(float value, float* shared) {
   return shared[0];
 }
 
-// partial[blockIdx.y, o] = the sum of dy[n, o] column[n] over the block's rows n, of which the others of a grid's
-// column have theirs; broken[block] = whether one of its dy is not finite. column and partial are null without a bias.
-// Fixed order of sums.
+// db [outputs] <- the splits' partial sums of strips set, set + sets, ..., in the order of the splits.
+template <class T, int kColumns>
+__device__ __forceinline__ void add_splits(
+    int64_t set, int64_t sets, int64_t outputs, unsigned splits, const Accumulator<T>* partial, T* db) {
+  for (int64_t first = set * kColumns; first < outputs; first += sets * kColumns) {
+    for (int64_t o = first + threadIdx.x; o < min(first + kColumns, outputs); o += kBiasThreads) {
+      Accumulator<T> total = 0;
+#pragma unroll 8
+      for (unsigned s = 0; s < splits; ++s) total += partial[s * outputs + o];
+      db[o] = from_accumulator<T>(total);
+    }
+  }
+}
+
+// values [count] <- NaN, by one block.
+template <class T>
+__device__ __forceinline__ void poison(T* values, int64_t count) {
+  constexpr int kVector = 16 / sizeof(T);
+  Several<T, kVector> nans;
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) nans.values[v] = from_accumulator<T>(Accumulator<T>(NAN));
+  const int64_t whole = reinterpret_cast<uintptr_t>(values) % 16 == 0 ? count / kVector : 0;
+  for (int64_t i = threadIdx.x; i < whole; i += kBiasThreads) reinterpret_cast<Several<T, kVector>*>(values)[i] = nans;
+  for (int64_t i = whole * kVector + threadIdx.x; i < count; i += kBiasThreads) values[i] = nans.values[0];
+}
+
+// db[o] = the sum of dy[n, o] column[n] over all rows n; NaN there and in all of dw [count] where a value of dy is not
+// finite. Block (x, y) has strip x and split y. The last block of a set of strips adds the set's splits up, and the
+// last of those poisons. db and column are null without a bias. Fixed order of sums.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kBiasThreads) bias_grad_kernel(
     const T* __restrict__ dy, int64_t rows, int64_t outputs, int64_t row_stride, int64_t rows_each,
-    const Accumulator<T>* __restrict__ column, Accumulator<T>* __restrict__ partial, int* __restrict__ broken) {
+    const Accumulator<T>* __restrict__ column, T* dw, int64_t count, T* db, Accumulator<T>* partial, unsigned sets,
+    unsigned* tickets) {
   using A = Accumulator<T>;
   constexpr int kColumns = kBiasLanes * kVector;
-  A* shared = dynamic_shared<A>();                                            // [kBiasGroups][kColumns]
-  int* bad_groups = reinterpret_cast<int*>(shared + kBiasGroups * kColumns);  // [kBiasGroups]
+  A* shared = dynamic_shared<A>();                                     // [kBiasGroups][kColumns]
+  int* any = reinterpret_cast<int*>(shared + kBiasGroups * kColumns);  // [1]
   const int lane = static_cast<int>(threadIdx.x) % kBiasLanes;
   const int group = static_cast<int>(threadIdx.x) / kBiasLanes;
   const int64_t first_output = static_cast<int64_t>(blockIdx.x) * kColumns;
@@ -49,62 +76,49 @@ __global__ void __launch_bounds__(kBiasThreads) bias_grad_kernel(
   A sums[kVector] = {};
   A witness = 0;  // NaN once a value is not finite
   if (output < outputs) {
-#pragma unroll 4
-    for (int64_t n = begin + group; n < end; n += kBiasGroups) {
-      const auto several = *reinterpret_cast<const Several<T, kVector>*>(dy + n * row_stride + output);
-      const A weight = column != nullptr ? column[n] : A(0);
+#pragma unroll 1
+    for (int64_t n = begin + group; n < end; n += kBiasDepth * kBiasGroups) {
+      Several<T, kVector> read[kBiasDepth];
+      A weights[kBiasDepth];
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const A value = to_accumulator(several.values[v]);
-        witness += value - value;
-        sums[v] = fma(value, weight, sums[v]);
+      for (int i = 0; i < kBiasDepth; ++i) {  // all on their way before the first is used; past the end, the last one
+        const int64_t row = min(n + i * kBiasGroups, end - 1);
+        read[i] = *reinterpret_cast<const Several<T, kVector>*>(dy + row * row_stride + output);
+        weights[i] = column != nullptr && n + i * kBiasGroups < end ? column[row] : A(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBiasDepth; ++i) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const A value = to_accumulator(read[i].values[v]);
+          witness += value - value;
+          sums[v] = fma(value, weights[i], sums[v]);
+        }
       }
     }
   }
-  const bool bad = __any_sync(kFullWarp, witness != 0 || isnan(witness));
 #pragma unroll
   for (int v = 0; v < kVector; ++v) shared[group * kColumns + lane * kVector + v] = sums[v];
-  if (lane == 0) bad_groups[group] = bad ? 1 : 0;
-  __syncthreads();
-  if (partial != nullptr) {
+  const bool broken = block_any(witness != 0 || isnan(witness), any);
+  if (db != nullptr) {
     for (int c = static_cast<int>(threadIdx.x); c < kColumns && first_output + c < outputs; c += kBiasThreads) {
       A total = 0;
       for (int g = 0; g < kBiasGroups; ++g) total += shared[g * kColumns + c];
-      partial[blockIdx.y * outputs + first_output + c] = total;
+      if (gridDim.y == 1) {
+        db[first_output + c] = from_accumulator<T>(total);
+      } else {
+        partial[blockIdx.y * outputs + first_output + c] = total;
+      }
     }
   }
-  if (threadIdx.x == 0) {
-    int any = 0;
-    for (int g = 0; g < kBiasGroups; ++g) any |= bad_groups[g];
-    broken[blockIdx.y * gridDim.x + blockIdx.x] = any;
-  }
-}
-
-// db [outputs] <- the sum of the splits' partial sums; NaN there and in all of dw [count] where one of the flags is
-// set, else dw is left alone. db may be null.
-template <class T>
-__global__ void __launch_bounds__(kPoisonThreads) finish_kernel(
-    T* __restrict__ dw, int64_t count, T* __restrict__ db, int64_t outputs, int splits,
-    const Accumulator<T>* __restrict__ partial, const int* __restrict__ broken, int64_t flags) {
-  using A = Accumulator<T>;
-  int* any = dynamic_shared<int>();
-  if (threadIdx.x == 0) *any = 0;
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < flags; i += kPoisonThreads) {
-    if (broken[i] != 0) *any = 1;
-  }
-  __syncthreads();
-  const bool poisoned = *any != 0;
-  const T nan = from_accumulator<T>(A(NAN));
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPoisonThreads + threadIdx.x;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kPoisonThreads;
-  for (int64_t i = first; db != nullptr && i < outputs; i += step) {
-    A total = 0;
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s) total += partial[s * outputs + i];
-    db[i] = poisoned ? nan : from_accumulator<T>(total);
-  }
-  for (int64_t i = first; poisoned && i < count; i += step) dw[i] = nan;
+  const unsigned set = blockIdx.x % sets, strips = (gridDim.x - set + sets - 1) / sets;
+  Arrival arrival = arrive(tickets + 1 + set, strips * gridDim.y, broken, any);
+  if (arrival == Arrival::kEarlier) return;
+  if (db != nullptr && gridDim.y > 1) add_splits<T, kColumns>(set, sets, outputs, gridDim.y, partial, db);
+  if (sets > 1) arrival = arrive(tickets, sets, arrival == Arrival::kLastOfFlagged, any);
+  if (arrival != Arrival::kLastOfFlagged) return;
+  poison(dw, count);
+  if (db != nullptr) poison(db, outputs);
 }
 
 // float16 has 30 binades of full precision: with the largest |y| at its upper end, dy^T y loses nothing that the range

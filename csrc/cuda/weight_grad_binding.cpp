@@ -13,6 +13,7 @@
 #include "../checks.h"
 #include "../guards.h"
 #include "device.h"
+#include "launch_counters_binding.h"
 #include "weight_grad_launcher.h"
 
 namespace consequentialism::cuda {
@@ -27,19 +28,14 @@ void bias_grad_and_poison(const at::Tensor& dy, const at::Tensor& column, const 
   const int processors = limits_of_current_device().processors;
   const auto* dy_data = reinterpret_cast<const T*>(dy.const_data_ptr<Scalar>());
   const BiasPlan plan = plan_bias_grad(dy_data, dy.size(0), outputs, dy.stride(0), processors);
-  const at::Tensor broken = at::empty({plan.flags()}, dy.options().dtype(at::kInt));
-  const at::Tensor partial = at::empty({has_column ? plan.splits * outputs : 0}, column.options());
+  const Counters counters(stream, dy);
+  const at::Tensor partial = at::empty({has_column ? plan.partials(outputs) : 0}, column.options());
   auto* db_data = has_column ? reinterpret_cast<T*>(db.mutable_data_ptr<Scalar>()) : nullptr;
-  auto* partial_data = has_column ? partial.mutable_data_ptr<Accumulator<T>>() : nullptr;
   const auto* column_data = has_column ? column.const_data_ptr<Accumulator<T>>() : nullptr;
   C10_CUDA_CHECK(
       launch_bias_grad<T>(
-          dy_data, dy.size(0), outputs, dy.stride(0), column_data, partial_data, broken.mutable_data_ptr<int>(), plan,
-          stream));
-  C10_CUDA_CHECK(
-      launch_finish<T>(
-          reinterpret_cast<T*>(dw.mutable_data_ptr<Scalar>()), dw.numel(), db_data, outputs, partial_data,
-          broken.const_data_ptr<int>(), plan, processors, stream));
+          dy_data, dy.size(0), outputs, dy.stride(0), column_data, reinterpret_cast<T*>(dw.mutable_data_ptr<Scalar>()),
+          dw.numel(), db_data, partial.mutable_data_ptr<Accumulator<T>>(), counters.address(), plan, stream));
 }
 
 // dy^T y of a float16 dy and a float32 y, whose range is wider: y is rounded to float16 in a unit that fits, so that

@@ -2,21 +2,28 @@
 // device.
 #pragma once
 
+#include "launch_counters.h"
 #include "types.h"
 
 namespace consequentialism::cuda {
 
-constexpr int kBiasLanes = 32;                       // that read along a row of dy, each a vector
-constexpr int kBiasGroups = 16;                      // of lanes, on different rows
-constexpr int64_t kBiasRowsLeast = 4 * kBiasGroups;  // of a block, so that each thread has four reads under way
+constexpr int kBiasLanes = 32;                                // that read along a row of dy, each a vector
+constexpr int kBiasGroups = 16;                               // of lanes, on different rows
+constexpr int kBiasDepth = 4;                                 // reads of a thread under way at once
+constexpr int64_t kBiasRowsLeast = kBiasDepth * kBiasGroups;  // of a block
+constexpr int64_t kBiasTickets = kLaunchCounters - kFirstTicket - 1;
 
-// How dy [N, O] is cut into blocks.
+// How dy [N, O] is cut into blocks. A block has a strip of columns; the last block of a set of strips adds up their
+// splits.
 struct BiasPlan {
   int vector;         // elements that a thread reads at once: 16 bytes, or one where rows are not aligned
-  int64_t along;      // blocks along a row
+  int64_t along;      // strips
   int64_t rows_each;  // of a block
-  int splits;         // blocks along a column, each with a partial sum
-  int64_t flags() const { return along * splits; }
+  int splits;         // blocks of a strip, each with a partial sum where there are several
+
+  // Sets of strips: strip i is of set i % sets().
+  int64_t sets() const { return along < kBiasTickets ? along : kBiasTickets; }
+  int64_t partials(int64_t outputs) const { return splits == 1 ? 0 : splits * outputs; }
 };
 
 template <class T>
@@ -47,17 +54,13 @@ cudaError_t launch_narrow(
 cudaError_t launch_widen(
     const float* product, int64_t count, const float* unit, float16* dw, const PassPlan& plan, cudaStream_t stream);
 
-// The partial sums of dy^T column, partial [splits, O], and in broken [flags] where dy [N, O] is not finite. column [N]
-// and partial are null without a bias.
+// db [O] <- dy^T column, of dy [N, O] and column [N], which are null without a bias; then, where dy is not finite, db
+// and dw [count] <- NaN, else dw is left alone. partial [plan.partials(O)] is room for sums; counters
+// [kLaunchCounters], of which the tickets are used, are zero before the first launch that is given them, and no two
+// launches that may run at once share them.
 template <class T>
 cudaError_t launch_bias_grad(
-    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column,
-    Accumulator<T>* partial, int* broken, const BiasPlan& plan, cudaStream_t stream);
-
-// db [O] <- the partial sums' sum, null without a bias; db and dw [count] <- NaN if a flag says so.
-template <class T>
-cudaError_t launch_finish(
-    T* dw, int64_t count, T* db, int64_t outputs, const Accumulator<T>* partial, const int* broken,
-    const BiasPlan& plan, int processors, cudaStream_t stream);
+    const T* dy, int64_t rows, int64_t outputs, int64_t row_stride, const Accumulator<T>* column, T* dw, int64_t count,
+    T* db, Accumulator<T>* partial, unsigned* counters, const BiasPlan& plan, cudaStream_t stream);
 
 }  // namespace consequentialism::cuda

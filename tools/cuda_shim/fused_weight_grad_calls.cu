@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "fused_weight_grad_launcher.h"
+#include "launch_counters.h"
 
 using namespace consequentialism::cuda;
 
@@ -86,8 +87,8 @@ extern "C" int call_fused_plans(
 }
 
 // Captured launches first, each on a stream of its own, then two launches on each of `streams` streams.
-extern "C" int call_fused_slots(int64_t* slots, int64_t captures, int64_t streams) {
-  FusedSlots all;
+extern "C" int call_stream_slots(int64_t* slots, int64_t captures, int64_t streams) {
+  StreamSlots all;
   const auto stream = [](int64_t i) { return reinterpret_cast<const void*>(static_cast<uintptr_t>(i)); };
   for (int64_t i = 0; i < captures; ++i) {
     if (all.of(stream(i), true) >= 0) return cudaErrorInvalidValue;

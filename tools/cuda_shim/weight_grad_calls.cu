@@ -7,38 +7,35 @@ namespace {
 
 constexpr int kProcessors = 3;
 
-// dy begins `offset` elements into its buffer. plan: the vector, the splits, the flags.
+// dy begins `offset` elements into its buffer. plan: the vector, the strips, their sets, the splits, the partial sums.
 template <class T>
 int plan_of(const T* dy, int64_t* plan, int64_t rows, int64_t outputs, int64_t stride, int64_t offset) {
   const BiasPlan made = plan_bias_grad(dy + offset, rows, outputs, stride, kProcessors);
-  plan[0] = made.vector;
-  plan[1] = made.splits;
-  plan[2] = made.flags();
+  const int64_t all[] = {made.vector, made.along, made.sets(), made.splits, made.partials(outputs)};
+  for (int i = 0; i < 5; ++i) plan[i] = all[i];
   return 0;
 }
 
 template <class T>
 int bias_grad(
-    const T* dy, const Accumulator<T>* column, Accumulator<T>* partial, int* broken, T* dw, T* db, int64_t rows,
+    const T* dy, const Accumulator<T>* column, Accumulator<T>* partial, unsigned* counters, T* dw, T* db, int64_t rows,
     int64_t outputs, int64_t stride, int64_t offset, int64_t count) {
   dy += offset;
   const BiasPlan plan = plan_bias_grad(dy, rows, outputs, stride, kProcessors);
-  const int error = launch_bias_grad(dy, rows, outputs, stride, column, partial, broken, plan, nullptr);
-  if (error != 0) return error;
-  return launch_finish(dw, count, db, outputs, partial, broken, plan, kProcessors, nullptr);
+  return launch_bias_grad(dy, rows, outputs, stride, column, dw, count, db, partial, counters, plan, nullptr);
 }
 
 }  // namespace
 
-#define CONSEQUENTIALISM_CALLS(name, T)                                                                            \
-  extern "C" int call_plan_bias_grad_##name(                                                                       \
-      const T* dy, int64_t* plan, int64_t rows, int64_t outputs, int64_t stride, int64_t offset) {                 \
-    return plan_of(dy, plan, rows, outputs, stride, offset);                                                       \
-  }                                                                                                                \
-  extern "C" int call_bias_grad_##name(                                                                            \
-      const T* dy, const Accumulator<T>* column, Accumulator<T>* partial, int* broken, T* dw, T* db, int64_t rows, \
-      int64_t outputs, int64_t stride, int64_t offset, int64_t count) {                                            \
-    return bias_grad(dy, column, partial, broken, dw, db, rows, outputs, stride, offset, count);                   \
+#define CONSEQUENTIALISM_CALLS(name, T)                                                                     \
+  extern "C" int call_plan_bias_grad_##name(                                                                \
+      const T* dy, int64_t* plan, int64_t rows, int64_t outputs, int64_t stride, int64_t offset) {          \
+    return plan_of(dy, plan, rows, outputs, stride, offset);                                                \
+  }                                                                                                         \
+  extern "C" int call_bias_grad_##name(                                                                     \
+      const T* dy, const Accumulator<T>* column, Accumulator<T>* partial, unsigned* counters, T* dw, T* db, \
+      int64_t rows, int64_t outputs, int64_t stride, int64_t offset, int64_t count) {                       \
+    return bias_grad(dy, column, partial, counters, dw, db, rows, outputs, stride, offset, count);          \
   }
 
 CONSEQUENTIALISM_CALLS(float, float)

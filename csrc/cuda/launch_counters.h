@@ -1,15 +1,22 @@
-// Which of a device's counters a launch of the fused kernel takes. Plain C++.
+// Counters by which the blocks of one launch meet, and which of a device's a launch takes. Plain C++.
 #pragma once
 
 #include <cstdint>
 #include <mutex>
 #include <unordered_map>
 
+#include "types.h"
+
 namespace consequentialism::cuda {
 
-constexpr int kFusedSlots = 1024;  // one for each stream that launches
+constexpr int kLaunchCounters = 32;  // of a launch, a line of the cache
+constexpr int kFirstTicket = 1;     // before it the grid's barrier, of which a bit turns over; tickets are left at zero
+constexpr int kStreamSlots = 1024;  // one for each stream that launches
 
-class FusedSlots {
+// The current device's own counters, kStreamSlots times kLaunchCounters. Zero when the process begins.
+cudaError_t launch_counters_address(unsigned** address);
+
+class StreamSlots {
  public:
   // The stream's slot, whose launches follow one another; -1 where the launch needs counters of its own: once all slots
   // are taken, and in a capture, since a graph may run beside anything, and for a captured stream there may be many.
@@ -19,7 +26,7 @@ class FusedSlots {
     const auto known = of_stream_.find(stream);
     if (known != of_stream_.end()) return known->second;
     const auto fresh = static_cast<int64_t>(of_stream_.size());
-    if (fresh == kFusedSlots) return -1;
+    if (fresh == kStreamSlots) return -1;
     of_stream_.emplace(stream, fresh);
     return fresh;
   }
