@@ -164,14 +164,33 @@ def test_bad_arguments() -> None:
 
 
 def test_the_cheaper_way_is_chosen() -> None:
-    assert cost.conv_method("cpu", 64, (3, 3), (1, 1), (32, 32)) == "displaced"
-    assert cost.conv_method("cpu", 64, (3, 3), (2, 2), (32, 32)) == "direct"  # only a stride of 1 has displacements
-    assert cost.conv_method("cpu", 64, (1, 1), (1, 1), (32, 32)) == "direct"
-    assert cost.conv_method("cpu", 2, (3, 3), (1, 1), (32, 32)) == "direct"  # the kernel would multiply four channels
-    assert cost.conv_method("cpu", 3, (3, 3), (1, 1), (32, 32)) == "displaced"
-    assert cost.conv_method("cpu", 0, (3, 3), (1, 1), (32, 32)) == "direct"
-    assert cost.conv_method("cpu", 64, (7, 7), (1, 1), (1, 1)) == "direct"  # all border
-    assert cost.conv_method("cuda", 64, (3, 3), (1, 1), (32, 32)) == "direct"
+    def method(
+        device: str,
+        channels: int,
+        kernel: tuple[int, ...],
+        positions: tuple[int, ...],
+        stride: int = 1,
+        dilation: int = 1,
+    ) -> str:
+        along = len(kernel)
+        return cost.conv_method(device, channels, kernel, (stride,) * along, (dilation,) * along, positions)
+
+    assert method("cpu", 64, (3, 3), (32, 32)) == "displaced"
+    assert method("cpu", 64, (3, 3), (32, 32), stride=2) == "direct"  # only a stride of 1 has displacements
+    assert method("cpu", 64, (1, 1), (32, 32)) == "direct"
+    assert method("cpu", 2, (3, 3), (32, 32)) == "direct"  # the kernel would multiply four channels
+    assert method("cpu", 3, (3, 3), (32, 32)) == "displaced"
+    assert method("cpu", 0, (3, 3), (32, 32)) == "direct"
+    assert method("cpu", 64, (7, 7), (1, 1)) == "direct"  # all border
+    assert method("cuda", 64, (3, 3), (32, 32)) == "displaced"
+    assert method("cuda", 512, (3,), (32,)) == "displaced"
+    assert method("cuda", 47, (3, 3), (32, 32)) == "direct"  # tiles that are not full
+    assert method("cuda", 64, (1, 2), (32, 32)) == "direct"  # two products in place of three
+    assert method("cuda", 64, (3, 3), (32, 32), stride=2) == "direct"
+    assert method("cuda", 64, (3, 3), (32, 32), dilation=2) == "direct"
+    assert method("cuda", 64, (3, 3), (2, 32)) == "direct"  # windows that share no position
+    assert method("cuda", 64, (1, 3), (2, 32), dilation=1) == "displaced"
+    assert method("xpu", 64, (3, 3), (32, 32)) == "direct"
     # 13 products instead of 45 of 3x3, where the border costs nothing.
     huge = (10**6, 10**6)
     ratio = cost.displaced_flops(64, (3, 3), huge) / cost.direct_flops(64, (3, 3), huge)

@@ -53,12 +53,17 @@ def gram(rows: int, inputs: int, form: str) -> Kind:
     return run
 
 
-def conv_gram(batch: int, channels: int, size: int, stride: int, groups: int = 1, patch_bytes: int = 2**26) -> Kind:
+def conv_gram(
+    batch: int, channels: int, size: int, stride: int, groups: int = 1, patch_bytes: int = 2**26, method: str = ""
+) -> Kind:
+    """By the method that is named, else as planned: from 48 channels on with a stride of 1, displaced products."""
+
     def run(dtype: torch.dtype, device: str) -> float:
         x = _rows(batch * channels, size * size, dtype, device).view(batch, channels, size, size)
         wide = dtype if dtype == torch.float64 else torch.float32
         geometry = ((3, 3), (stride, stride), (1, 1), (1, 1), groups)
-        own = ops.conv_gram(x, *geometry, True, patch_bytes, wide)
+        arguments = (x, *geometry, True, patch_bytes, wide)
+        own = torch.ops.consequentialism.conv_gram(*arguments, method) if method else ops.conv_gram(*arguments)
         return error_of(own, reference.conv_gram(_wide(x), *geometry, True, patch_bytes, torch.float64))
 
     return run
@@ -280,7 +285,10 @@ KINDS: dict[str, Kind] = {
     "gram_split": gram(64, 8192, "dual"),
     "gram_large": gram(1024, 2048, "dual"),
     "conv_gram": conv_gram(3, 7, 9, 1),
-    "conv_gram_large": conv_gram(16, 64, 32, 1),
+    "conv_gram_large": conv_gram(16, 64, 32, 1, method="direct"),
+    "conv_gram_displaced": conv_gram(16, 64, 32, 1),
+    "conv_gram_displaced_wide": conv_gram(5, 200, 14, 1),
+    "conv_gram_displaced_pieces": conv_gram(9, 64, 13, 1, patch_bytes=2**18),
     "conv_gram_pieces": conv_gram(5, 24, 13, 2, patch_bytes=2**14),
     "conv_gram_depthwise": conv_gram(2, 40, 12, 1, groups=40),
     "inverse_block": inverse(60),

@@ -137,7 +137,7 @@ def conv_gram(
     if module is None:
         return reference.conv_gram(*arguments)
     positions = reference.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
-    method = cost.conv_method(x.device.type, x.shape[1] // groups, kernel, stride, positions)
+    method = cost.conv_method(x.device.type, x.shape[1] // groups, kernel, stride, dilation, positions)
     return torch.ops.consequentialism.conv_gram.default(*arguments, method)
 
 

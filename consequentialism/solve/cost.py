@@ -226,22 +226,49 @@ _TILE_CHANNELS = 4
 _TILE_COST = 1.5  # exponent of its ratio to the channels, fitted to timings on one processor with AVX-512
 
 
+# On a GPU displaced products are made in tiles of 128 x 128, of which fewer channels fill too little. Both ways then
+# reach the same rate, but the displaced one has a launch more. Predicted: no GPU has measured it.
+CUDA_CHANNELS = 48
+CUDA_GAIN = 1.4  # of operations, from which on it is taken
+
+
 def conv_method(
-    device_type: str, channels: int, kernel: Sequence[int], stride: Sequence[int], positions: Sequence[int]
+    device_type: str,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    positions: Sequence[int],
 ) -> ConvMethod:
-    """How a convolution's Gram is summed up: from its patches, or, on the CPU, from ``x`` times itself displaced.
+    """How a convolution's Gram is summed up: from its patches, or from ``x`` times itself displaced.
 
     Args:
-        device_type: A CUDA kernel gathers patches as it multiplies them, and has no other way.
+        device_type: Of a type without either, ``"direct"``. Where a kernel finds no room for displaced products, it
+            takes patches.
         channels: ``C`` of one group.
         positions: Output positions along each dimension.
     """
-    if device_type != "cpu" or any(s != 1 for s in stride) or math.prod(kernel) == 1:
+    if any(s != 1 for s in stride) or math.prod(kernel) == 1:
         return "direct"
-    multiplied = -(-channels // _TILE_CHANNELS) * _TILE_CHANNELS
-    displaced = displaced_flops(channels, kernel, positions) * multiplied**_TILE_COST
-    direct = direct_flops(channels, kernel, positions) * channels**_TILE_COST  # no quotient: there may be no channels
-    return "displaced" if displaced < direct else "direct"
+    if device_type == "cpu":
+        multiplied = -(-channels // _TILE_CHANNELS) * _TILE_CHANNELS
+        displaced = displaced_flops(channels, kernel, positions) * multiplied**_TILE_COST
+        direct = (
+            direct_flops(channels, kernel, positions) * channels**_TILE_COST
+        )  # no quotient: there may be no channels
+        return "displaced" if displaced < direct else "direct"
+    if device_type != "cuda" or channels < CUDA_CHANNELS:
+        return "direct"
+    # All taps' windows of positions must share some.
+    if any(k > 1 and (d > 1 or p < k) for k, d, p in zip(kernel, dilation, positions, strict=True)):
+        return "direct"
+    gain = math.prod(kernel) ** 2 / (2 * displacements(kernel))
+    return "displaced" if gain >= CUDA_GAIN else "direct"
+
+
+def displacements(kernel: Sequence[int]) -> int:
+    """How many displacements pairs of kernel offsets have, one and its opposite counted once."""
+    return (math.prod([2 * k - 1 for k in kernel]) + 1) // 2
 
 
 def direct_flops(channels: int, kernel: Sequence[int], positions: Sequence[int]) -> float:
@@ -255,7 +282,7 @@ def displaced_flops(channels: int, kernel: Sequence[int], positions: Sequence[in
     There are two, of which one lies in the padding where that keeps the size.
     """
     taps = math.prod(kernel)
-    unique = (math.prod([2 * k - 1 for k in kernel]) + 1) // 2
+    unique = displacements(kernel)
     lines = math.prod(positions[:-1]) * (positions[-1] + kernel[-1] - 1)
     strips = (taps * (taps + 1) // 2 - unique) * math.prod(positions) / min(positions)
     return 2.0 * channels**2 * (unique * lines + strips)

@@ -3,6 +3,7 @@
 
 #include "conv_gram.cuh"
 #include "conv_gram_launcher.h"
+#include "patch_copy_launcher.h"
 
 namespace consequentialism::cuda {
 
@@ -28,32 +29,6 @@ PatchView<T> view_of(const T* padded, const PatchShape& shape) {
   return view;
 }
 
-// padded <- the piece's samples and positions of x, whose first ones are given.
-template <class From, class T>
-cudaError_t launch_copy(
-    const From* x, const std::array<int64_t, 5>& strides, const ConvGeometry& g, int64_t first_sample, int along,
-    int64_t first_line, const PatchShape& shape, T* padded, cudaStream_t stream) {
-  ImageView<From> image{};
-  image.data = x + first_sample * strides[0];
-  std::copy_n(strides.begin(), 5, image.strides);
-  for (int i = 0; i < 3; ++i) {
-    image.size[i] = g.size[i];
-    image.begin[i] = (i == along ? first_line * g.stride[i] : 0) - g.padding[i];
-  }
-  const int64_t lines = shape.groups * shape.samples * shape.size[0] * shape.size[1];
-  const int64_t blocks = lines * ceil_div(shape.size[2], kCopyTile) * ceil_div(shape.channels, kCopyTile);
-  if (blocks > kMaxGrid) return cudaErrorInvalidValue;
-  LaunchShape launch_shape{};
-  launch_shape.grid = dim3(static_cast<unsigned>(blocks));
-  launch_shape.block = dim3(kCopyThreads);
-  launch_shape.shared_bytes = kCopyTile * (kCopyTile + 1) * sizeof(T);
-  launch_shape.stream = stream;
-  return launch(
-      copy_patches_kernel<From, T>, launch_shape, image, shape.samples, static_cast<int>(shape.size[0]),
-      static_cast<int>(shape.size[1]), static_cast<int>(shape.size[2]), static_cast<int>(shape.channels),
-      static_cast<int>(shape.used_channels), padded);
-}
-
 }  // namespace
 
 template <class From, class T>
@@ -63,7 +38,8 @@ cudaError_t launch_conv_gram(
   using G = Accumulator<T>;
   const PatchShape largest = patch_shape(g, plan.pieces, sizeof(T));
   const int64_t outer = largest.taps() * largest.channels, inputs = g.inputs();
-  const int64_t lines = g.positions[plan.pieces.along];
+  const auto along = static_cast<size_t>(plan.pieces.along);
+  const int64_t lines = g.positions[along];
   G* partial = plan.gram.whole() ? nullptr : static_cast<G*>(workspace);
   ConvEntries<G> entries{
       gram,
@@ -81,7 +57,9 @@ cudaError_t launch_conv_gram(
           std::min(largest.samples, g.batch - sample), plan.pieces.along, std::min(plan.pieces.lines, lines - line)};
       const PatchShape shape = patch_shape(g, piece, sizeof(T));
       if (shape.samples * shape.sample_elements() > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
-      cudaError_t error = launch_copy(x, strides, g, sample, piece.along, line, shape, padded, stream);
+      std::array<int64_t, 3> begin;
+      for (size_t i = 0; i < 3; ++i) begin[i] = (i == along ? line * g.stride[i] : 0) - g.padding[i];
+      cudaError_t error = launch_patch_copy(x + sample * strides[0], strides, g.size, begin, shape, padded, stream);
       if (error != cudaSuccess) return error;
       entries.accumulate = accumulate && partial == nullptr;
       const PatchSource<T> source{view_of(static_cast<const T*>(padded), shape), outer, bias};
