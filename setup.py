@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "consequentialism/version.py").read_text())[1]  # type: ignore[index]
 REASON_FILE = "_C_missing.txt"  # in the package: why there are no compiled kernels
 TORCH_FILE = "_C_torch.txt"  # beside the extension: the torch that it was built for
+INTERFACE = runpy.run_path(str(ROOT / "consequentialism/backend/interface.py"))
 BUILD_IT = "`pip install --no-build-isolation .` in the source's folder"
 
 CPU_SOURCES = [
@@ -215,7 +217,7 @@ class BuildPython(build_py):
 
 
 def keep_objects(build_ext: type[Any]) -> type[Any]:
-    """torch's own builder, which also writes down for which torch it built.
+    """torch's own builder, which also writes down for which torch it built, and from which sources.
 
     An editable build keeps its objects where any other build does: what did not change is not compiled again.
     """
@@ -232,6 +234,7 @@ def keep_objects(build_ext: type[Any]) -> type[Any]:
             built = Path(self.get_ext_fullpath("consequentialism._C")).parent
             for package in {built, ROOT / "consequentialism"} if self.editable_mode else {built}:
                 (package / TORCH_FILE).write_text(torch.__version__ + "\n")
+                (package / INTERFACE["SOURCES_FILE"]).write_text(INTERFACE["interface_of"](ROOT / "csrc") + "\n")
 
     return BuildExtension
 

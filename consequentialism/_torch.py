@@ -145,6 +145,11 @@ def has_kernel(operator: str, dispatch_key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
 
 
+def has_op(operator: str) -> bool:
+    """Whether an operator such as ``consequentialism::damped_inverse`` is defined."""
+    return torch._C._dispatch_has_kernel(operator)
+
+
 def without_memory(cls: Any, like: Tensor) -> Any:
     """An instance of a subclass of Tensor with the shape, the type and the device of ``like``, and no memory."""
     return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]

@@ -163,6 +163,40 @@ def test_bad_arguments() -> None:
             assert word in str(caught.value), f"{word!r} is not in {caught.value}"
 
 
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, (3,), ("kernel", "2 numbers", "[3]")),
+        (0, (3, 0), ("kernel", "at least 1", "[3, 0]")),
+        (0, (3, 6), ("kernel", "[3, 6]", "fit")),
+        (1, (1, 0), ("stride", "at least 1", "[1, 0]")),
+        (1, (1, 1, 1), ("stride", "2 numbers", "[1, 1, 1]")),
+        (2, (0, -1), ("padding", "at least 0", "[0, -1]")),
+        (2, (), ("padding", "2 numbers")),
+        (3, (0, 1), ("dilation", "at least 1", "[0, 1]")),
+        (3, (3, 1), ("kernel", "fit")),
+        (4, 0, ("groups", "0", "[2, 4, 5, 5]")),
+        (4, -2, ("groups", "-2")),
+        (4, 3, ("groups", "3")),
+    ],
+)
+def test_arguments_are_refused_by_name(name: str, position: int, value: Any, words: tuple[str, ...]) -> None:
+    arguments: list[Any] = [(3, 3), (1, 1), (0, 0), (1, 1), 1]
+    arguments[position] = value
+    gram = ops.conv_gram if name == "compiled" else reference.conv_gram
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        gram(randn(2, 4, 5, 5), *arguments, True, 2**20, F64)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_image_has_channels_and_positions() -> None:
+    for gram in (ops.conv_gram, reference.conv_gram):
+        with pytest.raises(ValueError, match=r"x must have the shape \[B, C, \*spatial\], .* got \[2, 4\]"):
+            gram(randn(2, 4), (), (), (), (), 1, True, 2**20, F64)
+
+
 def test_the_cheaper_way_is_chosen() -> None:
     def method(
         device: str,

@@ -14,6 +14,7 @@ import torch
 from cases import F32, SAME_WAY, assert_close, needs_kernels, oracle, randn
 
 import consequentialism as cw
+from consequentialism.backend.interface import SOURCES_FILE, interface_of
 
 PACKAGE = Path(cw.__file__).parent
 OPTIONAL = ("triton", "matplotlib", "numpy", "rich", "sklearn", "tqdm", "mlxtend", "isaac", "padasip", "hypothesis")
@@ -103,6 +104,31 @@ def test_with_kernels_that_cannot_be_loaded(pure: Path) -> None:
 def test_with_kernels_of_older_sources(pure: Path) -> None:
     (pure / "consequentialism/_C.py").write_text("def build_info(): ...\ndef breakdowns(): ...\n")
     assert_falls_back(run(STEP, pure), pure, "built from older sources, without linear_forward, set_planner")
+
+
+def test_with_kernels_that_lack_an_op(pure: Path) -> None:
+    functions = ("build_info", "breakdowns", "linear_forward", "set_planner")
+    (pure / "consequentialism/_C.py").write_text("".join(f"def {name}(*_): ...\n" for name in functions))
+    assert_falls_back(run(STEP, pure), pure, "built from older sources, without input_gram, ")
+
+
+@needs_kernels
+def test_with_kernels_of_another_state_of_the_checkout(pure: Path) -> None:
+    """They have every name, and could fail in forward: what C++ asks of Python is not what Python has."""
+    (extension,) = PACKAGE.glob("_C.*.so")
+    (pure / "consequentialism" / extension.name).symlink_to(extension)
+    (pure / "csrc").mkdir()
+    source, stamp = pure / "csrc/linear_forward.cpp", pure / "consequentialism" / SOURCES_FILE
+    source.write_text("// as it was built\n")
+    stamp.write_text(interface_of(pure / "csrc") + "\n")
+    assert result(run(STEP, pure, "-W", "error"))["backends"]["cpu"] == "available"
+    source.write_text("// changed since\n")
+    assert_falls_back(run(STEP, pure), pure, f"built from other sources than those in {pure / 'csrc'}")
+
+
+@needs_kernels
+def test_the_build_writes_down_its_sources() -> None:
+    assert (PACKAGE / SOURCES_FILE).read_text().strip() == interface_of(PACKAGE.parent / "csrc")
 
 
 @pytest.mark.parametrize("built_for", ["2.9.1", torch.__version__ + ".post1"])

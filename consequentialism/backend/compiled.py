@@ -19,6 +19,7 @@ from ..options import DampingMode, Form, Scale
 from ..solve import cost
 from . import reference
 from .flops import count_ops_of
+from .interface import SOURCES_FILE, interface_of
 from .protocol import CoordinateOps, Limits, Ops
 from .schemas import COORDINATE_OPS, OPS, add_fakes, coordinate_wrappers, wrappers
 
@@ -58,9 +59,22 @@ def _load() -> tuple[ModuleType | None, str | None]:
             return None, _moved(built_for)
         return None, f"built, but it cannot be loaded with torch {torch.__version__}: {error}"
     without = [name for name in FUNCTIONS if not hasattr(_C, name)]
+    without += [
+        name for name in (*OPS, *COORDINATE_OPS, "emended_linear") if not _torch.has_op(f"consequentialism::{name}")
+    ]
     if without:
         return None, f"built from older sources, without {', '.join(without)}; {BUILD_AGAIN}"
+    if _is_of_other_sources(package):
+        return None, f"built from other sources than those in {package.parent / 'csrc'}; {BUILD_AGAIN}"
     return _C, None
+
+
+def _is_of_other_sources(package: Path) -> bool:
+    """Whether the extension in a checkout was built before something changed that Python relies on."""
+    stamp, sources = package / SOURCES_FILE, package.parent / "csrc"
+    if not (stamp.exists() and (sources / "linear_forward.cpp").exists()):  # installed, without its sources
+        return False
+    return stamp.read_text().strip() != interface_of(sources)
 
 
 def _moved(built_for: str) -> str:
@@ -136,6 +150,7 @@ def conv_gram(
     arguments = (x, kernel, stride, padding, dilation, groups, bias, patch_bytes, dtype)
     if module is None:
         return reference.conv_gram(*arguments)
+    reference.check_conv(x, kernel, stride, padding, dilation, groups)
     positions = reference.conv_output_size(x.shape[2:], kernel, stride, padding, dilation)
     method = cost.conv_method(x.device.type, x.shape[1] // groups, kernel, stride, dilation, positions)
     return torch.ops.consequentialism.conv_gram.default(*arguments, method)

@@ -18,6 +18,7 @@ from ...precision import float32_is_enough as float32_is_enough
 from ...precision import max_float32_condition as max_float32_condition
 from ..protocol import Limits
 from .convolution import ConvBlock as ConvBlock
+from .convolution import check_conv as check_conv
 from .convolution import conv_blocks as conv_blocks
 from .convolution import conv_errors as conv_errors
 from .convolution import conv_gram as conv_gram

@@ -29,6 +29,35 @@ def conv_output_size(
     ]
 
 
+def check_conv(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Refuse what is no convolution of ``x [B, C, *spatial]``, by the compiled op's own words.
+
+    Raises:
+        ValueError: It names the argument, its value and what is allowed.
+    """
+    spatial, shape = x.ndim - 2, list(x.shape)
+    if spatial < 1:
+        raise ValueError(f"x must have the shape [B, C, *spatial], 3 to 5 dimensions, got {shape}")
+    named = (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    for name, values, least in named:
+        if len(values) != spatial:
+            raise ValueError(f"{name} must have {spatial} numbers for x {shape}, got {list(values)}")
+        if any(value < least for value in values):
+            raise ValueError(f"{name} must be at least {least}, got {list(values)}")
+    if groups < 1 or x.shape[1] % groups != 0:
+        raise ValueError(f"groups must divide x's channels, got groups {groups} and x {shape}")
+    sizes = conv_output_size(x.shape[2:], kernel, [1] * spatial, padding, dilation)
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"kernel {list(kernel)} does not fit into x {shape} with padding {list(padding)}")
+
+
 def conv_patches(
     x: Tensor,
     kernel: Sequence[int],
@@ -151,7 +180,11 @@ def conv_gram(
     Args:
         x: ``[B, C, *spatial]``.
         dtype: In which it is computed and returned, float32 or float64.
+
+    Raises:
+        ValueError: See `check_conv`.
     """
+    check_conv(x, kernel, stride, padding, dilation, groups)
     inputs = x.shape[1] // groups * math.prod(kernel)
     gram = x.new_zeros(groups, inputs, inputs, dtype=dtype)
     sums = x.new_zeros(groups, inputs, 1, dtype=dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...options import DampingMode, Form, Ridge, Scale
 from ...precision import compute_dtype, emended_dtype, told_dtype
-from ..reference import RETRIES
+from ..reference import RETRIES, check_conv
 from . import plans, tune
 from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
 from .conv_gram import conv_gram_kernel
@@ -144,6 +144,7 @@ def conv_gram(
     spatial = len(kernel)
     if not 1 <= spatial <= 3 or x.ndim != 2 + spatial:
         raise ValueError(f"x must have the shape [B, C, *spatial] of 1 to 3 dimensions, got {list(x.shape)}")
+    check_conv(x, kernel, stride, padding, dilation, groups)
     missing = 3 - spatial
     x = x.double() if dtype == torch.float64 else x
     k, t, d = ((1,) * missing + tuple(given) for given in (kernel, stride, dilation))

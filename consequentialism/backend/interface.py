@@ -1,0 +1,19 @@
+"""What Python and the extension say to each other, as one number: both must be of the same sources.
+
+It imports nothing of this package, for ``setup.py`` reads it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+SOURCES_FILE = "_C_sources.txt"  # beside the extension: `interface_of` the sources it was built from
+
+
+def interface_of(sources: Path) -> str:
+    """A digest of the folder's files that know Python: schemas, the derivative, calls of layers; not of the kernels."""
+    digest = hashlib.sha256()
+    for path in sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
