@@ -25,9 +25,9 @@ def text(folder: Path, pictures: str) -> list[str]:
             "## Tasks that outsiders know",
             '`make bench-train ARGS="--data FOLDER"`; cosine schedules with warm-up, clipping to a norm of 1. '
             "Everybody may have eight trials, with a seed of their own, one knob after the other: the rate, the "
-            "auxiliary rate of Muon's AdamW, in coordinates the damping, and weight decay; so many as the column says "
-            "were made. In coordinates each refresh (steps from one to the next) and block (the most inputs taken "
-            "together) is searched apart. "
+            "auxiliary rate of Muon's AdamW, in coordinates the damping, Muon's together with the exponent, and weight "
+            "decay; so many as the column says were made. In coordinates each refresh (steps from one to the next) and "
+            "block (the most inputs taken together) is searched apart. "
             "Steps to another's end are those where the straight lines between a run's twenty evaluations are first "
             "as good, each on the schedule of its own, medians over the seeds; a shorter one would get there sooner. "
             "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "

@@ -178,13 +178,20 @@ LABELS = {
 }
 # What is tried after the first setting, one knob after the other, as factors of what was best so far: seven trials for
 # each, the first setting is the eighth. The first four turn the rate, and the second knob where there is one.
-Knob = tuple[str, tuple[float, ...]]
-_RATE: Knob = ("lr", (0.5, 2.0))
-_RATE_FURTHER: Knob = ("lr", (0.5, 2.0, 0.25, 4.0))
-_BETWEEN: Knob = ("lr", (0.7,))
-_DECAY: Knob = ("weight_decay", (0.2, 3.0))
-_AUX: Knob = ("aux_lr", (0.5, 2.0))
-_DAMPING: Knob = ("damping", (10 / 3, 10.0))
+Knob = tuple[Mapping[str, float], ...]
+
+
+def _knob(name: str, *factors: float) -> Knob:
+    return tuple({name: factor} for factor in factors)
+
+
+_RATE = _knob("lr", 0.5, 2.0)
+_RATE_FURTHER = _knob("lr", 0.5, 2.0, 0.25, 4.0)
+_BETWEEN = _knob("lr", 0.7)
+_DECAY = _knob("weight_decay", 0.2, 3.0)
+_AUX = _knob("aux_lr", 0.5, 2.0)
+_DAMPING = _knob("damping", 10 / 3, 10.0)
+_SQUARE_ROOT: Knob = ({"exponent": 2.0, "damping": 10.0},)  # from a fourth root; with its small damping it is worse
 KNOBS: dict[str, tuple[Knob, ...]] = {
     "nag": (_RATE_FURTHER, _DECAY, _BETWEEN),
     "adamw": (_RATE_FURTHER, _DECAY, _BETWEEN),
@@ -192,7 +199,7 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
     "soap": (_RATE_FURTHER, _DECAY, _BETWEEN),
     "coordinates-nag": (_RATE, _DAMPING, _DECAY, _BETWEEN),
     "coordinates-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
-    "coordinates-muon": (_RATE, _AUX, (_DAMPING[0], _DAMPING[1][:1]), _DECAY),
+    "coordinates-muon": (_RATE, _AUX, _SQUARE_ROOT, _DECAY),
 }
 
 
@@ -209,12 +216,14 @@ def trials(first: Setting, best: Callable[[list[Setting]], Setting], most: int) 
     """The settings of a search, the ``first`` included; ``best`` is asked for the best of those given so far."""
     given = [first]
     yield first
-    for knob, factors in KNOBS[first.optimizer]:
+    for knob in KNOBS[first.optimizer]:
         centre = best(given)
-        for factor in factors:
+        for factors in knob:
             if len(given) == most:
                 return
-            changed: dict[str, Any] = {knob: float(f"{getattr(centre, knob) * factor:.3g}")}
+            changed: dict[str, Any] = {
+                name: float(f"{getattr(centre, name) * factor:.3g}") for name, factor in factors.items()
+            }
             given.append(dataclasses.replace(centre, **changed))
             yield given[-1]
 
