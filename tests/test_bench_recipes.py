@@ -138,16 +138,25 @@ def test_every_optimizer_has_eight_different_trials_the_package_defaults_first()
     assert START.keys() == LABELS.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in START if name.startswith("coordinates-")])
+@pytest.mark.parametrize("name", [name for name in START if START[name].placing is not None])
 def test_a_search_in_coordinates_begins_with_the_package_defaults(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     if name == "coordinates-muon":
         optimizer: Emended = Muon(model, 0.01, aux={"lr": 0.01})
     else:
-        inner = torch.optim.AdamW if name == "coordinates-adamw" else torch.optim.SGD
+        inner = torch.optim.SGD if name == "coordinates-nag" else torch.optim.AdamW
         optimizer = Emended(inner(model.parameters(), lr=0.01), model)
     fields = ("damping", "exponent", "refresh_every", "memory", "block")
     assert [getattr(START[name], field) for field in fields] == [getattr(optimizer, field) for field in fields]
+
+
+@pytest.mark.parametrize(("name", "root"), [("coordinates-adamw", "auto"), ("cholesky-adamw", "cholesky")])
+def test_an_optimizers_name_says_its_root(name: str, root: str) -> None:
+    model = nn.Linear(3, 4)
+    (around,) = recipes.optimizers(model, START[name])
+    (before,) = recipes.optimizers(model, dataclasses.replace(START[name], placing="before"))
+    assert (around.root, before.keeper.root) == (root, "symmetric")
+    assert type(around.optimizer) is torch.optim.AdamW
 
 
 def test_other_refreshes_and_blocks_are_for_those_in_coordinates_alone() -> None:

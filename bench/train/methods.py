@@ -6,7 +6,8 @@ relative for emended layers and in emended coordinates, lambda for ISAAC, and wh
 and K-FAC.
 
 Two forms of this package take part: ``emended-NAME`` converts the layers, ``coordinates-NAME`` steps a plain network in
-emended coordinates (`consequentialism.optim.Emended` and ``Muon``), with the package's defaults but for the damping.
+emended coordinates (`consequentialism.optim.Emended` and ``Muon``), with the package's defaults but for the damping;
+``cholesky-NAME`` does so with ``root="cholesky"``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from consequentialism.experiments.train import class_loss
 from consequentialism.optim import Emended, Muon
 
 COORDINATES = "coordinates-"
+CHOLESKY = "cholesky-"
 Factory = Callable[[nn.Module, float], list[torch.optim.Optimizer]]
 
 
@@ -66,12 +69,17 @@ def missing(method: Method, kinds: frozenset[str]) -> str | None:
 
 def is_own(name: str) -> bool:
     """Whether the optimizer is one of this package's forms."""
-    return name.startswith((PREFIX, COORDINATES))
+    return name.startswith((PREFIX, COORDINATES, CHOLESKY))
 
 
 def inside(name: str) -> str:
     """The plain optimizer that a form of this package has inside, or the optimizer itself."""
-    return name.removeprefix(PREFIX).removeprefix(COORDINATES)
+    return name.removeprefix(PREFIX).removeprefix(COORDINATES).removeprefix(CHOLESKY)
+
+
+def root_of(name: str) -> Literal["auto", "cholesky"]:
+    """The root of an optimizer in coordinates."""
+    return "cholesky" if name.startswith(CHOLESKY) else "auto"
 
 
 def _torch(name: str) -> Factory:
@@ -121,7 +129,7 @@ def _coordinates(model: nn.Module, trial: Trial, loss: Loss) -> Step:
         muon = Muon(model, trial.lr, aux=aux, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", damping=trial.damping)
         return ordinary_step(model, muon, loss)
     (optimizer,) = FACTORY[name](model, trial.lr)
-    return ordinary_step(model, Emended(optimizer, model, damping=trial.damping), loss)
+    return ordinary_step(model, Emended(optimizer, model, damping=trial.damping, root=root_of(trial.optimizer)), loss)
 
 
 def _isaac(model: nn.Module, trial: Trial, loss: Loss) -> Step:
@@ -253,6 +261,7 @@ COORDINATES_RATES = {
     "adamw": (0.001, 0.002, 0.004, 0.008),
     "muon": (0.002, 0.004, 0.008, 0.016),
 }
+CHOLESKY_NAMES = ("rmsprop", "adamw")  # whose steps differ with the root
 _ROWS_ONLY = "isaac.Linear takes inputs of two dimensions"
 METHODS: dict[str, Method] = {
     method.name: method
@@ -295,6 +304,15 @@ METHODS: dict[str, Method] = {
                 _product(COORDINATES + name, rates, COORDINATES_DAMPINGS),
             )
             for name, rates in COORDINATES_RATES.items()
+        ),
+        *(
+            Method(
+                CHOLESKY + name,
+                LABELS[name] + " in Cholesky's coordinates",
+                _coordinates,
+                _product(CHOLESKY + name, COORDINATES_RATES[name], COORDINATES_DAMPINGS),
+            )
+            for name in CHOLESKY_NAMES
         ),
     )
 }

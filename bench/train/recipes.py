@@ -25,6 +25,7 @@ from consequentialism.experiments.train import Problem
 from consequentialism.optim import Emended, Muon
 
 from .images import cifar, find_cifar
+from .methods import inside, root_of
 from .models import NanoGPT, ViT, cifar_resnet
 from .text import find_shakespeare, shakespeare
 
@@ -98,7 +99,10 @@ RECIPES: dict[str, Recipe] = {
             64,
             1120,
             flips=True,
-            rates={"adamw": 0.001, "soap": 0.001, "coordinates-adamw": 0.001, "muon": 0.004, "coordinates-muon": 0.004},
+            rates={
+                **dict.fromkeys(("adamw", "soap", "coordinates-adamw", "cholesky-adamw"), 0.001),
+                **dict.fromkeys(("muon", "coordinates-muon"), 0.004),
+            },
         ),
         Recipe(
             "resnet-cifar",
@@ -165,6 +169,7 @@ START: dict[str, Setting] = {
     "soap": Setting("soap", 0.004),
     "coordinates-nag": _coordinates("coordinates-nag", 0.1, 0.5, weight_decay=1e-3),
     "coordinates-adamw": _coordinates("coordinates-adamw", 0.004, 0.5),
+    "cholesky-adamw": _coordinates("cholesky-adamw", 0.004, 0.5),
     "coordinates-muon": _coordinates("coordinates-muon", 0.008, 0.25, aux_lr=0.002, refresh_every=25, block=128),
 }
 LABELS = {
@@ -174,6 +179,7 @@ LABELS = {
     "soap": "SOAP",
     "coordinates-nag": "NAG in coordinates",
     "coordinates-adamw": "AdamW in coordinates",
+    "cholesky-adamw": "AdamW in Cholesky's coordinates",
     "coordinates-muon": "Muon in coordinates",
 }
 # What is tried after the first setting, one knob after the other, as factors of what was best so far: seven trials for
@@ -199,6 +205,7 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
     "soap": (_RATE_FURTHER, _DECAY, _BETWEEN),
     "coordinates-nag": (_RATE, _DAMPING, _DECAY, _BETWEEN),
     "coordinates-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
+    "cholesky-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
     "coordinates-muon": (_RATE, _AUX, _SQUARE_ROOT, _DECAY),
 }
 
@@ -230,7 +237,7 @@ def trials(first: Setting, best: Callable[[list[Setting]], Setting], most: int) 
 
 def optimizers(model: nn.Module, setting: Setting) -> list[Any]:
     """The optimizer, or the two, of a setting: what has ``step``, ``zero_grad`` and ``param_groups``."""
-    name = setting.optimizer.removeprefix("coordinates-")
+    name = inside(setting.optimizer)
     where = coordinates(setting)
     if name == "muon":
         aux = {"lr": setting.aux_lr, "betas": (0.9, 0.99), "weight_decay": 0.0}
@@ -265,7 +272,7 @@ _INNER: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 def coordinates(setting: Setting) -> dict[str, Any]:
     """The keywords of `Emended`."""
     names = ("damping", "exponent", "refresh_every", "memory", "block")
-    return {name: getattr(setting, name) for name in names}
+    return {name: getattr(setting, name) for name in names} | {"root": root_of(setting.optimizer)}
 
 
 class Before:
@@ -281,9 +288,8 @@ class Before:
             torch.optim.SGD(model.parameters(), lr=0.0),
             model,
             scale="gradient",
-            root="symmetric",  # without a second product no other turns g downhill
             filter_fn=lambda module, _: id(getattr(module, "weight", None)) in hidden,
-            **where,
+            **where | {"root": "symmetric"},  # without a second product no other turns g downhill
         )
         self.param_groups = optimizer.param_groups
 
