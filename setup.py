@@ -13,6 +13,7 @@ import atexit
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,8 @@ CUDA_SOURCES = [
     "csrc/cuda/fused_weight_grad.cu",
     "csrc/cuda/launch_counters.cu",
 ]
-CUDA_ARCHITECTURES = ("8.0", "9.0+PTX")  # where TORCH_CUDA_ARCH_LIST names none; no kernel uses what only 9.0a has
+WARPGROUP_SOURCE = "csrc/cuda/warpgroup_gram.cu"  # for 9.0a alone, beside whatever else is built for 9.0
+CUDA_ARCHITECTURES = ("8.0", "9.0+PTX")  # where TORCH_CUDA_ARCH_LIST names none
 NEWER_CUDA_ARCHITECTURES = ("10.0", "12.0")  # where nvcc has them, which else compile whole modules at their first use
 
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
@@ -160,6 +162,28 @@ def default_cuda_architectures() -> str:
     return ";".join([*CUDA_ARCHITECTURES, *newer])
 
 
+def builds_warpgroups(architectures: str) -> bool:
+    """Whether a list in the form of ``TORCH_CUDA_ARCH_LIST`` has Hopper's, other than as PTX of an older one's."""
+    named = {name.partition("+")[0] for name in re.split("[; ]+", architectures)}
+    return os.name != "nt" and not named.isdisjoint({"9.0", "9.0a", "Hopper"})
+
+
+def compile_warpgroups(folder: Path, flags: list[str]) -> str:
+    """Compile the one source that is for an architecture of its own, which torch's builder cannot; its object."""
+    from torch.utils import cpp_extension
+
+    target = folder / Path(WARPGROUP_SOURCE).with_suffix(".o")
+    newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
+    if target.exists() and target.stat().st_mtime > newest:
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nvcc = os.environ.get("PYTORCH_NVCC") or str(Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc"))
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
+    own = ["-DCONSEQUENTIALISM_WARPGROUPS", "-gencode=arch=compute_90a,code=sm_90a", "--compiler-options=-fPIC"]
+    subprocess.run([*shlex.split(nvcc), *host, *flags, *own, "-c", WARPGROUP_SOURCE, "-o", str(target)], check=True)
+    return str(target)
+
+
 def compiler_flags() -> tuple[list[str], list[str]]:
     """For compiling and for linking. at::parallel_for is a header: without OpenMP here it runs on one thread."""
     if os.name == "nt":
@@ -194,6 +218,8 @@ def extension() -> Any:
         ("CONSEQUENTIALISM_CUDA_ARCHITECTURES", f'"{architectures}"'),
     ]
     strict = ["-Werror", "all-warnings"] if os.environ.get("CONSEQUENTIALISM_WERROR") == "1" else []
+    if builds_warpgroups(architectures):
+        defines.append(("CONSEQUENTIALISM_WARPGROUPS", "1"))
     return CUDAExtension(
         "consequentialism._C",
         CPU_SOURCES + CUDA_SOURCES,
@@ -228,6 +254,10 @@ def keep_objects(build_ext: type[Any]) -> type[Any]:
                 usual = build(self.distribution)
                 usual.ensure_finalized()
                 self.build_temp = usual.build_temp
+            for one in self.extensions:
+                if ("CONSEQUENTIALISM_WARPGROUPS", "1") in one.define_macros:
+                    flags = one.extra_compile_args["nvcc"]
+                    one.extra_objects.append(compile_warpgroups(Path(self.build_temp), flags))
             super().run()
             import torch
 

@@ -93,7 +93,8 @@ def _gram64(x: Tensor, form: Form) -> Tensor:
 
 
 def input_gram_case(op: str, shape: LinearShape, dtype_name: str, device: Device) -> Case:
-    """``x x^T [N, N]`` or ``x^T x [I, I]``, the smaller, in float32 at least."""
+    """``x x^T [N, N]`` or ``x^T x [I, I]``, the smaller, in float32 at least; on CUDA by each variant of the kernels
+    that serves it too, ``consequentialism`` as planned."""
     form, size = _form(shape), DTYPES[dtype_name].itemsize
     n, m = sorted((shape.rows, shape.inputs + 1))
 
@@ -104,7 +105,7 @@ def input_gram_case(op: str, shape: LinearShape, dtype_name: str, device: Device
 
         return run
 
-    return single_op_case(
+    case = single_op_case(
         op,
         shape,
         dtype_name,
@@ -115,6 +116,19 @@ def input_gram_case(op: str, shape: LinearShape, dtype_name: str, device: Device
         lambda x, dy: [_gram64(x, form)],
         Minimum(size * shape.rows * shape.inputs + max(size, 4) * n * n, 1.0 * n * n * m),
     )
+
+    def build(variant: str) -> Work:
+        x, _ = _tensors(shape, dtype_name, device)
+        by = torch.ops.consequentialism.input_gram.by
+        return Work(
+            lambda: by(x, True, form, variant),
+            lambda: relative_error(by(x, True, form, variant), [_gram64(x, form)]),
+        )
+
+    if device.type == "cuda" and size == 2:
+        for variant in ("warps", "warpgroups"):
+            case.providers[variant] = functools.partial(build, variant)
+    return case
 
 
 def emended_input_case(op: str, shape: LinearShape, dtype_name: str, device: Device) -> Case:

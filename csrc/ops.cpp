@@ -10,6 +10,7 @@
 
 TORCH_LIBRARY(consequentialism, m) {
   m.def("input_gram(Tensor x, bool bias, str form) -> Tensor");
+  m.def("input_gram.by(Tensor x, bool bias, str form, str variant) -> Tensor");
   m.def(
       "damped_inverse(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) "
       "-> Tensor");

@@ -144,6 +144,10 @@ def test_bad_arguments_of_the_cuda_kernels(
 
 def test_bad_arguments_of_a_named_variant() -> None:
     x, dy = ones(5, 7), ones(5, 3)
+    with pytest.raises(ValueError, match="variant must be 'warps' or 'warpgroups', got 'both'"):
+        cuda_kernel("input_gram", x, True, "dual", "both", overload="by")
+    with pytest.raises(RuntimeError, match="non-CUDA"):
+        cuda_kernel("input_gram", x, True, "dual", "warpgroups", overload="by")
     with pytest.raises(ValueError, match="variant must be 'recompute' or 'cooperative', got 'both'"):
         cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "both", overload="by")
     with pytest.raises(RuntimeError, match="non-CUDA"):

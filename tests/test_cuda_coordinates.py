@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import BF16, DTYPES, F16, F32, F64, error_of, randn
 from test_coordinates_ops import blocks_of, by_eigenvalues, positive
-from test_cuda_input_gram import CUDA, SUMS, TYPE_CODE, rounded_like
+from test_cuda_input_gram import CUDA, OPTIONS, SUMS, TYPE_CODE, rounded_like
 from torch import Tensor
 
 from consequentialism.backend.reference import coordinates
@@ -17,7 +17,7 @@ from consequentialism.solve import root as solve
 
 NAMES = ("decayed_gram", "inverse_root", "root_product")
 SOURCES = [
-    *(CUDA / f"{name}.cu" for name in NAMES),
+    *(CUDA / f"{name}.cu" for name in (*NAMES, "warpgroup_gram")),
     *(CUDA / f"{name}_plan.cpp" for name in (*NAMES, "input_gram", "emended_input")),
     Path(cuda_shim.__file__).with_name("coordinates_calls.cu"),
 ]
@@ -28,7 +28,7 @@ ROUNDED = {F64: 1e-14, F32: 2e-6, BF16: 4e-3, F16: 5e-4}  # a weight of that typ
 
 @pytest.fixture(scope="module")
 def shim() -> cuda_shim.Library:
-    return cuda_shim.load(SOURCES, options=["-O2"])
+    return cuda_shim.load(SOURCES, options=["-O2", *OPTIONS])
 
 
 def doubles(*values: float) -> Tensor:
@@ -111,6 +111,18 @@ def test_decayed_gram_in_large_tiles_at_any_alignment(shim: cuda_shim.Library, d
             shim, randn(40, inputs), dtype, blocks, True, 0.5, tile=128, splits=1, stride=stride, offset=offset
         )
         assert error_of(own, expected) <= ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_decayed_gram_by_warpgroups(shim: cuda_shim.Library, dtype: torch.dtype) -> None:
+    """Blocks of several tiles and of a part of one, the bias in the last; partial Grams and clusters."""
+    for rows, inputs, blocks, splits, bias in ((70, 272, 2, 1, True), (300, 40, 1, 2, True), (200, 24, 3, -2, False)):
+        for memory in (0.0, 0.75):
+            own, expected = decayed(
+                shim, randn(rows, inputs), dtype, blocks, bias, memory, tile=256, splits=splits, seeds=cuda_shim.SEEDS
+            )
+            assert torch.equal(own, own.mT)
+            assert error_of(own, expected) <= ALLOWED[dtype], (rows, inputs, blocks, memory)
 
 
 def test_decayed_gram_fills_the_chip(shim: cuda_shim.Library) -> None:

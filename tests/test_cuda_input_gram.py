@@ -16,8 +16,10 @@ import consequentialism as cw
 CUDA = cuda_shim.ROOT / "csrc" / "cuda"
 SOURCES = [
     *(CUDA / name for name in ("input_gram.cu", "input_gram_plan.cpp", "emended_input.cu", "emended_input_plan.cpp")),
+    CUDA / "warpgroup_gram.cu",
     Path(cuda_shim.__file__).with_name("matrix_calls.cu"),
 ]
+OPTIONS = ["-DCONSEQUENTIALISM_WARPGROUPS"]
 TYPE_CODE = {F64: 0, F32: 1, BF16: 2, F16: 3}
 SUMS = {F64: F64, F32: F32, BF16: F32, F16: F32}
 FLOOR = {F64: 1e-15, F32: 2e-7}
@@ -29,7 +31,7 @@ LARGE_PLAN_SIZES = (2047, 2304, 4096, 4097, 8192, 11008, 20000)
 
 @pytest.fixture(scope="module")
 def shim() -> cuda_shim.Library:
-    return cuda_shim.load(SOURCES)
+    return cuda_shim.load(SOURCES, OPTIONS)
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ def plans(
     shared: int = HOPPER_SHARED,
     processors: int = 132,
     clusters: bool = True,
+    warpgroups: bool = False,
     tile: int = 0,
     splits: int = 0,
 ) -> list[list[int]]:
@@ -122,7 +125,7 @@ def plans(
         "call_gram_plans",
         shim.guarded(torch.tensor(shapes), "shapes"),
         shim.empty(len(shapes), 8, dtype=torch.int64, name="plans"),
-        *(len(shapes), bias, primal, TYPE_CODE[dtype], wide, shared, processors, clusters, tile, splits),
+        *(len(shapes), bias, primal, TYPE_CODE[dtype], wide, shared, processors, clusters, warpgroups, tile, splits),
         seeds=(0,),
     )
     made: list[list[int]] = results[1].tolist()

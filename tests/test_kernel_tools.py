@@ -65,8 +65,24 @@ def test_a_kernel_missing_from_the_table_or_new_to_it_is_named() -> None:
 
 def test_the_committed_table_has_both_architectures_of_every_kernel() -> None:
     table = cuda_resources.read_table(cuda_resources.TABLE.read_text())
-    kernels = {kernel for kernel, _ in table}
-    assert set(table) == {(kernel, arch) for kernel in kernels for arch in cuda_resources.ARCHITECTURES}
+    own = {(kernel, arch) for kernel, arch in table if arch == cuda_resources.WARPGROUP_ARCHITECTURE}
+    kernels = {kernel for kernel, _ in set(table) - own}
+    assert set(table) - own == {(kernel, arch) for kernel in kernels for arch in cuda_resources.ARCHITECTURES}
+    assert len(own) == 6
+    assert all(kernel.startswith("warpgroup_gram_kernel<") for kernel, _ in own)
+    assert all(table[key].spill_stores == 0 for key in own)
+
+
+def test_products_that_wait_for_one_another_are_refused() -> None:
+    remark = f"ptxas info    : (C7510) Potential Performance Loss: {cuda_resources.SERIALIZED} due to ..."
+    with pytest.raises(SystemExit, match="serialized"):
+        cuda_resources.parse(f"{REPORT}{remark}\n")
+
+
+def test_only_the_warpgroups_source_is_for_sm_90a_alone() -> None:
+    for source in sorted(cuda_resources.CUDA.glob("*.cu")):
+        codes = [target.partition(",code=")[2] for target in cuda_resources.targets_of(source) if ",code=" in target]
+        assert codes == (["sm_90a"] if source.stem == "warpgroup_gram" else ["sm_80", "sm_90", "compute_90"])
 
 
 NVCC = """#!/bin/bash

@@ -5,7 +5,8 @@
     python tools/cuda_resources.py --built FOLDER   the same of a build's objects, which compiles nothing
     PYTORCH_NVCC="python tools/cuda_resources.py --nvcc"    nvcc for that build: reports are kept beside the objects
 
-Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90 and as PTX. A kernel that is missing from the
+Each `.cu` is compiled by nvcc, with warnings as errors, for sm_80, sm_90 and as PTX, the kernels of warpgroups for
+sm_90a alone. A kernel that is missing from the
 table or new to it, that takes more registers or that spills more than the table says, fails.
 """
 
@@ -27,6 +28,8 @@ CUDA = ROOT / "csrc" / "cuda"
 TABLE = CUDA / "resources.txt"
 CACHE = ROOT / "build" / "cuda_resources"
 ARCHITECTURES = ("sm_80", "sm_90")
+WARPGROUPS, WARPGROUP_ARCHITECTURE = "warpgroup_gram", "sm_90a"  # the source that is for this alone
+SERIALIZED = "wgmma.mma_async instructions are serialized"  # says ptxas where it could not leave them asynchronous
 REPORT = ["-Xptxas", "-v"]
 FLAGS = ["-std=c++20", "-O3", f"-I{CUDA}", "-Werror", "all-warnings", *REPORT]
 SUFFIX = ".ptxas"  # of a report beside its object
@@ -67,6 +70,8 @@ def short(name: str) -> str:
 
 def parse(report: str) -> Table:
     """What ptxas -v says of one source."""
+    if SERIALIZED in report:
+        raise SystemExit(f"ptxas: {SERIALIZED}; something touches their sums while they are in flight")
     found: list[tuple[str, str, Resources]] = []
     name = architecture = ""
     frame = (0, 0, 0)
@@ -99,6 +104,14 @@ def included(source: Path) -> list[Path]:
     return found
 
 
+def targets_of(source: Path) -> list[str]:
+    if source.stem == WARPGROUPS:
+        virtual = WARPGROUP_ARCHITECTURE.replace("sm", "compute")
+        return ["-DCONSEQUENTIALISM_WARPGROUPS", f"-gencode=arch={virtual},code={WARPGROUP_ARCHITECTURE}"]
+    targets = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in ARCHITECTURES]
+    return [*targets, "-gencode=arch=compute_90,code=compute_90"]
+
+
 def compile_source(source: Path, nvcc: str) -> Table:
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in included(source):
@@ -106,9 +119,7 @@ def compile_source(source: Path, nvcc: str) -> Table:
     cached = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
     if not cached.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        targets = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in ARCHITECTURES]
-        targets.append("-gencode=arch=compute_90,code=compute_90")
-        command = [nvcc, *FLAGS, *targets, "-c", str(source), "-o", str(CACHE / f"{source.stem}.o")]
+        command = [nvcc, *FLAGS, *targets_of(source), "-c", str(source), "-o", str(CACHE / f"{source.stem}.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{source.relative_to(ROOT)} does not compile:\n{done.stderr}{done.stdout}")
@@ -137,10 +148,14 @@ def built(folder: Path) -> list[Table]:
     tables = []
     for source in sorted(CUDA.glob("*.cu")):
         reports = list(folder.glob(f"**/{source.stem}.o{SUFFIX}"))
+        if source.stem == WARPGROUPS and not reports:  # built for other chips
+            continue
         if len(reports) != 1:
             raise SystemExit(f"{folder} has {len(reports)} reports of {source.name}: build it anew")
         table = parse(reports[0].read_text())
-        tables.append({key: value for key, value in table.items() if key[1] in ARCHITECTURES})
+        tables.append(
+            {key: value for key, value in table.items() if key[1] in (*ARCHITECTURES, WARPGROUP_ARCHITECTURE)}
+        )
     return tables
 
 

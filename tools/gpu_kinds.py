@@ -53,6 +53,21 @@ def gram(rows: int, inputs: int, form: str) -> Kind:
     return run
 
 
+def gram_by_warpgroups(rows: int, inputs: int, form: str) -> Kind:
+    """The kernel that is named, as far as the device and the type have it, and the same bits again."""
+
+    def run(dtype: torch.dtype, device: str) -> float:
+        x = _rows(rows, inputs, dtype, device)
+        hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+        if not hopper or dtype not in (torch.bfloat16, torch.float16):
+            return gram(rows, inputs, form)(dtype, device)
+        own, again = (torch.ops.consequentialism.input_gram.by(x, True, form, "warpgroups") for _ in range(2))
+        _same(1, int(not torch.equal(own, again)), "runs")
+        return error_of(own, reference.input_gram(_wide(x), True, form))
+
+    return run
+
+
 def conv_gram(
     batch: int, channels: int, size: int, stride: int, groups: int = 1, patch_bytes: int = 2**26, method: str = ""
 ) -> Kind:
@@ -284,6 +299,9 @@ KINDS: dict[str, Kind] = {
     "gram_primal": gram(700, 100, "primal"),
     "gram_split": gram(64, 8192, "dual"),
     "gram_large": gram(1024, 2048, "dual"),
+    "gram_warpgroups": gram_by_warpgroups(1000, 2048, "dual"),
+    "gram_warpgroups_primal": gram_by_warpgroups(2100, 1000, "primal"),
+    "gram_warpgroups_chains": gram_by_warpgroups(70000, 512, "primal"),
     "conv_gram": conv_gram(3, 7, 9, 1),
     "conv_gram_large": conv_gram(16, 64, 32, 1, method="direct"),
     "conv_gram_displaced": conv_gram(16, 64, 32, 1),

@@ -12,6 +12,7 @@ struct DecayedGramShape {
   bool bias;
   size_t element_bytes;  // of x
   size_t sum_bytes;      // of the Gram
+  bool aligned = false;  // every row of x begins at a multiple of 16 bytes
 };
 
 GramPlan plan_decayed_gram(const DecayedGramShape& shape, const Limits& limits);

@@ -21,7 +21,7 @@ at::Tensor decayed_gram(const at::Tensor& given, const at::Tensor& input, bool b
   if (x.size(0) == 0 || before.numel() == 0) return memory == 0 ? at::zeros_like(before) : before.mul(memory);
   const at::Tensor gram = at::empty(before.sizes(), before.options());
   const DecayedGramShape shape{
-      x.size(0), x.size(1), before.size(0), bias, x.dtype().itemsize(), before.dtype().itemsize()};
+      x.size(0), x.size(1), before.size(0), bias, x.dtype().itemsize(), before.dtype().itemsize(), has_aligned_rows(x)};
   const GramPlan plan = plan_decayed_gram(shape, limits_of_current_device());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
   dispatch_element(x.scalar_type(), [&](auto native, auto element) {

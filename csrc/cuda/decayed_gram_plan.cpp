@@ -8,7 +8,11 @@ namespace {
 // With the largest block, without the bias's one, which no tile counts.
 GramShape gram_shape(const DecayedGramShape& shape) {
   const int64_t inputs = block_order(shape.inputs, shape.blocks, false);
-  return {shape.rows, inputs, shape.bias, true, shape.element_bytes, shape.sum_bytes, shape.blocks};
+  bool aligned = shape.aligned;
+  for (int64_t i = 1; i < shape.blocks; ++i) {
+    aligned &= block_begin(shape.inputs, shape.blocks, i) * static_cast<int64_t>(shape.element_bytes) % 16 == 0;
+  }
+  return {shape.rows, inputs, shape.bias, true, shape.element_bytes, shape.sum_bytes, shape.blocks, aligned};
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include "damped_inverse_launcher.h"
 #include "device_limits.h"
 #include "launch_counters.h"
+#include "warpgroup_gram_launcher.h"
 
 namespace consequentialism::cuda {
 
@@ -34,16 +35,17 @@ inline Limits limits_of_current_device() {
     // What is asked for here may load a module, which a capture would forbid: all of it at once, and relaxed.
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     int shared = 0, processors = 0;
-    bool clusters = false;
+    bool clusters = false, warpgroups = false;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     C10_CUDA_CHECK(clusters_run(&clusters));
+    C10_CUDA_CHECK(warpgroups_run(&warpgroups));
     unsigned* address = nullptr;
     C10_CUDA_CHECK(launch_counters_address(&address));
     launch_counters[static_cast<size_t>(device)] = address;
     C10_CUDA_CHECK(breakdown_counter_address(&address));
     breakdown_counters[static_cast<size_t>(device)] = address;
-    known[static_cast<size_t>(device)] = {static_cast<size_t>(shared), processors, clusters};
+    known[static_cast<size_t>(device)] = {static_cast<size_t>(shared), processors, clusters, warpgroups};
   });
   return known[static_cast<size_t>(device)];
 }
@@ -93,6 +95,12 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
 
 inline int64_t row_stride_of(const at::Tensor& x) {
   return x.size(0) <= 1 ? x.size(1) : x.stride(0);
+}
+
+// Whether each of its rows begins at a multiple of 16 bytes.
+inline bool has_aligned_rows(const at::Tensor& x) {
+  const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  return address % 16 == 0 && row_stride_of(x) * static_cast<int64_t>(x.itemsize()) % 16 == 0;
 }
 
 }  // namespace consequentialism::cuda

@@ -11,7 +11,8 @@ constexpr int64_t kMaxGrid = 0x7FFFFFFF;  // blocks along x
 struct Limits {
   size_t shared_bytes;  // a block may ask for
   int processors;
-  bool clusters;  // thread block clusters, sm_90
+  bool clusters;            // thread block clusters, sm_90
+  bool warpgroups = false;  // products of warpgroups, sm_90 with a build for sm_90a
 };
 
 constexpr Limits kHopper{232448, 132, true};

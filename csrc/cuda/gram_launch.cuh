@@ -13,6 +13,7 @@
 
 #include "input_gram.cuh"
 #include "input_gram.h"
+#include "warpgroup_gram_launcher.h"
 
 namespace consequentialism::cuda {
 
@@ -67,7 +68,34 @@ struct GramWriter {
     entries.gram[at] = value;
     if (row != column) entries.gram[to * entries.stride + from] = value;
   }
+
+  // The same in two steps, where every index has its place: the entry above the diagonal, whose value it returns, and,
+  // of the result alone, the one below.
+  __device__ __forceinline__ G upper(int64_t row, int64_t column, G sum) const {
+    if (partial != nullptr) {
+      (*this)(row, column, sum);
+      return sum;
+    }
+    const int64_t at = row * entries.stride + column;
+    return entries.gram[at] = entries.value(at, sum);
+  }
+  __device__ __forceinline__ void lower(int64_t row, int64_t column, G value) const {
+    entries.gram[column * entries.stride + row] = value;
+  }
 };
+
+// What no tile has of a Gram, by one block: the corner of x1^T x1, of `rows`, and zeros from entries.used on.
+template <int kThreads, class Source, class Entries, class Write>
+__device__ __forceinline__ void write_rest(
+    const Source& source, const Entries& entries, bool whole, int64_t rows, const Write& write) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (source.ones && thread == 0) write(source.outer, source.outer, static_cast<typename Source::Sum>(rows));
+  for (int64_t last = entries.used; whole && last < entries.order; ++last) {
+    for (int64_t i = thread; i < entries.order; i += kThreads) {
+      entries.gram[last * entries.stride + i] = entries.gram[i * entries.stride + last] = 0;
+    }
+  }
+}
 
 // Block x is of a cluster, which is of a tile of one or more splits; block y of a Gram. partial [splits, Grams, order,
 // order], or null where each tile's sum is one block's or one cluster's.
@@ -87,13 +115,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kResident) gram_kern
   const GramWriter<G, Entries> write{entries, whole ? nullptr : partial + offset, grid.accumulate};
   gram_tile<Traits>(source, tile, begin, end, dynamic_shared<unsigned char>(), write);
   if (tile.column != 0 || (whole && cluster_block_rank() != 0)) return;
-  const int thread = static_cast<int>(threadIdx.x);
-  if (source.ones && thread == 0) write(source.outer, source.outer, static_cast<G>(whole ? inner : end - begin));
-  for (int64_t last = entries.used; whole && last < entries.order; ++last) {
-    for (int64_t i = thread; i < entries.order; i += Traits::kThreads) {
-      entries.gram[last * entries.stride + i] = entries.gram[i * entries.stride + last] = 0;
-    }
-  }
+  write_rest<Traits::kThreads>(source, entries, whole, whole ? inner : end - begin, write);
 }
 
 // The Grams from the sums of the upper triangles of partial [splits, Grams, order, order], mirrored.
@@ -184,6 +206,11 @@ cudaError_t launch_gram_products(
     typename Source::Sum* partial, bool accumulate, cudaStream_t stream) {
   if (inner < 0 || grams < 1 || grams > kMaxGrams) return cudaErrorInvalidValue;
   if (plan.blocks > kMaxGrid || plan.reduce_blocks > kMaxGrid) return cudaErrorInvalidValue;
+  if constexpr (kOfWarpgroups<Source>) {
+    if (plan.tile == kWarpgroupTile && !accumulate) {
+      return launch_warpgroup_gram(source, inner, entries, grams, plan, partial, stream);
+    }
+  }
   if constexpr (std::is_same_v<typename Source::Sum, float>) {
     if (plan.tile == kLargeTile) {
       return launch_gram_tiles<kLargeTile>(source, inner, tf32, entries, grams, plan, partial, accumulate, stream);

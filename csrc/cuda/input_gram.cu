@@ -1,25 +1,7 @@
-#include "gram_launch.cuh"
+#include "gram_entries.cuh"
 #include "input_gram_launcher.h"
 
 namespace consequentialism::cuda {
-
-namespace {
-
-// gram [order, order], shift added to each entry.
-template <class G>
-struct InputEntries {
-  static constexpr bool kGathered = false;
-
-  G* gram;
-  int64_t order, stride, used;
-  G shift;
-
-  __device__ __forceinline__ InputEntries of(unsigned, unsigned) const { return *this; }
-  __device__ __forceinline__ int64_t place(int64_t i) const { return i; }
-  __device__ __forceinline__ G value(int64_t, G sum) const { return sum + shift; }
-};
-
-}  // namespace
 
 template <class T, class G>
 cudaError_t launch_input_gram(

@@ -21,6 +21,7 @@ struct GramShape {
   size_t element_bytes;  // of x
   size_t sum_bytes;      // of the Gram
   int64_t grams = 1;     // along the grid's y
+  bool aligned = false;  // every row that a Gram is of begins at a multiple of 16 bytes
 };
 
 // order: of the result; outer, inner: what the product's tiles and sums run over.
@@ -33,7 +34,7 @@ int64_t gram_inner(const GramShape& shape);
 // second kernel adds them: a launch, but on the whole chip and in one order, and nothing has to be zero before or
 // after.
 struct GramPlan {
-  int tile;          // 0 where the device has not enough shared memory
+  int tile;          // its columns; 0 where the device has not enough shared memory
   unsigned cluster;  // blocks; 1 or the splits
   int64_t splits;
   int64_t depth;
@@ -42,12 +43,17 @@ struct GramPlan {
   size_t shared_bytes;
   size_t workspace_bytes;
 
-  bool whole() const { return splits == cluster; }  // no partial matrices
+  bool whole() const { return reduce_blocks == 0; }  // no partial matrices
 };
 
 GramPlan plan_gram(const GramShape& shape, const Limits& limits);
 
-// With this tile (64 or 128; 64 where sums are float64) and about so many splits, in a cluster where that is wanted.
+// By products of warps, or of warpgroups; of no tile where they do not serve.
+enum class GramVariant { kWarps, kWarpgroups };
+GramPlan plan_gram_by(const GramShape& shape, const Limits& limits, GramVariant variant);
+
+// With this tile (64; 128 where sums are float32; kWarpgroupTile where elements have 16 bits too and rows are aligned)
+// and about so many splits, in a cluster where that is wanted.
 GramPlan plan_gram_with(const GramShape& shape, int tile, int64_t splits, bool clustered);
 
 }  // namespace consequentialism::cuda

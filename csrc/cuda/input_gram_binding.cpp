@@ -17,14 +17,19 @@
 
 namespace consequentialism::cuda {
 
-at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dtype) {
+namespace {
+
+// Of x with contiguous rows, on the current device, as plan_of(shape, limits) says.
+template <class PlanOf>
+at::Tensor gram_as(const at::Tensor& x, bool bias, Form form, at::ScalarType dtype, const PlanOf& plan_of) {
   const bool primal = form == Form::kPrimal;
-  const GramShape shape{
+  GramShape shape{
       x.size(0), x.size(1), bias, primal, x.dtype().itemsize(), dtype == at::kDouble ? sizeof(double) : sizeof(float)};
+  shape.aligned = has_aligned_rows(x);
   const int64_t n = gram_order(shape);
   if (n == 0 || x.size(0) == 0) return at::zeros({n, n}, x.options().dtype(dtype));
+  const GramPlan plan = plan_of(shape, limits_of_current_device());
   const at::Tensor gram = at::empty({n, n}, x.options().dtype(dtype));
-  const GramPlan plan = plan_gram(shape, limits_of_current_device());
   const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
   dispatch_element(x.scalar_type(), [&](auto native, auto element) {
     using T = decltype(native);
@@ -44,6 +49,12 @@ at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dty
   return gram;
 }
 
+}  // namespace
+
+at::Tensor gram_of(const at::Tensor& x, bool bias, Form form, at::ScalarType dtype) {
+  return gram_as(x, bias, form, dtype, plan_gram);
+}
+
 at::Tensor input_gram(const at::Tensor& x, bool bias, std::string_view form) {
   check_x(x);
   const Form parsed = parse_form(form);
@@ -52,8 +63,31 @@ at::Tensor input_gram(const at::Tensor& x, bool bias, std::string_view form) {
   return gram_of(with_contiguous_rows(x), bias, parsed, wide_type(x.scalar_type()));
 }
 
+// By the variant that is named, or not at all: for tests and benchmarks.
+at::Tensor input_gram_by(const at::Tensor& x, bool bias, std::string_view form, std::string_view variant) {
+  check_x(x);
+  const Form parsed = parse_form(form);
+  TORCH_CHECK_VALUE(
+      variant == "warps" || variant == "warpgroups", "variant must be 'warps' or 'warpgroups', got '", variant, "'");
+  const auto named = variant == "warps" ? GramVariant::kWarps : GramVariant::kWarpgroups;
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(x.device());
+  return gram_as(
+      with_contiguous_rows(x), bias, parsed, wide_type(x.scalar_type()),
+      [&](const GramShape& shape, const Limits& limits) {
+        const GramPlan plan = plan_gram_by(shape, limits, named);
+        TORCH_CHECK(
+            plan.tile != 0 || named == GramVariant::kWarps,
+            "variant 'warpgroups' is for float16 and bfloat16 with rows aligned to 16 bytes, on devices of compute "
+            "capability 9.0, in a build for them; got ",
+            x.scalar_type(), limits.warpgroups ? "" : " on a device or in a build that has none");
+        return plan;
+      });
+}
+
 }  // namespace consequentialism::cuda
 
 TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
   m.impl("input_gram", consequentialism::cuda::input_gram);
+  m.impl("input_gram.by", consequentialism::cuda::input_gram_by);
 }

@@ -13,6 +13,19 @@ constexpr int kProductStages = 3;
 constexpr int kSmallTile = 64;
 constexpr int kLargeTile = 128;
 
+// Products of warpgroups: 128 rows by 256 columns, of 16-bit elements.
+constexpr int kWarpgroupTile = 256;
+constexpr int kWarpgroupRows = 128;
+constexpr int kWarpgroupDepth = 64;  // of a stage
+constexpr int kWarpgroupStages = 4;
+constexpr int kPanelBytes = 64 * 128;     // 64 lines of 64 elements
+constexpr int kSwizzledAlignment = 1024;  // of panels
+constexpr size_t kWarpgroupStageBytes = (kWarpgroupRows + kWarpgroupTile) / 64 * kPanelBytes;
+constexpr size_t kWarpgroupSharedBytes = kWarpgroupStages * kWarpgroupStageBytes + kSwizzledAlignment;
+
+// What tensor cores add up by themselves, cutting off: the sums of so many products are added in float32, rounded.
+constexpr int64_t kWarpgroupChain = 2048;
+
 constexpr int threads_of_tile(int tile) {
   return tile == kLargeTile ? 256 : 128;
 }

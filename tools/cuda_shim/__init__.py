@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 INCLUDES = (ROOT / "csrc" / "cuda", HERE)
 BUILD = ROOT / "build" / "cuda_shim"
-SHIM = [HERE / f"{part}.cpp" for part in ("scheduler", "errors", "instructions", "python_calls")]
+SHIM = [HERE / f"{part}.cpp" for part in ("scheduler", "errors", "instructions", "warpgroup", "python_calls")]
 SEEDS = (0, 1, 2)
 
 FLAGS = (

@@ -108,7 +108,10 @@ void copy_async(void* shared, const void* global, int valid_bytes) {
   }
   if (valid_bytes < 0 || valid_bytes > 16) fail(cudaErrorInvalidValue, "copy_async_16 of %d bytes", valid_bytes);
   memset(shared, kFreshByte, 16);  // the chip may write from now on: a reader that is not done yet shows
-  state.current->copies.push_back({shared, global, valid_bytes});
+  Fiber& self = *state.current;
+  self.copies.push_back({shared, global, valid_bytes});
+  const auto place = static_cast<size_t>(static_cast<unsigned char*>(shared) - self.block->shared->base);
+  self.block->marks[place / kMarkBytes] = {&self, ++self.copies_issued};
 }
 
 void copy_async_commit() {
@@ -124,6 +127,7 @@ void copy_async_wait(unsigned pending) {
     memset(copy.shared, 0, 16);
     memcpy(copy.shared, copy.global, static_cast<size_t>(copy.valid_bytes));
   }
+  self.copies_landed += copies;
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<ptrdiff_t>(copies));
   self.copies_groups.erase(self.copies_groups.begin(), self.copies_groups.begin() + static_cast<ptrdiff_t>(groups));
   for (size_t& end : self.copies_groups) end -= copies;

@@ -92,10 +92,11 @@ extern "C" int call_emend(
 // shapes [count, 2] are N and I; plans [count, 8].
 extern "C" int call_gram_plans(
     const int64_t* shapes, int64_t* plans, int64_t count, bool bias, bool primal, int64_t type, bool wide,
-    int64_t shared_limit, int64_t processors, bool clusters, int64_t tile, int64_t splits) {
-  const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), clusters};
+    int64_t shared_limit, int64_t processors, bool clusters, bool warpgroups, int64_t tile, int64_t splits) {
+  const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), clusters, warpgroups};
   for (int64_t i = 0; i < count; ++i) {
-    const GramShape shape = gram_shape(shapes[2 * i], shapes[2 * i + 1], bias, primal, type, wide);
+    GramShape shape = gram_shape(shapes[2 * i], shapes[2 * i + 1], bias, primal, type, wide);
+    shape.aligned = warpgroups;
     const GramPlan plan = gram_plan(shape, limits, tile, splits);
     const int64_t values[] = {
         plan.tile,

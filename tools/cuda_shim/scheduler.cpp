@@ -121,6 +121,7 @@ bool close_block(Block& block) {
 void exit_thread() {
   Fiber& self = *state.current;
   Block& block = *self.block;
+  check_products_of_warp(*self.warp);
   self.exited = true;
   self.warp->live &= ~(1u << self.lane);
   for (uint32_t lanes = self.warp->waiting; lanes != 0; lanes &= lanes - 1) {
@@ -134,6 +135,8 @@ void exit_thread() {
   --block.live;
   --block.cluster->live;
   if (block.live == 0) {
+    const unsigned warps = (blockDim.x * blockDim.y * blockDim.z + 31) / 32;
+    check_products_of_block(&state.warps[self.warp->index / warps * warps], warps);
     if (!close_block(block)) fail_with(state.error, state.message);
     if (block.cluster->size > 1) block.shared->protect(PROT_NONE);
   }
@@ -185,6 +188,7 @@ void set_up(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const 
     own.shared = &state.shared[b];
     own.shared->protect(PROT_READ | PROT_WRITE);
     own.shared->place(shared_bytes, kSharedAlignment, state.seed % 2 == 1);
+    own.marks.assign(shared_bytes / kMarkBytes + 1, {});
     own.started = cluster == 1;
     if (!own.started) own.shared->protect(PROT_NONE);  // until it runs, as other blocks of the cluster must not use it
     for (unsigned w = 0; w < warps; ++w) {
@@ -205,6 +209,7 @@ void set_up(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const 
       fiber.waits_in = nullptr;
       fiber.copies.clear();
       fiber.copies_groups.clear();
+      fiber.copies_issued = fiber.copies_landed = fiber.copies_fenced = 0;
       // Stacks of one size would all have their tops in the same sets of the cache.
       const size_t colour = index % 32 * 64;
       fiber.context.prepare(
@@ -320,8 +325,18 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(consequentialism::cuda::shim::kMaxSharedBytes);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int ptx_version = consequentialism::cuda::shim::state.ptx_version;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = ptx_version / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = ptx_version % 10;
+      break;
+    default:
+      *value = static_cast<int>(consequentialism::cuda::shim::kMaxSharedBytes);
+  }
   return cudaSuccess;
 }
 

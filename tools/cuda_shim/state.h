@@ -16,6 +16,7 @@
 #include "fiber_context.h"
 #include "guarded_memory.h"
 #include "shim.h"
+#include "wgmma.cuh"
 
 namespace consequentialism::cuda::shim {
 
@@ -33,7 +34,27 @@ struct Copy {
 };
 
 struct Block;
+struct Fiber;
 struct Warp;
+
+// Who last copied to 16 bytes of shared memory, by which of his copies.
+constexpr size_t kMarkBytes = 16;
+struct CopyMark {
+  const Fiber* fiber = nullptr;
+  uint64_t copy = 0;
+};
+
+// Sums of all lanes of a warp while products add to them.
+struct PendingSums {
+  float* sums[32];
+  std::vector<float> values;
+  int products = 0;
+};
+
+struct PendingProduct {
+  Product product;
+  const float* sums;  // of lane 0
+};
 
 struct Fiber {
   Context context;
@@ -54,12 +75,19 @@ struct Fiber {
 
   std::vector<Copy> copies;           // uncommitted ones at the end
   std::vector<size_t> copies_groups;  // of committed groups, the number of copies up to its end
+  uint64_t copies_issued, copies_landed, copies_fenced;
 };
 
 struct Warp {
   Fiber* first;
   uint32_t live, waiting;  // lanes
   unsigned index, epoch;
+
+  std::vector<PendingProduct> products = {};  // asynchronous, as the copies of a fiber
+  std::vector<size_t> groups = {};
+  std::vector<PendingSums> pending = {};
+  bool fenced = false;
+  uint64_t issued = 0;  // a digest of all products
 };
 
 struct Cluster {
@@ -75,6 +103,7 @@ struct Block {
   bool started;
   Cluster* cluster;
   Region* shared;
+  std::vector<CopyMark> marks;  // of shared memory
 };
 
 using Ready = std::pair<uint64_t, Fiber*>;  // the least runs first
@@ -123,6 +152,10 @@ uint64_t mix(uint64_t x);
 void make_ready(Fiber& fiber);
 void suspend();  // goes on with whoever comes next, which may be the running thread itself
 void arrive(std::vector<Fiber*>& waiting, unsigned live, const char* name, const Where& where);
+
+// warpgroup.cpp
+void check_products_of_warp(const Warp& warp);
+void check_products_of_block(const Warp* warps, unsigned count);
 
 // errors.cpp
 std::string describe(const char* format, ...) __attribute__((format(printf, 1, 2)));
