@@ -16,6 +16,7 @@ from test_cuda_input_gram import (
     HOPPER_SHARED,
     LARGE_PLAN_SIZES,
     MAX_GRID,
+    OPTIONS,
     PLAN_SIZES,
     SOURCES,
     SUMS,
@@ -36,7 +37,7 @@ Emended = tuple[Tensor, Tensor | None]  # y [N, I], column [N]
 
 @pytest.fixture(scope="module")
 def shim() -> cuda_shim.Library:
-    return cuda_shim.load(SOURCES)
+    return cuda_shim.load(SOURCES, OPTIONS)
 
 
 def inverse_of(values: Tensor, bias: bool, primal: bool, damping: float = 1e-2) -> Tensor:
