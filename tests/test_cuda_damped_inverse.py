@@ -6,6 +6,7 @@ import ctypes
 import math
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import cuda_shim
 import pytest
@@ -23,7 +24,7 @@ SOURCES = [
 ]
 SHARED = 232448  # of a block, sm_90
 TOO_LITTLE = 200  # shared memory for no tile: the cluster's kernel, whatever the order
-NONE, BLOCK, CLUSTER = 0, 1, 2
+NONE, BLOCK, RESIDENT, CLUSTER = 0, 1, 2, 3
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,36 @@ def shim() -> cuda_shim.Library:
     return cuda_shim.load(SOURCES)
 
 
-def plan(shim: cuda_shim.Library, n: int, dtype: torch.dtype, shared: int = SHARED, clusters: bool = True) -> list[int]:
+# Shared memory, and blocks of a resident cluster: one block, a cluster in global memory, resident ones.
+WAYS = ((SHARED, 0), (TOO_LITTLE, 0), (SHARED, 8), (SHARED, 16))
+
+
+def tile_bytes(dtype: torch.dtype) -> int:
+    return 32 * (32 * (4 if dtype == F32 else 8) + 16)
+
+
+class Plan(NamedTuple):
+    team: int
+    threads: int  # of a block
+    blocks: int
+    shared: int  # bytes of a block
+    workspace: int  # bytes
+    room: int  # tiles of its own that a resident block has in shared memory
+
+
+def plan(
+    shim: cuda_shim.Library,
+    n: int,
+    dtype: torch.dtype,
+    shared: int = SHARED,
+    clusters: bool = True,
+    resident: int = 0,
+    forced: bool = False,
+) -> Plan:
     size = torch.empty((), dtype=dtype).element_size()
-    (made,) = shim.run(
-        "call_plan_damped_inverse", shim.empty(5, dtype=torch.int64), n, size, shared, clusters, seeds=(0,)
-    )
-    return [int(value) for value in made]
+    arguments = (shim.empty(6, dtype=torch.int64), n, size, shared, clusters, resident, forced)
+    (made,) = shim.run("call_plan_damped_inverse", *arguments, seeds=(0,))
+    return Plan(*map(int, made))
 
 
 def invert(
@@ -49,13 +74,15 @@ def invert(
     relative: bool = True,
     scaled_by_c: bool = False,
     shared: int = SHARED,
+    resident: int = 0,
     only_if: int | None = None,
     padding: int = 0,
     seeds: tuple[int, ...] = cuda_shim.SEEDS,
 ) -> tuple[Tensor, int]:
-    """The inverses ``[count, n, n]`` and the number of breakdowns."""
+    """The inverses ``[count, n, n]`` and the number of breakdowns. ``resident``: by a resident cluster of so many
+    blocks."""
     count, n, _ = grams.shape
-    _, _, _, _, workspace = plan(shim, n, grams.dtype, shared)
+    workspace = plan(shim, n, grams.dtype, shared, resident=resident, forced=resident > 0).workspace
     arguments = (
         shim.guarded(grams, "gram"),
         shim.empty(count, n, n + padding, dtype=grams.dtype, name="inverse"),
@@ -65,9 +92,8 @@ def invert(
     )
     name = {F32: "call_damped_inverse_float", F64: "call_damped_inverse_double"}[grams.dtype]
     rank = n if rank is None else rank
-    results = shim.run(
-        name, *arguments, count, n, padding, shared, damping, float(rank), factor, relative, scaled_by_c, seeds=seeds
-    )
+    options = (count, n, padding, shared, resident, damping, float(rank), factor, relative, scaled_by_c)
+    results = shim.run(name, *arguments, *options, seeds=seeds)
     return results[1], int(results[-1])
 
 
@@ -99,6 +125,46 @@ def test_cluster(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
     own, _ = invert(shim, gram[None], shared=TOO_LITTLE, seeds=(0, 1))
     expected = cw.reference.damped_inverse(gram.double(), 1.0, "relative", "raw", n, n)
     assert_close("inverse", own[0], expected, 1e-12 if dtype == F64 else 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "blocks"),
+    [*product((1, 33, 64, 130, 257), [F32], [8, 16]), *product((33, 130), [F64], [8, 16])],
+    ids=str,
+)
+def test_resident_cluster_gives_a_blocks_bits(shim: cuda_shim.Library, n: int, dtype: torch.dtype, blocks: int) -> None:
+    gram = gram_of("low_rank", n, dtype)
+    expected, _ = invert(shim, gram[None], damping=0.01, seeds=(0,))
+    own, breakdowns = invert(shim, gram[None], damping=0.01, resident=blocks)
+    assert torch.equal(own, expected)
+    assert breakdowns == 0
+
+
+@pytest.mark.parametrize(("n", "dtype", "blocks"), [(290, F32, 8), (270, F64, 8), (450, F32, 16)], ids=str)
+def test_resident_cluster_gives_the_bits_of_one_in_global_memory(
+    shim: cuda_shim.Library, n: int, dtype: torch.dtype, blocks: int
+) -> None:
+    assert plan(shim, n, dtype, resident=16)[:3] == (RESIDENT, 256, blocks)
+    gram = gram_of("random", n, dtype)
+    expected, _ = invert(shim, gram[None], seeds=(0,))
+    own, _ = invert(shim, gram[None], resident=blocks, seeds=(1,))
+    assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize(("n", "dtype", "blocks"), [(270, F32, 8), (270, F64, 8)], ids=str)
+def test_resident_tiles_without_room_lie_in_global_memory(
+    shim: cuda_shim.Library, n: int, dtype: torch.dtype, blocks: int
+) -> None:
+    along = -(-n // 32)
+    rows = 2 if blocks == 8 else 4
+    panels = -(-along // rows) - (-along // (blocks // rows)) + 1
+    gram = gram_of("random", n, dtype)
+    expected, _ = invert(shim, gram[None], seeds=(0,))
+    shared = 16 * tile_bytes(dtype)
+    made = plan(shim, n, dtype, shared=shared, resident=blocks, forced=True)
+    assert made.room == 16 - panels < plan(shim, n, dtype, resident=blocks, forced=True).room
+    own, _ = invert(shim, gram[None], shared=shared, resident=blocks)
+    assert torch.equal(own, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,12 +212,12 @@ def test_batch_of_different_matrices(shim: cuda_shim.Library) -> None:
     assert torch.equal(alone[0], own[3])
 
 
-@pytest.mark.parametrize("count", [3, 32])
-def test_batch_of_clusters_keeps_the_matrices_apart(shim: cuda_shim.Library, count: int) -> None:
+@pytest.mark.parametrize(("count", "resident"), [(3, 0), (32, 0), (3, 8), (3, 16)])
+def test_batch_of_clusters_keeps_the_matrices_apart(shim: cuda_shim.Library, count: int, resident: int) -> None:
     grams = torch.stack([gram_of("random", 34, F32, seed) * (10.0 ** (seed % 5)) for seed in range(count)])
     grams[1, 0, 0] = math.nan
     shim.reset_counts()
-    own, _ = invert(shim, grams, shared=TOO_LITTLE, seeds=(0,))
+    own, _ = invert(shim, grams, shared=SHARED if resident else TOO_LITTLE, resident=resident, seeds=(0,))
     assert shim.launches == 1
     for i, (gram, inverse) in enumerate(zip(grams, own, strict=True)):
         if i == 1:
@@ -182,52 +248,52 @@ def test_a_launch_takes_32_matrices(shim: cuda_shim.Library) -> None:
         invert(shim, torch.eye(3).expand(33, 3, 3).contiguous(), seeds=(0,))
 
 
-@pytest.mark.parametrize(("n", "shared"), [(5, SHARED), (70, SHARED), (70, TOO_LITTLE)])
-def test_options(shim: cuda_shim.Library, n: int, shared: int) -> None:
+@pytest.mark.parametrize(("n", "shared", "resident"), [(5, SHARED, 0), *((70, *way) for way in WAYS)])
+def test_options(shim: cuda_shim.Library, n: int, shared: int, resident: int) -> None:
     gram = gram_of("random", n, F32)
     wide = gram.double()
-    own, _ = invert(shim, gram[None], damping=0.5, relative=False, shared=shared)
+    own, _ = invert(shim, gram[None], damping=0.5, relative=False, shared=shared, resident=resident)
     assert_close("absolute", own[0], cw.reference.damped_inverse(wide, 0.5, "absolute", "raw", n, n), 2e-5)
-    own, _ = invert(shim, gram[None], damping=0.5, rank=n // 2, scaled_by_c=True, shared=shared)
+    own, _ = invert(shim, gram[None], damping=0.5, rank=n // 2, scaled_by_c=True, shared=shared, resident=resident)
     assert_close("times c", own[0], cw.reference.damped_inverse(wide, 0.5, "relative", "gradient", n // 2, n), 2e-6)
 
 
-@pytest.mark.parametrize(("n", "shared"), [(1, SHARED), (70, SHARED), (70, TOO_LITTLE)])
-def test_trace_zero_or_not_finite(shim: cuda_shim.Library, n: int, shared: int) -> None:
-    own, breakdowns = invert(shim, torch.zeros(1, n, n), shared=shared)
+@pytest.mark.parametrize(("n", "shared", "resident"), [(1, SHARED, 0), *((70, *way) for way in WAYS)])
+def test_trace_zero_or_not_finite(shim: cuda_shim.Library, n: int, shared: int, resident: int) -> None:
+    own, breakdowns = invert(shim, torch.zeros(1, n, n), shared=shared, resident=resident)
     assert torch.equal(own, torch.zeros(1, n, n))
     for value in (math.nan, math.inf, -math.inf):
         gram = gram_of("random", n, F32)
         gram[n - 1, n - 1] = value
-        own, breakdowns = invert(shim, gram[None], shared=shared)
+        own, breakdowns = invert(shim, gram[None], shared=shared, resident=resident)
         assert own.isnan().all()
     assert breakdowns == 0
 
 
-@pytest.mark.parametrize("shared", [SHARED, TOO_LITTLE])
+@pytest.mark.parametrize(("shared", "resident"), WAYS)
 @pytest.mark.parametrize("bad", [0, 40, 69])
-def test_breakdown_is_retried_with_more_damping(shim: cuda_shim.Library, bad: int, shared: int) -> None:
+def test_breakdown_is_retried_with_more_damping(shim: cuda_shim.Library, bad: int, shared: int, resident: int) -> None:
     # One eigenvalue of -5: a ridge of 1 breaks down there, a ridge of 10 works.
     gram = torch.eye(70)
     gram[bad, bad] = -5
-    own, breakdowns = invert(shim, gram[None], relative=False, shared=shared)
+    own, breakdowns = invert(shim, gram[None], relative=False, shared=shared, resident=resident)
     assert_close("inverse", own[0], torch.linalg.inv(gram + 10 * torch.eye(70)), 1e-6)
     assert breakdowns == 1
     # No ridge up to 1000 works: the diagonal.
     gram[bad, bad] = -5000
-    own, breakdowns = invert(shim, gram[None], relative=False, shared=shared)
+    own, breakdowns = invert(shim, gram[None], relative=False, shared=shared, resident=resident)
     assert_close("inverse", own[0], torch.diag(1 / (gram.diagonal() + 1)), 1e-6)
     assert breakdowns == 1
 
 
-@pytest.mark.parametrize("shared", [SHARED, TOO_LITTLE])
+@pytest.mark.parametrize(("shared", "resident"), WAYS)
 @pytest.mark.parametrize("broken", [None, math.nan, -5000.0])
-def test_padded_rows(shim: cuda_shim.Library, broken: float | None, shared: int) -> None:
+def test_padded_rows(shim: cuda_shim.Library, broken: float | None, shared: int, resident: int) -> None:
     grams = torch.stack([gram_of("random", 37, F32, seed) for seed in range(2)])
     if broken is not None:
         grams[1, 3, 3] = broken
-    own, _ = invert(shim, grams, shared=shared, seeds=(0, 1))
-    padded, _ = invert(shim, grams, shared=shared, padding=3, seeds=(0, 1))
+    own, _ = invert(shim, grams, shared=shared, resident=resident, seeds=(0, 1))
+    padded, _ = invert(shim, grams, shared=shared, resident=resident, padding=3, seeds=(0, 1))
     assert torch.equal(padded[:, :, :37].nan_to_num(nan=1e30), own.nan_to_num(nan=1e30))
     assert padded[:, :, 37:].isnan().all()  # untouched
 
@@ -248,19 +314,63 @@ def test_plan_never_asks_for_more_than_there_is(
     shim: cuda_shim.Library, dtype: torch.dtype, shared: int, clusters: bool
 ) -> None:
     for n in range(0, 1100):
-        team, threads, blocks, shared_bytes, workspace = plan(shim, n, dtype, shared, clusters)
+        team, threads, blocks, shared_bytes, workspace, _ = plan(shim, n, dtype, shared, clusters)
         if team == NONE:
             assert n == 0 or n > 1056 or not clusters
             continue
         along = -(-n // 32)
-        tile = 32 * (32 * (4 if dtype == F32 else 8) + 16)
-        needed = 128 + (along * (along + 1) // 2 + 1) * tile
+        needed = 128 + (along * (along + 1) // 2 + 1) * tile_bytes(dtype)
         assert threads % 32 == 0
         assert 32 <= threads <= (512 if dtype == F32 and team == BLOCK else 256)
         assert shared_bytes <= shared
         assert (team == BLOCK) == (needed <= shared)
         assert (shared_bytes if team == BLOCK else workspace) == needed
         assert blocks == (1 if team == BLOCK else 8)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(("shared", "largest"), [(SHARED, 16), (SHARED, 8), (101376, 8)])
+def test_resident_plan(shim: cuda_shim.Library, dtype: torch.dtype, shared: int, largest: int) -> None:
+    """What a block holds fits, and all of it where it may; else the first columns of its tiles lie elsewhere."""
+    for n in range(1, 1100, 13):
+        made = plan(shim, n, dtype, shared, resident=largest)
+        without = plan(shim, n, dtype, shared)
+        blocks = largest if n > (448 if dtype == F32 else 384) else 8
+        along, rows = -(-n // 32), 4 if blocks == 16 else 2
+        columns = blocks // rows
+        panels = -(-along // rows) - (-along // columns) + 1
+        if made.team != RESIDENT:
+            assert made == without
+            assert made.team != CLUSTER or max(panels, 16) > shared // tile_bytes(dtype)
+            continue
+        assert without.team == CLUSTER
+        assert (made.threads, made.blocks) == (256, blocks)
+        tiles = made.shared // tile_bytes(dtype)
+        assert made.shared <= shared
+        assert made.shared % tile_bytes(dtype) == 0
+        assert made.room == tiles - panels >= 0
+        assert tiles >= 16  # two for each warp, of the last step
+        own = [0] * made.blocks
+        for j in range(along):
+            for i in range(j + 1):
+                own[i % rows + j % columns * rows] += 1
+        assert made.room >= max(own) or tiles == shared // tile_bytes(dtype)
+        assert made.workspace == 128 + (along * (along + 1) // 2 + 2) * tile_bytes(dtype)
+
+
+def test_room_of_resident_clusters(shim: cuda_shim.Library) -> None:
+    """On Hopper shared memory holds all tiles up to 896 in float32 and 640 in float64, most of them at 1025."""
+
+    def most_own(n: int, rows: int, columns: int) -> int:
+        along = -(-n // 32)
+        return max(
+            sum(1 for j in range(c, along, columns) for i in range(r, j + 1, rows))
+            for r, c in product(range(rows), range(columns))
+        )
+
+    for n, dtype, rows, columns in ((448, F32, 2, 4), (896, F32, 4, 4), (384, F64, 2, 4), (640, F64, 4, 4)):
+        assert plan(shim, n, dtype, resident=16).room >= most_own(n, rows, columns)
+    assert plan(shim, 1025, F32, resident=16).room == 31 < most_own(1025, 4, 4) == 45
 
 
 def test_capacity_of_a_block(shim: cuda_shim.Library) -> None:
@@ -286,19 +396,27 @@ def test_a_smaller_launch_leaves_the_limit_of_shared_memory(shim: cuda_shim.Libr
 
 
 @pytest.mark.parametrize(
-    ("ptx_version", "active", "expected"),
-    [(90, 1, True), (100, 16, True), (80, 1, False), (86, 1, False), (90, 0, False)],
+    ("ptx_version", "active", "largest", "expected", "resident"),
+    [
+        (90, 1, 16, True, 16),
+        (100, 16, 16, True, 16),
+        (120, 1, 8, True, 8),
+        (80, 1, 16, False, 0),
+        (86, 1, 16, False, 0),
+        (90, 0, 16, False, 0),
+    ],
 )
 def test_clusters_only_where_they_were_compiled_and_fit(
-    shim: cuda_shim.Library, ptx_version: int, active: int, expected: bool
+    shim: cuda_shim.Library, ptx_version: int, active: int, largest: int, expected: bool, resident: int
 ) -> None:
     # What a driver makes of PTX for 8.0 takes each block for a cluster of its own, on a chip that has clusters too: it
     # would read items eight times beyond the last.
     set_device = shim.call.shim_set_device
-    set_device(ctypes.c_int64(ptx_version), ctypes.c_int64(active))
+    set_device(*map(ctypes.c_int64, (ptx_version, active, largest)))
     try:
-        (run,) = shim.run("call_clusters_run", shim.empty(1, dtype=torch.int64), seeds=(0,))
+        (answer,) = shim.run("call_clusters_run", shim.empty(2, dtype=torch.int64), seeds=(0,))
     finally:
-        set_device(ctypes.c_int64(90), ctypes.c_int64(1))
-    assert bool(run) == expected
-    assert (plan(shim, 400, F32, clusters=expected)[0] == CLUSTER) == expected
+        set_device(*map(ctypes.c_int64, (90, 1, 16)))
+    assert answer.tolist() == [expected, resident]
+    assert (plan(shim, 400, F32, clusters=expected).team == CLUSTER) == expected
+    assert (plan(shim, 400, F32, clusters=expected, resident=resident).team == RESIDENT) == (resident > 0)

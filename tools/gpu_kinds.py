@@ -136,6 +136,22 @@ def root_product(count: int, outputs: int, order: int) -> Kind:
     return run
 
 
+def inverse_retry_in(order: int) -> Kind:
+    """One matrix that breaks down in its middle, by a cluster: of order 1100, what cuSOLVER could not."""
+
+    def run(dtype: torch.dtype, device: str) -> float:
+        wide = dtype if dtype == torch.float64 else torch.float32
+        gram = torch.eye(order, dtype=wide, device=device)
+        gram[order // 2, order // 2] = -0.5
+        before = cw.ops.breakdowns()
+        own = ops.damped_inverse(gram, 0.1, "absolute", "raw", order, order)
+        if cw.ops.breakdowns() - before != 1:
+            raise AssertionError(f"{cw.ops.breakdowns() - before} breakdowns were counted, expected 1")
+        return error_of(own, reference.damped_inverse(_wide(gram), 0.1, "absolute", "raw", order, order))
+
+    return run
+
+
 def inverse_retry(dtype: torch.dtype, device: str) -> float:
     """An indefinite matrix breaks down, is counted and gets more damping; three more of its batch are not disturbed."""
     wide = dtype if dtype == torch.float64 else torch.float32
@@ -312,9 +328,12 @@ KINDS: dict[str, Kind] = {
     "inverse_block": inverse(60),
     "inverse_block_big": inverse(160),
     "inverse_cluster": inverse(400),
+    "inverse_cluster_large": inverse(700),
     "inverse_1025": inverse(1025),
     "inverse_stock": inverse(1100),
     "inverse_retry": inverse_retry,
+    "inverse_retry_cluster": inverse_retry_in(400),
+    "inverse_retry_1100": inverse_retry_in(1100),
     "apply_dual": apply(100, 700, "dual"),
     "apply_primal": apply(700, 100, "primal"),
     "apply_large": apply(1024, 2048, "dual"),

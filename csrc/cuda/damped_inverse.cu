@@ -1,5 +1,6 @@
 #include "damped_inverse.cuh"
 #include "damped_inverse_launcher.h"
+#include "damped_inverse_resident.cuh"
 
 namespace consequentialism::cuda {
 
@@ -31,6 +32,31 @@ __global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_cluster
       [breakdowns] { atomicAdd(breakdowns, 1u); });
 }
 
+template <class T>
+__global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_resident_kernel(
+    const __grid_constant__ InverseBatch<T> batch, int n, const ResidentShape shape, unsigned char* workspace,
+    size_t workspace_bytes, unsigned* breakdowns) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // below there are no clusters, and nothing to launch
+  const unsigned matrix = blockIdx.x / cluster_size();
+  const InverseItem<T>& item = batch.items[matrix];
+  if (item.only_if != nullptr && *item.only_if == 0) return;
+  unsigned char* own = workspace + matrix * workspace_bytes;
+  auto* state = reinterpret_cast<InverseState<T>*>(own);
+  const Team<InverseTeam::kCluster> team(static_cast<int>(blockDim.x));
+  const ResidentTiles<T> tiles(
+      team, tiles_along(n), shape, dynamic_shared<T>(), reinterpret_cast<T*>(own + kInverseStateBytes));
+  const auto factor = [&](T ridge) {
+    tiles.load(item.gram, n, n, ridge, state->unit);
+    tiles.factor(state);
+  };
+  const auto finish = [&](T multiplier) {
+    tiles.invert();
+    tiles.multiply(n, item.inverse_stride, multiplier, item.inverse);
+  };
+  invert_with_retries(team, item, n, n, state, factor, finish, [breakdowns] { atomicAdd(breakdowns, 1u); });
+#endif
+}
+
 constexpr int kClusterPtx = 90;  // below, cluster_size() was compiled to be 1
 
 #ifndef CONSEQUENTIALISM_HOST_SHIM
@@ -45,24 +71,30 @@ cudaError_t breakdown_counter_address(unsigned** address) {
 }
 #endif
 
-cudaError_t clusters_run(bool* run) {
+cudaError_t clusters_run(bool* run, int* resident_blocks) {
   *run = false;
+  *resident_blocks = 0;
   const auto* kernel = reinterpret_cast<const void*>(damped_inverse_cluster_kernel<double>);  // which takes the most
   cudaFuncAttributes compiled;
   if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel); error != cudaSuccess) return error;
   if (compiled.ptxVersion < kClusterPtx) return cudaSuccess;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kInverseClusterBlocks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kInverseClusterBlocks);
-  config.blockDim = dim3(kInverseClusterThreads);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int active = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
-  *run = error == cudaSuccess && active > 0;
-  return error;
+  cudaError_t error = cluster_fits(kernel, kInverseClusterBlocks, kInverseClusterThreads, 0, run);
+  if (error != cudaSuccess || !*run) return error;
+  int device, most;
+  if (error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  const auto* resident = reinterpret_cast<const void*>(damped_inverse_resident_kernel<double>);
+  for (const int blocks : {kInverseLargeCluster, kInverseClusterBlocks}) {
+    bool fits = false;
+    error =
+        cluster_fits(resident, static_cast<unsigned>(blocks), kInverseClusterThreads, static_cast<size_t>(most), &fits);
+    if (error != cudaSuccess) cudaGetLastError();  // a cluster that the chip does not take is no error of ours
+    if (!fits) continue;
+    *resident_blocks = blocks;
+    break;
+  }
+  return cudaSuccess;
 }
 
 template <class T>
@@ -81,6 +113,11 @@ cudaError_t launch_damped_inverse(
   if (plan.team == InverseTeam::kBlock)
     return launch(damped_inverse_block_kernel<T>, shape, batch, static_cast<int>(n), breakdowns);
   shape.cluster = static_cast<unsigned>(plan.blocks);
+  if (plan.team == InverseTeam::kResident) {
+    return launch(
+        damped_inverse_resident_kernel<T>, shape, batch, static_cast<int>(n), plan.resident,
+        static_cast<unsigned char*>(workspace), plan.workspace_bytes, breakdowns);
+  }
   return launch(
       damped_inverse_cluster_kernel<T>, shape, batch, static_cast<int>(n), static_cast<unsigned char*>(workspace),
       plan.workspace_bytes, breakdowns);

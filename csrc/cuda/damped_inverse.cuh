@@ -103,24 +103,28 @@ __device__ __forceinline__ double unit_of(double value) {
   return __longlong_as_double(static_cast<long long>(min(max(2046 - exponent, 23), 2023)) << 52);
 }
 
-// The tiles <- unit * (gram + ridge I), an identity beyond n.
+// Tile (i, j) of unit * (gram + ridge I), an identity beyond n.
+template <class T>
+__device__ __forceinline__ void load_tile(
+    T* tile, const T* gram, int i, int j, int n, int stride, T ridge, T unit, int lane) {
+  const int column = j * kTile + lane;
+  for (int r = 0; r < kTile; ++r) {
+    const int row = i * kTile + r;
+    T value = row == column ? T(1) : T(0);
+    if (row < n && column < n) value = unit * (gram[row * stride + column] + (row == column ? ridge : T(0)));
+    tile[r * TileTraits<T>::kStride + lane] = value;
+  }
+}
+
 template <InverseTeam kTeam, class T>
 __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int stride, T ridge, T unit, T* tiles) {
-  using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const int along = tiles_along(n);
   int index = 0;
   for (int j = 0; j < along; ++j) {
     for (int i = 0; i <= j; ++i, ++index) {
       if (index % team.warps != team.warp) continue;
-      T* tile = tiles + index * Traits::kElements;
-      const int column = j * kTile + lane;
-      for (int r = 0; r < kTile; ++r) {
-        const int row = i * kTile + r;
-        T value = row == column ? T(1) : T(0);
-        if (row < n && column < n) value = unit * (gram[row * stride + column] + (row == column ? ridge : T(0)));
-        tile[r * Traits::kStride + lane] = value;
-      }
+      load_tile(tiles + index * TileTraits<T>::kElements, gram, i, j, n, stride, ridge, unit, lane);
     }
   }
 }
@@ -154,7 +158,9 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* sc
   team.sync();
   for (int k = 0; k < along - 1; ++k) {
     if (state->broken) return;
-    for (int j = k + 1 + team.warp; j < along; j += team.warps) substitute_forward(at(k, k), at(k, j), lane);
+    for (int j = k + 1 + team.warp; j < along; j += team.warps) {
+      substitute_forward(at(k, k), at(k, j), at(k, j), lane);
+    }
     team.sync();
     // The first warp updates the next tile of the diagonal and factors it, while the others update the rest.
     if (first) {
@@ -226,6 +232,24 @@ __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* sp
   }
 }
 
+// Tile (i, j) of the inverse, and its mirror, <- multiplier * sums, a product of columns.
+template <class T>
+__device__ __forceinline__ void store_inverse_tile(
+    const T (&sums)[4][8], int i, int j, int n, int stride, T multiplier, T* inverse, int lane) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int p = 0; p < 8; ++p) {
+      const int row = i * kTile + fragment_row<T, Inner::kColumns>(lane, q);
+      const int column = j * kTile + fragment_column<T, Inner::kColumns>(lane, p);
+      if (row > column || column >= n) continue;  // of a tile on the diagonal, one triangle and its mirror
+      const T value = multiplier * sums[q][p];
+      inverse[row * stride + column] = value;
+      inverse[column * stride + row] = value;
+    }
+  }
+}
+
 // inverse <- multiplier * V V^T, both triangles. Summed from the last column of V to the first: the other way round the
 // sums lose up to four times the digits on duplicate rows.
 template <InverseTeam kTeam, class T>
@@ -243,18 +267,7 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const
       for (int k = along - 1; k >= j; --k) {
         tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, at(i, k), at(j, k), lane);
       }
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-#pragma unroll
-        for (int p = 0; p < 8; ++p) {
-          const int row = i * kTile + fragment_row<T, Inner::kColumns>(lane, q);
-          const int column = j * kTile + fragment_column<T, Inner::kColumns>(lane, p);
-          if (row > column || column >= n) continue;  // of a tile on the diagonal, one triangle and its mirror
-          const T value = multiplier * sums[q][p];
-          inverse[row * stride + column] = value;
-          inverse[column * stride + row] = value;
-        }
-      }
+      store_inverse_tile(sums, i, j, n, stride, multiplier, inverse, lane);
     }
   }
 }
@@ -279,13 +292,13 @@ __device__ __forceinline__ void fill_inverse(const Team<kTeam>& team, T* inverse
   }
 }
 
-// The whole, for one matrix and all threads of its team; rows of the item's gram are `stride` apart, and both of its
-// matrices may be the same. state and tiles, one more than the triangle has, are the team's; scratch is one tile of a
-// cluster's first block, in shared memory. count_breakdown() is called by one thread, where a first attempt broke down.
-template <InverseTeam kTeam, class T, class Count>
-__device__ void invert_matrix(
-    const Team<kTeam>& team, const InverseItem<T>& item, int n, int stride, T* tiles, std::type_identity_t<T>* scratch,
-    InverseState<T>* state, const Count& count_breakdown) {
+// The whole, for one matrix and all threads of its team, whose state is. Rows of the item's gram are `stride` apart.
+// factor(ridge) factors gram + ridge I in state's unit and leaves state->broken to all threads; where that is 0,
+// finish(multiplier) inverts. count_breakdown() is called by one thread, where a first attempt broke down.
+template <InverseTeam kTeam, class T, class Factor, class Finish, class Count>
+__device__ __forceinline__ void invert_with_retries(
+    const Team<kTeam>& team, const InverseItem<T>& item, int n, int stride, InverseState<T>* state,
+    const Factor& factor, const Finish& finish, const Count& count_breakdown) {
   const int lane = team.thread % static_cast<int>(kWarpSize);
   if (team.warp == 0) {
     T trace = 0;
@@ -313,15 +326,9 @@ __device__ void invert_matrix(
   }
 #pragma unroll 1
   while (state->attempt <= kInverseRetries) {
-    load_tiles(team, item.gram, n, stride, state->ridge * state->growth, state->unit, tiles);
-    team.sync();
-    factor_tiles(team, tiles_along(n), tiles, scratch, state);
-    team.sync();
+    factor(state->ridge * state->growth);
     if (!state->broken) {
-      const int along = tiles_along(n);
-      T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
-      invert_tiles(team, along, tiles, spare);
-      multiply_tiles(team, n, item.inverse_stride, tiles, state->unit * state->multiplier, item.inverse);
+      finish(state->unit * state->multiplier);
       return;
     }
     team.sync();
@@ -334,6 +341,27 @@ __device__ void invert_matrix(
   fill_inverse(team, item.inverse, n, item.inverse_stride, [&](int row, int column) {
     return row == column ? state->multiplier / (item.gram[row * stride + column] + state->ridge) : T(0);
   });
+}
+
+// Both of the item's matrices may be the same. tiles, one more than the triangle has, are the team's; scratch is one
+// tile of a cluster's first block, in shared memory.
+template <InverseTeam kTeam, class T, class Count>
+__device__ void invert_matrix(
+    const Team<kTeam>& team, const InverseItem<T>& item, int n, int stride, T* tiles, std::type_identity_t<T>* scratch,
+    InverseState<T>* state, const Count& count_breakdown) {
+  const auto factor = [&](T ridge) {
+    load_tiles(team, item.gram, n, stride, ridge, state->unit, tiles);
+    team.sync();
+    factor_tiles(team, tiles_along(n), tiles, scratch, state);
+    team.sync();
+  };
+  const auto finish = [&](T multiplier) {
+    const int along = tiles_along(n);
+    T* spare = tiles + tile_index(0, along) * TileTraits<T>::kElements;
+    invert_tiles(team, along, tiles, spare);
+    multiply_tiles(team, n, item.inverse_stride, tiles, multiplier, item.inverse);
+  };
+  invert_with_retries(team, item, n, stride, state, factor, finish, count_breakdown);
 }
 
 }  // namespace consequentialism::cuda

@@ -34,6 +34,7 @@ constexpr int kMaxRetryOrder = 32768;   // indices are 32 bits
 constexpr int kInverseTile = 32;
 constexpr size_t kInverseStateBytes = 128;   // before the tiles, of what a team shares beside them
 constexpr int kInverseClusterBlocks = 8;     // what every chip with clusters takes
+constexpr int kInverseLargeCluster = 16;     // what Hopper takes besides
 constexpr int kInverseClusterThreads = 256;  // of a block
 
 // The most threads of a matrix's only block: a tile of float64 takes a thread 64 registers.
@@ -51,18 +52,31 @@ struct InverseBatch {
   InverseItem<T> items[kMaxInverseItems];
 };
 
-enum class InverseTeam { kNone, kBlock, kCluster };
+// Who factors a matrix: one block in its shared memory; a cluster whose blocks keep what they work on in theirs; a
+// cluster in global memory (L2); nobody here.
+enum class InverseTeam { kNone, kBlock, kResident, kCluster };
 
-// How a matrix of order n is factored: by one block in shared memory, by a cluster in global memory (L2), or not here.
+// The blocks of a resident cluster as a grid, and how many tiles that a block works on its shared memory has room for.
+struct ResidentShape {
+  int rows;
+  int columns;
+  int room;
+};
+
+// How a matrix of order n is factored.
 struct InversePlan {
-  InverseTeam team;
-  int threads;             // of a block
-  int blocks;              // of a matrix
-  size_t shared_bytes;     // of a block
-  size_t workspace_bytes;  // of a matrix, in global memory
+  InverseTeam team = InverseTeam::kNone;
+  int threads = 0;             // of a block
+  int blocks = 0;              // of a matrix
+  size_t shared_bytes = 0;     // of a block
+  size_t workspace_bytes = 0;  // of a matrix, in global memory
+  ResidentShape resident{};
 };
 
 InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& limits);
+
+// By a resident cluster of so many blocks, 8 or 16; kNone where a block has too little shared memory.
+InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared_bytes, int blocks);
 
 // For an item with only_if whose first attempt was made elsewhere: rare, so any order is taken, however slow.
 InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Limits& limits);

@@ -16,8 +16,8 @@ cudaError_t launch_damped_inverse(
     cudaStream_t stream);
 
 // Whether clusters of kInverseClusterBlocks run on the current device: an extension of PTX below 9.0 has kernels
-// without any, and a slice of a chip may be too small.
-cudaError_t clusters_run(bool* run);
+// without any, and a slice of a chip may be too small. And of how many blocks, 16, 8 or 0, a resident cluster may be.
+cudaError_t clusters_run(bool* run, int* resident_blocks);
 
 // The current device's own counter for launch_damped_inverse. Zero when the process begins.
 cudaError_t breakdown_counter_address(unsigned** address);

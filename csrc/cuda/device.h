@@ -36,16 +36,18 @@ inline Limits limits_of_current_device() {
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     int shared = 0, processors = 0;
     bool clusters = false, warpgroups = false;
+    int resident_blocks = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    C10_CUDA_CHECK(clusters_run(&clusters));
+    C10_CUDA_CHECK(clusters_run(&clusters, &resident_blocks));
     C10_CUDA_CHECK(warpgroups_run(&warpgroups));
     unsigned* address = nullptr;
     C10_CUDA_CHECK(launch_counters_address(&address));
     launch_counters[static_cast<size_t>(device)] = address;
     C10_CUDA_CHECK(breakdown_counter_address(&address));
     breakdown_counters[static_cast<size_t>(device)] = address;
-    known[static_cast<size_t>(device)] = {static_cast<size_t>(shared), processors, clusters, warpgroups};
+    known[static_cast<size_t>(device)] = {
+        static_cast<size_t>(shared), processors, clusters, warpgroups, resident_blocks};
   });
   return known[static_cast<size_t>(device)];
 }

@@ -13,9 +13,10 @@ struct Limits {
   int processors;
   bool clusters;            // thread block clusters, sm_90
   bool warpgroups = false;  // products of warpgroups, sm_90 with a build for sm_90a
+  int resident_blocks = 0;  // of the largest cluster, 16, 8 or none, each with all shared memory of a processor
 };
 
-constexpr Limits kHopper{232448, 132, true};
+constexpr Limits kHopper{232448, 132, true, false, 16};
 constexpr Limits kAmpere{166912, 108, false};
 
 }  // namespace consequentialism::cuda

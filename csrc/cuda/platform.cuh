@@ -167,7 +167,40 @@ inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
   return error;
 }
 
+// Asks for a cluster that not every chip takes.
+inline cudaError_t allow_cluster(const void* kernel, unsigned cluster) {
+  constexpr unsigned kWithoutAsking = 8;
+  if (cluster <= kWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+inline cudaError_t allow(const void* kernel, size_t shared_bytes, unsigned cluster) {
+  const cudaError_t error = allow_shared(kernel, shared_bytes);
+  return error == cudaSuccess ? allow_cluster(kernel, cluster) : error;
+}
+
 }  // namespace detail
+
+// *fits: whether the current device has room for a cluster of so many blocks of the kernel.
+inline cudaError_t cluster_fits(
+    const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes, bool* fits) {
+  *fits = false;
+  if (const cudaError_t error = detail::allow(kernel, shared_bytes, cluster); error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int active = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
+  *fits = error == cudaSuccess && active > 0;
+  return error;
+}
 
 #ifdef CONSEQUENTIALISM_HOST_SHIM
 
@@ -175,7 +208,8 @@ template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) {
   static_assert(sizeof...(P) == sizeof...(A));
   const void* address = reinterpret_cast<const void*>(kernel);
-  if (const cudaError_t error = detail::allow_shared(address, shape.shared_bytes); error != cudaSuccess) return error;
+  const cudaError_t error = detail::allow(address, shape.shared_bytes, shape.cluster);
+  if (error != cudaSuccess) return error;
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
@@ -195,11 +229,8 @@ cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, A&&... args) 
   static_assert(sizeof...(P) == sizeof...(A));
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return cudaSuccess;
   const void* address = reinterpret_cast<const void*>(kernel);
-  if (const cudaError_t error = detail::allow_shared(address, shape.shared_bytes); error != cudaSuccess) return error;
-  if (shape.cluster > 8) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = detail::allow(address, shape.shared_bytes, shape.cluster);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;

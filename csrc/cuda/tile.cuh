@@ -262,14 +262,14 @@ __device__ __attribute__((noinline)) inline bool factor_tile(double* tile, int l
   return factor_tile_inline(tile, lane);
 }
 
-// tile <- U^-T tile, a column for each lane; upper holds U as factor_tile leaves it.
+// to <- U^-T from, a column for each lane; upper holds U as factor_tile leaves it.
 template <class T>
-__device__ __forceinline__ void substitute_forward(const T* upper, T* tile, int lane) {
+__device__ __forceinline__ void substitute_forward(const T* upper, const T* from, T* to, int lane) {
   using Traits = TileTraits<T>;
   constexpr int kPack = Traits::kPack;
   T column[kTile];
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) column[i] = tile[i * Traits::kStride + lane];
+  for (int i = 0; i < kTile; ++i) column[i] = from[i * Traits::kStride + lane];
   unroll<kTile>([&](auto i) {
     const T* row = upper + i * Traits::kStride;
     column[i] *= row[kTile];
@@ -285,7 +285,7 @@ __device__ __forceinline__ void substitute_forward(const T* upper, T* tile, int 
     });
   });
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) tile[i * Traits::kStride + lane] = column[i];
+  for (int i = 0; i < kTile; ++i) to[i * Traits::kStride + lane] = column[i];
 }
 
 // column <- U^-1 column, a column for each lane.

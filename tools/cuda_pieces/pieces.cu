@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(32) factor_tile_piece(T* tiles, unsigned* cycl
 
 template <class T>
 __global__ void __launch_bounds__(32) substitute_forward_piece(T* tiles, unsigned* cycles) {
-  measure(tiles, cycles, [](T* a, T* b, T*, int lane) { substitute_forward(a, b, lane); });
+  measure(tiles, cycles, [](T* a, T* b, T*, int lane) { substitute_forward(a, b, b, lane); });
 }
 
 template <class T>

@@ -7,13 +7,19 @@ using namespace consequentialism::cuda;
 
 namespace {
 
+// Where resident_blocks is not 0, by a resident cluster of so many, also where one block would do.
+InversePlan plan_of(int64_t n, size_t element_bytes, int64_t shared_limit, int64_t resident_blocks) {
+  const auto shared = static_cast<size_t>(shared_limit);
+  if (resident_blocks == 0) return plan_damped_inverse(n, element_bytes, {shared, 132, true});
+  return plan_resident_inverse(n, element_bytes, shared, static_cast<int>(resident_blocks));
+}
+
 template <class T>
 int damped_inverse(
     const T* gram, T* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns, int64_t count,
-    int64_t n, int64_t padding, int64_t shared_limit, double damping, double rank, double factor, bool relative,
-    bool scaled_by_c) {
-  const Limits limits{static_cast<size_t>(shared_limit), 132, true};
-  const InversePlan plan = plan_damped_inverse(n, sizeof(T), limits);
+    int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, double damping, double rank,
+    double factor, bool relative, bool scaled_by_c) {
+  const InversePlan plan = plan_of(n, sizeof(T), shared_limit, resident_blocks);
   std::vector<InverseItem<T>> items;
   const int64_t stride = n + padding;
   for (int64_t i = 0; i < count; ++i) {
@@ -28,38 +34,45 @@ int damped_inverse(
 
 extern "C" int call_damped_inverse_float(
     const float* gram, float* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, double damping, double rank, double multiplier,
-    bool relative, bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, double damping,
+    double rank, double multiplier, bool relative, bool scaled_by_c) {
   return damped_inverse(
-      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, damping, rank, multiplier,
-      relative, scaled_by_c);
+      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, resident_blocks, damping, rank,
+      multiplier, relative, scaled_by_c);
 }
 
 extern "C" int call_damped_inverse_double(
     const double* gram, double* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, double damping, double rank, double multiplier,
-    bool relative, bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, double damping,
+    double rank, double multiplier, bool relative, bool scaled_by_c) {
   return damped_inverse(
-      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, damping, rank, multiplier,
-      relative, scaled_by_c);
+      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, resident_blocks, damping, rank,
+      multiplier, relative, scaled_by_c);
 }
 
-// plan: team, threads, blocks, shared bytes, workspace bytes.
+// plan: team, threads, blocks, shared bytes, workspace bytes, tiles of its own that a resident block has room for.
+// forced: as plan_of.
 extern "C" int call_plan_damped_inverse(
-    int64_t* plan, int64_t n, int64_t element_bytes, int64_t shared_limit, bool clusters) {
-  const Limits limits{static_cast<size_t>(shared_limit), 132, clusters};
-  const InversePlan made = plan_damped_inverse(n, static_cast<size_t>(element_bytes), limits);
+    int64_t* plan, int64_t n, int64_t element_bytes, int64_t shared_limit, bool clusters, int64_t resident_blocks,
+    bool forced) {
+  const auto bytes = static_cast<size_t>(element_bytes);
+  const Limits limits{static_cast<size_t>(shared_limit), 132, clusters, false, static_cast<int>(resident_blocks)};
+  const InversePlan made =
+      forced ? plan_of(n, bytes, shared_limit, resident_blocks) : plan_damped_inverse(n, bytes, limits);
   plan[0] = static_cast<int64_t>(made.team);
   plan[1] = made.threads;
   plan[2] = made.blocks;
   plan[3] = static_cast<int64_t>(made.shared_bytes);
   plan[4] = static_cast<int64_t>(made.workspace_bytes);
+  plan[5] = made.resident.room;
   return 0;
 }
 
 extern "C" int call_clusters_run(int64_t* answer) {
   bool run = false;
-  const cudaError_t error = clusters_run(&run);
-  *answer = run ? 1 : 0;
+  int resident_blocks = 0;
+  const cudaError_t error = clusters_run(&run, &resident_blocks);
+  answer[0] = run ? 1 : 0;
+  answer[1] = resident_blocks;
   return error;
 }

@@ -74,10 +74,11 @@ void shim_set_resident_blocks(uint64_t count) {
   shim::state.resident_blocks = count;
 }
 
-// What the kernels were compiled from, and how many clusters the device has room for.
-void shim_set_device(int64_t ptx_version, int64_t active_clusters) {
+// What the kernels were compiled from, how many clusters the device has room for, and of how many blocks at most.
+void shim_set_device(int64_t ptx_version, int64_t active_clusters, int64_t largest_cluster) {
   shim::state.ptx_version = static_cast<int>(ptx_version);
   shim::state.active_clusters = static_cast<int>(active_clusters);
+  shim::state.largest_cluster = static_cast<unsigned>(largest_cluster);
 }
 
 void shim_reset_counts() {

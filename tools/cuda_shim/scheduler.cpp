@@ -261,6 +261,9 @@ cudaError_t run(
     return refused(cudaErrorInvalidValue, "more shared memory than its attribute allows");
   }
   if (cluster == 0 || cluster > kMaxCluster) return refused(cudaErrorInvalidValue, "no such cluster");
+  if (cluster > kClusterWithoutAsking && !state.allowed_clusters.contains(kernel)) {
+    return refused(cudaErrorInvalidValue, "a larger cluster than its attribute allows");
+  }
   if (grid.x % cluster != 0) return refused(cudaErrorInvalidValue, "a grid that is no multiple of the cluster");
   if (grid.x > 0x7FFFFFFFu || grid.y > kMaxGridYz || grid.z > kMaxGridYz) {
     return refused(cudaErrorInvalidValue, "too large a grid");
@@ -345,15 +348,27 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
-  const bool clusters = config->numAttrs == 1 && config->attrs->val.clusterDim.x > 1;
-  *count = clusters ? consequentialism::cuda::shim::state.active_clusters : 0;
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const cudaLaunchConfig_t* config) {
+  using namespace consequentialism::cuda::shim;
+  *count = 0;
+  const unsigned cluster = config->numAttrs == 1 ? config->attrs->val.clusterDim.x : 1;
+  const auto allowed = state.allowed_shared.find(kernel);
+  const bool asked = cluster <= kClusterWithoutAsking || state.allowed_clusters.contains(kernel);
+  if (!asked || cluster > state.largest_cluster) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > (allowed == state.allowed_shared.end() ? kSharedWithoutAsking : allowed->second)) {
+    return cudaErrorInvalidValue;
+  }
+  if (cluster > 1) *count = state.active_clusters;
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   consequentialism::cuda::shim::State& state = consequentialism::cuda::shim::state;
   const std::lock_guard guard(state.lock);
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    state.allowed_clusters.insert(kernel);
+    return cudaSuccess;
+  }
   state.allowed_shared[kernel] = static_cast<size_t>(value);
   ++state.attributes_set;
   return cudaSuccess;

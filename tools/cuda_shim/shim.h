@@ -89,7 +89,10 @@ const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
@@ -114,6 +117,7 @@ struct cudaLaunchAttribute {
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };

@@ -9,6 +9,7 @@
 #include <list>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,6 +25,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedAlignment = 128;
 constexpr size_t kMaxSharedBytes = 232448;
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kMaxGridYz = 65535;
+constexpr unsigned kClusterWithoutAsking = 8;
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 constexpr unsigned kResidentBlocks = 132;  // the processors of an H100, one block each
 
@@ -115,8 +117,10 @@ struct State {
   double seconds_allowed = 60;
   uint64_t launches = 0, shared_bytes = 0, switches = 0, attributes_set = 0;
   int ptx_version = 90, active_clusters = 1;
+  unsigned largest_cluster = kMaxCluster;
   uint64_t resident_blocks = kResidentBlocks;
   std::map<const void*, size_t> allowed_shared;  // by kernel
+  std::set<const void*> allowed_clusters;        // kernels that may have more than every chip takes
 
   std::list<Region> buffers;
   std::deque<Region> shared;

@@ -1,0 +1,259 @@
+// The inverse of damped_inverse.cuh, the same sums in the same order, by a cluster whose blocks keep the tiles that
+// they work on in their shared memory.
+//
+// The blocks form a grid: tile (i, j) is worked on by the block of row i mod rows and column j mod columns, and by no
+// other. A row of U, and later of V, that is finished goes to global memory, that is to L2. Of a step a block needs
+// the finished tiles of its own rows and of its own columns, which it fetches once for all its warps: with 16 blocks
+// each tile is read by 7, for which L2 has more bandwidth than the 4 blocks that have a row would have between them.
+//
+// Each step has one barrier of the cluster: every block of a row of the grid factors that row's tile on the diagonal
+// for itself, and solves its part of the row at once.
+#pragma once
+
+#include "damped_inverse.cuh"
+
+namespace consequentialism::cuda {
+
+template <class T>
+class ResidentTiles {
+ public:
+  // finished has the upper triangle and two tiles more, in global memory.
+  __device__ __forceinline__
+  ResidentTiles(const Team<InverseTeam::kCluster>& team, int along, const ResidentShape& shape, T* shared, T* finished)
+      : team_(team),
+        along_(along),
+        rows_(shape.rows),
+        columns_(shape.columns),
+        row_(static_cast<int>(cluster_block_rank()) % shape.rows),
+        column_(static_cast<int>(cluster_block_rank()) / shape.rows),
+        warp_(static_cast<int>(threadIdx.x / kWarpSize)),
+        warps_(static_cast<int>(blockDim.x / kWarpSize)),
+        lane_(static_cast<int>(threadIdx.x % kWarpSize)),
+        shared_(shared),
+        finished_(finished),
+        room_(shape.room),
+        own_(own_before(along)) {}
+
+  // The tiles <- unit * (gram + ridge I).
+  __device__ void load(const T* gram, int n, int stride, T ridge, T unit) const {
+    int index = 0;
+    for (int j = column_; j < along_; j += columns_) {
+      for (int i = row_; i <= j; i += rows_, ++index) {
+        if (index % warps_ != warp_) continue;
+        T* tile = i == j && i < 2 ? pending(i) : home(i, j);
+        load_tile(tile, gram, i, j, n, stride, ridge, unit, lane_);
+      }
+    }
+    team_.sync();
+  }
+
+  // The finished tiles <- U. Returns early where a pivot breaks down; state->broken is then 1 + the tile it is in.
+  __device__ void factor(InverseState<T>* state) const {
+    for (int next = 0; next < along_; ++next) {
+      const int k = next - 1;  // the last row that is finished
+      if (k >= 0) {
+        // What lies beyond comes from a block that is a step ahead, and is for the step after this.
+        if (state->broken != 0 && state->broken <= next) return;
+        for (int i = next_of(next, row_, rows_); i < along_; i += rows_) stage(row_tile(i), at(k, i), i / rows_);
+        for (int j = next_of(next, column_, columns_); j < along_; j += columns_) {
+          stage(column_tile(j), at(k, j), j / columns_);
+        }
+      }
+      const bool own_row = row_ == next % rows_;
+      if (own_row) stage(diagonal(), pending(next), warps_ - 1);
+      finish_stages();
+      const bool factors = own_row && is_first_warp(warp_);
+      if (factors) factor_diagonal(next, state);
+      if (k >= 0 && !factors) update_rest(k, own_row ? warp_ - 1 : warp_, own_row ? warps_ - 1 : warps_);
+      __syncthreads();
+      if (own_row) {
+        int index = 0;
+        for (int j = next_of(next + 1, column_, columns_); j < along_; j += columns_, ++index) {
+          if (index % warps_ == warp_) substitute_forward(diagonal(), home(next, j), at(next, j), lane_);
+        }
+        if (column_ == next % columns_ && warp_ == warps_ - 1) copy(at(next, next), diagonal());
+      }
+      team_.sync();
+    }
+  }
+
+  // The finished tiles <- V = U^-1, U's last tile on the diagonal being where factor left it.
+  //
+  // V[k, j] takes U[k, j]'s place, whose last readers staged it before the barrier of step j (j > k) or k + 1 (j = k).
+  __device__ void invert() const {
+    for (int k = along_ - 1;; --k) {
+      // V[k, j] = U_kk^-1 S[k, j], where S[k, k] is an identity.
+      if (row_ == k % rows_) {
+        int index = 0;
+        for (int j = next_of(k, column_, columns_); j < along_; j += columns_, ++index) {
+          if (index % warps_ == warp_) solve_backward(k, j);
+        }
+      }
+      for (int i = row_; i < k; i += rows_) stage(row_tile(i), at(i, k), i / rows_);
+      if (k > 0 && row_ == (k - 1) % rows_) stage(diagonal(), at(k - 1, k - 1), warps_ - 1);
+      copy_async_commit();
+      copy_async_wait<0>();
+      team_.sync();
+      if (k == 0) return;
+      for (int j = next_of(k, column_, columns_); j < along_; j += columns_) {
+        stage(column_tile(j), at(k, j), j / columns_);
+      }
+      finish_stages();
+      // S[i, j] -= U[i, k] V[k, j], from nothing for j = k.
+      int index = 0;
+      for (int j = next_of(k, column_, columns_); j < along_; j += columns_) {
+        for (int i = row_; i < k; i += rows_, ++index) {
+          if (index % warps_ == warp_) update_above(i, j, j == k);
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // inverse <- multiplier * V V^T, both triangles. The tiles in shared memory make way for a warp's two operands.
+  __device__ void multiply(int n, int stride, T multiplier, T* inverse) const {
+    T* left = shared_ + 2 * warp_ * kElements;
+    T* right = left + kElements;
+    int index = 0;
+    for (int j = 0; j < along_; ++j) {
+      for (int i = 0; i <= j; ++i, ++index) {
+        if (index % team_.warps != team_.warp) continue;
+        T sums[4][8] = {};
+#pragma unroll 1
+        for (int k = along_ - 1; k >= j; --k) {
+          stage(left, at(i, k), warp_);
+          if (i != j) stage(right, at(j, k), warp_);
+          copy_async_commit();
+          copy_async_wait<0>();
+          __syncwarp();
+          tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, left, i == j ? left : right, lane_);
+          __syncwarp();
+        }
+        store_inverse_tile(sums, i, j, n, stride, multiplier, inverse, lane_);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kElements = TileTraits<T>::kElements;
+  static constexpr int kStride = TileTraits<T>::kStride;
+  static constexpr int kUnroll = sizeof(T) == 4 ? 9 : 1;  // of copies: otherwise ptxas takes registers until it spills
+
+  // How many of 0, 1, ..., below - 1 are own mod count.
+  static __device__ __forceinline__ int count_of(int below, int own, int count) {
+    return (below - own + count - 1) / count;
+  }
+
+  // The first from `first` on that is own mod count.
+  static __device__ __forceinline__ int next_of(int first, int own, int count) {
+    return own + count_of(first, own, count) * count;
+  }
+
+  // This block's tiles in columns 0, 1, ..., j - 1.
+  __device__ __forceinline__ int own_before(int j) const {
+    const int columns = count_of(j, column_, columns_);
+    return columns_ / rows_ * (columns * (columns - 1) / 2) + columns * count_of(column_ + 1, row_, rows_);
+  }
+
+  // What a block has in shared memory: of a finished row the tiles of its rows and of its columns, a tile on the
+  // diagonal, and its own tiles, or the last of them.
+  __device__ __forceinline__ T* row_tile(int i) const { return shared_ + i / rows_ * kElements; }
+  __device__ __forceinline__ T* column_tile(int j) const {
+    return shared_ + (count_of(along_, 0, rows_) + j / columns_) * kElements;
+  }
+  __device__ __forceinline__ T* diagonal() const {
+    return shared_ + (count_of(along_, 0, rows_) + count_of(along_, 0, columns_)) * kElements;
+  }
+
+  __device__ __forceinline__ T* at(int i, int j) const { return finished_ + tile_index(i, j) * kElements; }
+
+  // A tile on the diagonal but for the last row's share of it, for all blocks that factor it.
+  __device__ __forceinline__ T* pending(int k) const { return finished_ + tile_index(k % 2, along_) * kElements; }
+
+  // Where the own tile (i, j) lies while it is worked on. The first columns, which are worked on least, lie where
+  // they will be finished, if shared memory has no room for them.
+  __device__ __forceinline__ T* home(int i, int j) const {
+    const int left = own_ - own_before(j) - i / rows_;  // and this one
+    return left <= room_ ? diagonal() + left * kElements : at(i, j);
+  }
+
+  // A tile, by the warp whose turn it is. `finish_stages` waits for all that a block has asked for.
+  __device__ __forceinline__ void stage(T* to, const T* from, int turn) const {
+    constexpr int kPack = TileTraits<T>::kPack;
+    if (turn % warps_ != warp_) return;
+#pragma unroll kUnroll
+    for (int e = lane_ * kPack; e < kElements; e += static_cast<int>(kWarpSize) * kPack) {
+      copy_async_16(to + e, from + e, 16);
+    }
+  }
+
+  __device__ __forceinline__ void finish_stages() const {
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void copy(T* to, const T* from) const {
+#pragma unroll 8
+    for (int e = lane_; e < kElements; e += static_cast<int>(kWarpSize)) to[e] = from[e];
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void factor_diagonal(int next, InverseState<T>* state) const {
+    T* tile = diagonal();
+    if (next > 0) {
+      subtract_product<Inner::kRows>(tile, row_tile(next), row_tile(next), lane_);
+      __syncwarp();
+    }
+    if (!factor_tile(tile, lane_) && lane_ == 0) state->broken = 1 + next;
+  }
+
+  // The own tiles below row k + 1, and of that row all but the one on the diagonal.
+  __device__ __forceinline__ void update_rest(int k, int own, int others) const {
+    int index = 0;
+    for (int j = next_of(k + 2, column_, columns_); j < along_; j += columns_) {
+      for (int i = next_of(k + 1, row_, rows_); i <= j; i += rows_, ++index) {
+        if (index % others != own) continue;
+        T* tile = home(i, j);
+        subtract_product<Inner::kRows>(tile, row_tile(i), column_tile(j), lane_);
+        if (i == j && i == k + 2) {
+          __syncwarp();
+          copy(pending(i), tile);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void solve_backward(int k, int j) const {
+    const T* from = home(k, j);
+    T* to = at(k, j);
+    T column[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) column[i] = j == k ? T(i == lane_) : from[i * kStride + lane_];
+    substitute_backward(diagonal(), column);
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) to[i * kStride + lane_] = column[i];
+  }
+
+  __device__ __forceinline__ void update_above(int i, int j, bool fresh) const {
+    T* tile = home(i, j);
+    if (fresh) {
+      for (int r = 0; r < kTile; ++r) tile[r * kStride + lane_] = 0;
+      __syncwarp();
+    }
+    subtract_product<Inner::kColumns>(tile, row_tile(i), column_tile(j), lane_);
+  }
+
+  Team<InverseTeam::kCluster> team_;
+  int along_;
+  int rows_, columns_;  // of the grid of blocks
+  int row_, column_;    // this block's place in it
+  int warp_, warps_;    // of this block
+  int lane_;
+  T* shared_;
+  T* finished_;
+  int room_;  // own tiles in shared memory
+  int own_;
+};
+
+}  // namespace consequentialism::cuda
