@@ -103,7 +103,7 @@ class ResidentTiles {
       int index = 0;
       for (int j = next_of(k, column_, columns_); j < along_; j += columns_) {
         for (int i = row_; i < k; i += rows_, ++index) {
-          if (index % warps_ == warp_) update_above(i, j, j == k);
+          if (index % warps_ == warp_) subtract<Inner::kColumns>(home(i, j), row_tile(i), column_tile(j), j == k);
         }
       }
       __syncthreads();
@@ -199,10 +199,41 @@ class ResidentTiles {
     __syncwarp();
   }
 
+  // As subtract_product, from zero where fresh, the tile read and written 16 bytes at once: one element at a time four
+  // or eight lanes would meet in a bank.
+  template <Inner kInnerA>
+  __device__ __forceinline__ void subtract(T* tile, const T* a, const T* b, bool fresh) const {
+    constexpr int kPack = TileTraits<T>::kPack;
+    T sums[4][8] = {};
+    const auto load = [&](T* pack, int q, int p) {
+      T values[kPack];
+      load_pack(pack, values);
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) sums[q][p + e] = values[e];
+    };
+    if (!fresh) for_each_pack<kInnerA>(tile, load);
+    tile_product<kInnerA, Inner::kRows, Sum::kSubtractUp>(sums, a, b, lane_);
+    for_each_pack<kInnerA>(tile, [&](T* pack, int q, int p) {
+      T values[kPack];
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) values[e] = sums[q][p + e];
+      store_pack(pack, values);
+    });
+  }
+
+  template <Inner kInnerA, class Step>
+  __device__ __forceinline__ void for_each_pack(T* tile, const Step& step) const {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+#pragma unroll
+      for (int p = 0; p < 8; p += TileTraits<T>::kPack) step(&fragment_element<kInnerA>(tile, lane_, q, p), q, p);
+    }
+  }
+
   __device__ __forceinline__ void factor_diagonal(int next, InverseState<T>* state) const {
     T* tile = diagonal();
     if (next > 0) {
-      subtract_product<Inner::kRows>(tile, row_tile(next), row_tile(next), lane_);
+      subtract<Inner::kRows>(tile, row_tile(next), row_tile(next), false);
       __syncwarp();
     }
     if (!factor_tile(tile, lane_) && lane_ == 0) state->broken = 1 + next;
@@ -215,7 +246,7 @@ class ResidentTiles {
       for (int i = next_of(k + 1, row_, rows_); i <= j; i += rows_, ++index) {
         if (index % others != own) continue;
         T* tile = home(i, j);
-        subtract_product<Inner::kRows>(tile, row_tile(i), column_tile(j), lane_);
+        subtract<Inner::kRows>(tile, row_tile(i), column_tile(j), false);
         if (i == j && i == k + 2) {
           __syncwarp();
           copy(pending(i), tile);
@@ -233,15 +264,6 @@ class ResidentTiles {
     substitute_backward(diagonal(), column);
 #pragma unroll
     for (int i = 0; i < kTile; ++i) to[i * kStride + lane_] = column[i];
-  }
-
-  __device__ __forceinline__ void update_above(int i, int j, bool fresh) const {
-    T* tile = home(i, j);
-    if (fresh) {
-      for (int r = 0; r < kTile; ++r) tile[r * kStride + lane_] = 0;
-      __syncwarp();
-    }
-    subtract_product<Inner::kColumns>(tile, row_tile(i), column_tile(j), lane_);
   }
 
   Team<InverseTeam::kCluster> team_;

@@ -32,6 +32,15 @@ __device__ __forceinline__ void load_pack(const T* from, T (&values)[TileTraits<
   }
 }
 
+template <class T>
+__device__ __forceinline__ void store_pack(T* to, const T (&values)[TileTraits<T>::kPack]) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+  } else {
+    *reinterpret_cast<double2*>(to) = make_double2(values[0], values[1]);
+  }
+}
+
 template <int kValue>
 struct Index {
   __host__ __device__ constexpr operator int() const { return kValue; }
