@@ -88,8 +88,9 @@ case ${1:-} in
     part info 30 "$python" -m consequentialism info
     timeout -k 5 120 "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
-    sanitize memcheck 75 gram_primal gram_split conv_gram conv_gram_pieces inverse_block_big inverse_cluster \
-      inverse_cluster_large apply_dual apply_primal bias_poison recompute cooperative repeat graph streams side_stream
+    sanitize memcheck 75 gram_primal gram_split gram_warpgroups_primal conv_gram conv_gram_pieces inverse_block_big \
+      inverse_cluster inverse_cluster_large apply_dual apply_primal bias_poison recompute cooperative repeat graph \
+      streams side_stream
     sanitize racecheck 80 gram_dual conv_gram inverse_block inverse_block_big inverse_cluster apply_primal recompute \
       cooperative repeat graph streams
     sanitize synccheck 40 repeat graph streams
@@ -105,12 +106,13 @@ case ${1:-} in
     own=(--provider consequentialism --provider stock --provider fused --provider batched)
     bench whole 150 --op linear --op step --op mlp --op deep "${own[@]}"
     bench parts 130 --op fused_weight_grad --op damped_inverse --op damped_inverses --op input_gram --op emended_input \
-      --op weight_grad --provider consequentialism --provider recompute --provider cooperative --provider cholesky_ex \
-      --provider batched
+      --op weight_grad --provider consequentialism --provider warps --provider warpgroups --provider recompute \
+      --provider cooperative --provider cholesky_ex --provider batched
     if command -v ncu > /dev/null; then
       part ncu 70 ncu --clock-control none --set full -c 16 --page details --log-file "$OUT/ncu.txt" \
         -k "regex:damped_inverse|fused_weight|gram|emended_input|bias_grad" \
-        "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 gram_large conv_gram_large inverse_cluster apply_large cooperative
+        "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 \
+        gram_large gram_warpgroups conv_gram_large inverse_cluster apply_large cooperative
     fi
     if [ "$device" = cuda ] && command -v nvcc > /dev/null; then
       part cycles 30 "$python" tools/cuda_cycles.py --run && grep -E ' measured .* counted ' "$log"

@@ -317,7 +317,7 @@ KINDS: dict[str, Kind] = {
     "gram_large": gram(1024, 2048, "dual"),
     "gram_warpgroups": gram_by_warpgroups(1000, 2048, "dual"),
     "gram_warpgroups_primal": gram_by_warpgroups(2100, 1000, "primal"),
-    "gram_warpgroups_chains": gram_by_warpgroups(70000, 512, "primal"),
+    "gram_warpgroups_chains": gram_by_warpgroups(2200, 2000, "primal"),
     "conv_gram": conv_gram(3, 7, 9, 1),
     "conv_gram_large": conv_gram(16, 64, 32, 1, method="direct"),
     "conv_gram_displaced": conv_gram(16, 64, 32, 1),
