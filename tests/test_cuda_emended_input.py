@@ -28,8 +28,9 @@ from test_cuda_input_gram import (
 from torch import Tensor
 
 import consequentialism as cw
+from consequentialism.precision import MAX_TWO_TERMS_CONDITION
 
-TWO_TERMS_CONDITION = 2048.0  # kTwoTermsCondition in csrc/cuda/emended_input.h
+TWO_TERMS_CONDITION = float(MAX_TWO_TERMS_CONDITION)  # Triton's too; kTwoTermsCondition in csrc/cuda/emended_input.h
 FLOOR = {F64: 1e-15, F32: 3e-7, BF16: 1e-4, F16: 3e-7}  # of y, by the type of x
 OUTPUT = {F64: F64, F32: F32, BF16: BF16, F16: F32}
 Emended = tuple[Tensor, Tensor | None]  # y [N, I], column [N]

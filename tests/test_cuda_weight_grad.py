@@ -14,6 +14,7 @@ from torch import Tensor
 
 import consequentialism as cw
 from consequentialism.options import Scale
+from consequentialism.precision import float16_unit
 
 SOURCES = [
     cuda_shim.ROOT / "csrc" / "cuda" / "weight_grad.cu",
@@ -208,6 +209,7 @@ def test_a_power_of_two_brings_y_into_the_range_of_float16(
     halves, unit = narrowed(shim, y.flatten())
     mantissa, exponent = torch.frexp(unit)
     assert mantissa.item() == 0.5
+    assert unit.item() == float16_unit(y).item()  # what Triton's backend takes
     assert exponent.item() >= -125
     exact = y.double() / unit.double()
     top = exact.abs().max().item()

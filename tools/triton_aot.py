@@ -117,13 +117,14 @@ def cases(target: str) -> Iterator[Case]:
             case = Case(name, input_gram_kernel, {"x": x, "gram": wide}, constants, plan.warps, plan.stages)
             yield from candidates_of(case, plans.gram_candidates(plan, HUGE, HUGE, BYTES[x], primal))
         multiplied = x if x == "bf16" else wide
-        for plan, primal in itertools.product(plans.EMEND_CANDIDATES[BYTES[multiplied]], (False, True)):
+        counts = (3, 2) if x == "bf16" else (3,)
+        for plan, primal, terms in itertools.product(plans.EMEND_CANDIDATES[BYTES[multiplied]], (False, True), counts):
             constants = {
                 "BIAS": True, "PRIMAL": primal, "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,
-                "PRECISION": precision(wide, target),
+                "PRECISION": precision(wide, target), "TERMS": terms,
             }  # fmt: skip
             pointers = {"inverse": wide, "x": x, "emended": "fp32" if x == "fp16" else x, "column": wide}
-            name = f"emend-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.rows}"
+            name = f"emend-{x}-{wide}-{'primal' if primal else 'dual'}-{plan.rows}{'-two' if terms == 2 else ''}"
             case = Case(name, emended_input_kernel, pointers, constants, plan.warps, plan.stages)
             yield from candidates_of(case, plans.emend_candidates(plan, HUGE, HUGE, HUGE, BYTES[multiplied]))
         plan = plans.CONV_GRAM[BYTES[x]]

@@ -9,23 +9,36 @@ from .language import add_product, ceil_div, element, helper, load, round_to, st
 
 
 @helper
-def add_emended(sums, inverse, x, stored: tl.constexpr, INVERSE_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def add_emended(
+    sums,
+    inverse,
+    x,
+    stored: tl.constexpr,
+    INVERSE_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TERMS: tl.constexpr = 3,
+):
     """``sums + P x`` or ``sums + x P``, of tiles of P in float32 or float64 and of x, which is float64 where P is.
 
     ``stored`` is x's type in memory.
 
-    bfloat16 meets P in three terms of bfloat16, which keep 24 bits, the smallest first. float16, whose range is too
-    small for P, is multiplied as float32.
+    bfloat16 meets P in TERMS terms of bfloat16, two or three, which keep 16 or 24 bits, the smallest first. float16,
+    whose range is too small for P, is multiplied as float32.
     """
     if stored == tl.bfloat16:
         high = round_to(inverse, tl.bfloat16)
         rest = inverse - high.to(tl.float32)
         middle = round_to(rest, tl.bfloat16)
-        low = round_to(rest - middle.to(tl.float32), tl.bfloat16)
-        if INVERSE_FIRST:
-            sums += tl.dot(high, x, tl.dot(middle, x, tl.dot(low, x)))
+        if TERMS == 3:
+            low = round_to(rest - middle.to(tl.float32), tl.bfloat16)
+            if INVERSE_FIRST:
+                sums += tl.dot(high, x, tl.dot(middle, x, tl.dot(low, x)))
+            else:
+                sums += tl.dot(x, high, tl.dot(x, middle, tl.dot(x, low)))
+        elif INVERSE_FIRST:
+            sums += tl.dot(high, x, tl.dot(middle, x))
         else:
-            sums += tl.dot(x, high, tl.dot(x, middle, tl.dot(x, low)))
+            sums += tl.dot(x, high, tl.dot(x, middle))
     elif INVERSE_FIRST:
         sums = add_product(sums, inverse, x.to(inverse.dtype), PRECISION)
     else:
@@ -49,6 +62,7 @@ def emended_input_kernel(
     TILE_I: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     """``emended [N, I]`` and ``column [N]``, a tile of ``[TILE_N, TILE_I]`` each; P is ``[n, n]``, contiguous."""
     SUM: tl.constexpr = inverse.dtype.element_ty
@@ -72,7 +86,7 @@ def emended_input_kernel(
                 element(inverse, k[:, None], input_[None, :], order, 1),
                 (k < inputs)[:, None] & (input_ < inputs)[None, :],
             )
-            sums = add_emended(sums, b, a, x.dtype.element_ty, False, PRECISION)
+            sums = add_emended(sums, b, a, x.dtype.element_ty, False, PRECISION, TERMS)
             if BIAS:
                 border = tl.load(element(inverse, inputs + 0 * k, k, order, 1), mask=k < inputs, other=0)
                 ones += sum_over(a.to(SUM) * border[None, :], axis=1)
@@ -82,7 +96,7 @@ def emended_input_kernel(
                 element(x, k[:, None], input_[None, :], stride_row, stride_column),
                 (k < rows)[:, None] & (input_ < inputs)[None, :],
             )
-            sums = add_emended(sums, a, b, x.dtype.element_ty, True, PRECISION)
+            sums = add_emended(sums, a, b, x.dtype.element_ty, True, PRECISION, TERMS)
             if BIAS:
                 ones += sum_over(a, axis=1)
     if BIAS and PRIMAL:  # the column of ones meets P's last row

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import DampingMode, Form, Ridge, Scale
-from ...precision import compute_dtype, emended_dtype, told_dtype
+from ...precision import compute_dtype, emended_dtype, float16_unit, terms_of_inverse, told_dtype
 from ..reference import RETRIES, check_conv
 from . import plans, tune
 from .checks import check_form, check_fused, check_gram, check_options, check_weight_grad, check_x
@@ -280,11 +280,17 @@ def emended_input(
     gram_dtype: torch.dtype | None = None,
     narrow_up_to: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return _apply(_wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype), x, bias, form)
+    inverse = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype)
+    rank = max(1, min(x.shape[0], x.shape[1] + bias))
+    return _apply(inverse, x, bias, form, rank / damping if damping_mode == "relative" else math.inf)
 
 
-def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, Tensor]:
-    """The emended input and the bias's column, of the inverse that `_wide_inverse` gives."""
+def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form, condition: float = math.inf) -> tuple[Tensor, Tensor]:
+    """The emended input and the bias's column, of the inverse that `_wide_inverse` gives.
+
+    Args:
+        condition: ``trace(G) / c``, infinite where only the Gram could tell it.
+    """
     rows, inputs = x.shape
     emended = x.new_empty(x.shape, dtype=emended_dtype(x.dtype))
     column = x.new_empty(rows if bias else 0, dtype=compute_dtype(x.dtype))
@@ -300,17 +306,34 @@ def _apply(inverse: Tensor, x: Tensor, bias: bool, form: Form) -> tuple[Tensor, 
     constants = {
         "BIAS": bias, "PRIMAL": form == "primal", "TILE_N": plan.rows, "TILE_I": plan.inputs, "DEPTH": plan.depth,
         "PRECISION": _exact(dtype) if dtype == torch.float16 else _precision(multiplied),
+        "TERMS": terms_of_inverse(condition) if x.dtype == torch.bfloat16 else 3,
     }  # fmt: skip
     with _on_device(x):
         _tuned(emended_input_kernel, (programs,), candidates, (rows, inputs), arguments, constants)
     return emended, column
 
 
+def _product(dy: Tensor, rows: Tensor) -> Tensor:
+    """``dy^T rows [O, I]`` in dy's type, by float16's tensor cores where it is that.
+
+    The rows are float32 then, whose range is wider: they are rounded in a unit that the float32 sums come out of.
+    """
+    # cuBLAS with float16 sums, where they are allowed, returns no float32; and in the unit they would overflow.
+    in_unit = dy.dtype == torch.float16 and rows.dtype == torch.float32 and rows.numel() > 0
+    if not in_unit or torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return (dy.to(rows.dtype).t() @ rows).to(dy.dtype)
+    unit = float16_unit(rows)
+    narrowed = (rows / unit).to(torch.float16)
+    # The interpreter's device has no product of float16 with float32 sums.
+    product = torch.mm(dy.t(), narrowed, out_dtype=torch.float32) if dy.is_cuda else dy.float().t() @ narrowed.float()
+    return (product * unit).to(dy.dtype)
+
+
 def weight_grad(dy: Tensor, rows: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     check_weight_grad(dy, rows, column)
     outputs = dy.shape[1]
     has_column = column.shape[0] > 0
-    dw = (dy.to(rows.dtype).t() @ rows).to(dy.dtype).contiguous()
+    dw = _product(dy, rows).contiguous()
     db = dy.new_empty(outputs if has_column else 0)
     if outputs == 0:
         return dw, db
