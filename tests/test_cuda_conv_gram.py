@@ -14,7 +14,7 @@ from test_cuda_input_gram import CUDA, SUMS, TYPE_CODE
 from torch import Tensor
 
 SOURCES = [
-    *(CUDA / name for name in ("conv_gram.cu", "conv_gram_plan.cpp", "input_gram_plan.cpp")),
+    *(CUDA / name for name in ("conv_gram.cu", "conv_gram_plan.cpp", "input_gram_plan.cpp", "patch_copy.cu")),
     Path(cuda_shim.__file__).with_name("conv_calls.cu"),
 ]
 # Of the product in terms of tensor core types; test_cuda_input_gram.py looks closer.
