@@ -235,7 +235,8 @@ def test_kinds_of_first_contact_are_right_on_the_cpu(kind: str) -> None:
     if compiled.module is None:
         pytest.skip("no compiled kernels")
     slow = {"inverse_1025", "inverse_stock", "inverse_retry_1100", "inverse_cluster_large", "gram_large", "apply_large"}
-    for name in ("float32",) if kind in slow or kind.startswith("gram_warpgroups") else gpu_kinds.TYPES:
+    slow_starts = ("gram_warpgroups", "conv_gram_large", "conv_gram_displaced")
+    for name in ("float32",) if kind in slow or kind.startswith(slow_starts) else gpu_kinds.TYPES:
         assert gpu_first.here(kind, name, "cpu").startswith(f"right {kind} {name}"), gpu_first.here(kind, name, "cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import median
 from .. import table
 from ..markdown import markdown, number, where
 from . import grid_report, step_cost, whole
+from .methods import CHOLESKY, COORDINATES
 from .recipes import EVALUATIONS, LABELS, RECIPES, START, Kind, Recipe
 from .step_cost import StepCostRow
 from .whole import SEARCH_SEED, RecipeRow, RecipeTimeRow
@@ -44,19 +46,27 @@ def text(folder: Path, pictures: str) -> list[str]:
     return parts
 
 
+FORMS = {COORDINATES: "", CHOLESKY: ', `root="cholesky"`'}  # of the optimizers in coordinates
+
+
 def overview(folder: Path) -> str:
     """README's table: how soon an optimizer in coordinates, refreshed and cut into blocks by the package's defaults, is
-    where the same one ends, on each task's longest schedule that several seeds ran; nothing where there is none."""
+    where the same one ends, on each task's longest schedule that several seeds ran; nothing where there is none. A line
+    of their own have those in Cholesky's coordinates."""
     found = whole.rows_in(folder)
     times = _times(folder)
     lines, shown = [], []
-    for task in dict.fromkeys(row.task for row in found):
+    tasks = dict.fromkeys(row.task for row in found)
+    for task, (form, note) in itertools.product(tasks, FORMS.items()):
         recipe = RECIPES[task]
         several = [row.steps for row in found if row.task == task and row.seed not in (0, SEARCH_SEED)]
         own = [row for row in found if row.task == task and row.steps == max(several, default=0)]
         cells = []
         for name in ("adamw", "muon"):
-            kinds = START[f"coordinates-{name}"].kind, START[name].kind
+            if form + name not in START:
+                cells += ["", ""]
+                continue
+            kinds = START[form + name].kind, START[name].kind
             mine, other = (counted(own, kind) for kind in kinds)
             steps = share(recipe, mine, other)
             pair = [times.get((task, kind)) for kind in kinds]
@@ -68,7 +78,7 @@ def overview(folder: Path) -> str:
             shown += [*other, *mine]
         else:
             if own:
-                lines.append((f"{recipe.title}, {own[0].steps:,} steps", *cells))
+                lines.append((f"{recipe.title}, {own[0].steps:,} steps{note}", *cells))
     if not lines:
         return ""
     headings = (
