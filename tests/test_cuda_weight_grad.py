@@ -131,6 +131,19 @@ def test_what_is_not_finite_poisons_all(shim: cuda_shim.Library, row: int, outpu
         assert db is None or db.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_poison_follows_the_splits_of_one_strip(shim: cuda_shim.Library, dtype: torch.dtype) -> None:
+    """One block adds the splits up and poisons: other threads write NaN than have written the sums."""
+    outputs = 32 * VECTOR[dtype]
+    dy = randn(300, outputs, dtype=dtype)
+    assert plan(shim, dy, outputs)[1:4] == (1, 1, 5)
+    dy[0, 0] = math.inf
+    db, dw = bias_grad(shim, dy, torch.ones(300, dtype=F64 if dtype == F64 else F32), outputs)
+    assert db is not None
+    assert db.isnan().all()
+    assert dw.isnan().all()
+
+
 def test_several_values_are_not_finite(shim: cuda_shim.Library) -> None:
     dy = randn(151, 204, dtype=F32)
     dy[::50, ::40] = math.inf

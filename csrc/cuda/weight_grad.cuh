@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kBiasThreads) bias_grad_kernel(
   if (db != nullptr && gridDim.y > 1) add_splits<T, kColumns>(set, sets, outputs, gridDim.y, partial, db);
   if (sets > 1) arrival = arrive(tickets, sets, arrival == Arrival::kLastOfFlagged, any);
   if (arrival != Arrival::kLastOfFlagged) return;
+  __syncthreads();  // of one set, other threads have just written db
   poison(dw, count);
   if (db != nullptr) poison(db, outputs);
 }
