@@ -165,22 +165,33 @@ def default_cuda_architectures() -> str:
 def builds_warpgroups(architectures: str) -> bool:
     """Whether a list in the form of ``TORCH_CUDA_ARCH_LIST`` has Hopper's, other than as PTX of an older one's."""
     named = {name.partition("+")[0] for name in re.split("[; ]+", architectures)}
+    if architectures in ("", "native"):  # torch then builds for the cards that it sees
+        import torch
+
+        cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        named = {f"{major}.{minor}" for major, minor in cards}
     return os.name != "nt" and not named.isdisjoint({"9.0", "9.0a", "Hopper"})
 
 
 def compile_warpgroups(folder: Path, flags: list[str]) -> str:
     """Compile the one source that is for an architecture of its own, which torch's builder cannot; its object."""
+    import torch
     from torch.utils import cpp_extension
 
     target = folder / Path(WARPGROUP_SOURCE).with_suffix(".o")
-    newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
-    if target.exists() and target.stat().st_mtime > newest:
-        return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     nvcc = os.environ.get("PYTORCH_NVCC") or str(Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc"))
     host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
     own = ["-DCONSEQUENTIALISM_WARPGROUPS", "-gencode=arch=compute_90a,code=sm_90a", "--compiler-options=-fPIC"]
-    subprocess.run([*shlex.split(nvcc), *host, *flags, *own, "-c", WARPGROUP_SOURCE, "-o", str(target)], check=True)
+    command = [*shlex.split(nvcc), *host, *flags, *own, "-c", WARPGROUP_SOURCE, "-o", str(target)]
+    # Written once the object is whole: an interrupted one, or one of another toolkit, is made anew.
+    done, by = target.with_suffix(".command"), f"{torch.version.cuda}: {shlex.join(command)}\n"
+    newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
+    if target.exists() and target.stat().st_mtime > newest and done.exists() and done.read_text() == by:
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+    subprocess.run(command, check=True)
+    done.write_text(by)
     return str(target)
 
 

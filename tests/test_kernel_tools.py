@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cuda_resources
 import gpu_first
@@ -291,6 +292,60 @@ def test_default_architectures_are_those_of_the_toolkit(
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     assert runpy.run_path(str(ROOT / "setup.py"))["default_cuda_architectures"]() == expected
+
+
+def setup_functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="built there without")
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        ("8.0;9.0+PTX;10.0", (8, 0), True),
+        ("8.0 9.0a", (8, 0), True),
+        ("Ampere;Hopper", (8, 0), True),
+        ("8.0+PTX;10.0;12.0", (9, 0), False),
+        ("native", (9, 0), True),
+        ("", (9, 0), True),
+        ("native", (8, 0), False),
+        ("", (10, 0), False),
+    ],
+)
+def test_products_of_warpgroups_are_built_for_hopper(
+    monkeypatch: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    assert setup_functions(monkeypatch)["builds_warpgroups"](architectures) == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_the_warpgroups_object_is_made_anew_by_another_command_or_after_a_break(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, calls = tmp_path / "nvcc", tmp_path / "calls"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {calls}\n: > {tmp_path}/csrc/cuda/warpgroup_gram.o\nexit $BREAK\n')
+    compiler.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTORCH_NVCC", str(compiler))
+    compile_warpgroups = setup_functions(monkeypatch)["compile_warpgroups"]
+
+    def count(*flags: str, broken: int = 0) -> int:
+        monkeypatch.setenv("BREAK", str(broken))
+        if broken:
+            with pytest.raises(subprocess.CalledProcessError):
+                compile_warpgroups(tmp_path, list(flags))
+        else:
+            assert compile_warpgroups(tmp_path, list(flags)) == f"{tmp_path}/csrc/cuda/warpgroup_gram.o"
+        return len(calls.read_text().splitlines())
+
+    assert [count("-O3"), count("-O3"), count("-O2"), count("-O2")] == [1, 1, 2, 2]
+    assert [count("-O1", broken=1), count("-O1"), count("-O1")] == [3, 4, 4]
+    monkeypatch.setattr("torch.version.cuda", "1.0")
+    assert count("-O1") == 5
 
 
 def test_addresses_on_a_device_are_asked_for_once_and_never_in_a_capture() -> None:
