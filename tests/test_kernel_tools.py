@@ -14,6 +14,7 @@ import cuda_resources
 import gpu_first
 import gpu_kinds
 import pytest
+import torch
 from cuda_resources import Resources
 
 from consequentialism import reference
@@ -178,7 +179,7 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
             [
                 "ok    build",
                 "right gram_dual",
-                "ok    memcheck: 0 bad of 17",
+                "ok    memcheck: 0 bad of 18",
                 "ok    synccheck: 0 bad of 3",
                 "ok    tests",
                 "ok    bench inverse",
@@ -186,13 +187,13 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
         ),
         ("first", {"PREBUILT": "0", "TESTS": "1"}, 1, ["FAIL  tests: exit 1", "FAILED tests/a.py", "ok    check"]),
         ("first", {"REPEATS": "7"}, 0, ["ok    synccheck: 0 bad of 3", "all passed"]),
-        ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 11", "FAILED in"]),
-        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 17"]),
+        ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 12", "FAILED in"]),
+        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 18"]),
         (
             "first",
             {"SPOILT": "graph"},
             1,
-            ["FAIL  memcheck: 1 bad of 17", "FAIL  racecheck: 1 bad of 11", "FAIL  synccheck: 1 bad of 3"],
+            ["FAIL  memcheck: 1 bad of 18", "FAIL  racecheck: 1 bad of 12", "FAIL  synccheck: 1 bad of 3"],
         ),
         ("first", {"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED in"]),
         ("first", {"SECONDS_ALLOWED": "4"}, 1, ["FAIL  build: no time was left for it"]),
@@ -228,6 +229,14 @@ def test_each_call_of_the_gpu_script_has_time_for_all_its_parts(call: str) -> No
     limits = re.findall(r"\b(?:(?:part|sanitize|bench) \w+|timeout -k \d+) (\d+) ", parts)
     assert len(limits) == len(re.findall(r"^ +(?:part|sanitize|bench|timeout) ", parts, re.M))
     assert sum(map(int, limits)) <= allowed < 600
+
+
+def test_grams_of_half_types_are_held_to_float32() -> None:
+    bounds = gpu_kinds.BOUNDS
+    for kind in gpu_kinds.KINDS:
+        wide = "gram" in kind
+        assert gpu_kinds.bound_of(kind, torch.bfloat16) == bounds[torch.float32 if wide else torch.bfloat16], kind
+        assert gpu_kinds.bound_of(kind, torch.float64) == bounds[torch.float64]
 
 
 @pytest.mark.parametrize("kind", gpu_kinds.KINDS)

@@ -88,11 +88,11 @@ case ${1:-} in
     part info 30 "$python" -m consequentialism info
     timeout -k 5 120 "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
-    sanitize memcheck 75 gram_primal gram_split gram_warpgroups_primal conv_gram conv_gram_pieces inverse_block_big \
-      inverse_cluster inverse_cluster_large apply_dual apply_primal bias_poison recompute cooperative repeat graph \
-      streams side_stream
-    sanitize racecheck 80 gram_dual conv_gram inverse_block inverse_block_big inverse_cluster apply_primal recompute \
-      cooperative repeat graph streams
+    sanitize memcheck 75 gram_primal gram_split gram_warpgroups_primal conv_gram conv_gram_pieces \
+      conv_gram_displaced_pieces inverse_block_big inverse_cluster inverse_cluster_large apply_dual apply_primal \
+      bias_poison recompute cooperative repeat graph streams side_stream
+    sanitize racecheck 80 gram_dual conv_gram conv_gram_displaced_pieces inverse_block inverse_block_big \
+      inverse_cluster apply_primal recompute cooperative repeat graph streams
     sanitize synccheck 40 repeat graph streams
     # A dead context ends its worker: conftest.py sees to that, and xdist starts another.
     part tests 130 "$python" -m pytest -v -n 8 --timeout 45 --timeout-method thread -p no:cacheprovider \

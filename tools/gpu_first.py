@@ -30,7 +30,7 @@ def here(kind: str, name: str, device: str) -> str:
     import gpu_kinds
 
     dtype = gpu_kinds.TYPES[name]
-    bound = gpu_kinds.BOUNDS[dtype]
+    bound = gpu_kinds.bound_of(kind, dtype)
     try:
         error = gpu_kinds.KINDS[kind](dtype, device)
     except Exception as problem:  # whatever it is, it belongs on this line
@@ -43,10 +43,11 @@ def apart(kind: str, name: str, device: str, seconds: float) -> str:
     import gpu_kinds
 
     start = time.monotonic()
+    environment = {"OMP_NUM_THREADS": "2", **os.environ}  # many at once, each with its oracle on the CPU
     command = [sys.executable, __file__, "--here", "--device", device, "--type", name]
     command += ["--repeats", str(gpu_kinds.REPEATS), kind]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         return f"HUNG  {kind} {name}: no end after {seconds:g} s"
     lines = [line for line in done.stdout.splitlines() if line.startswith(("right", "WRONG"))]
