@@ -178,6 +178,22 @@ def test_a_stale_memory_is_said() -> None:
     assert "the memory of consequentialism.optim.Emended is stale for layer '0'" in said
 
 
+@pytest.mark.usefixtures("even_refreshes")
+def test_a_stale_memory_is_as_stale_with_either_root() -> None:
+    """Both have one ``S S^T``; a triangular root's square is another matrix."""
+    found = []
+    for root in ("symmetric", "cholesky"):
+        model, _, x, y = small(torch.float64)
+        inner = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer = cw.optim.Emended(inner, model, refresh_every=1000, root=root)  # type: ignore[arg-type]
+        with cw.Monitor(model, optimizer, every=1, warn=False) as monitor:
+            train(model, optimizer, x, y, 1)
+            train(model, optimizer, x.flip(1) + 1, y, 1)
+            found.append(monitor.latest["0/stale"])
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert found[0] > 1
+
+
 def test_a_batch_that_is_not_finite_is_nan_and_no_warning() -> None:
     model, optimizer, x, y = small()
     assert warned(model, optimizer, x * math.nan, y, 1) == []

@@ -210,7 +210,7 @@ class Monitor:
         return ((weight == before) & asked).sum().double() / asked.sum().clamp(min=1)
 
     def _stale(self, seen: Seen, taken: _Taken) -> Tensor | float:
-        """``tr(S A' S) / tr(S A S)`` with today's ``A'``."""
+        """``tr(S^T A' S) / tr(S^T A S)`` with today's ``A'``."""
         if not isinstance(self.optimizer, Emended):
             return math.nan
         unit = next((unit for unit in self.optimizer.units if unit.module is seen.module), None)
@@ -222,7 +222,7 @@ class Monitor:
         per_sample = self.optimizer.scale == "nlms"
         gram = gram_of(unit.kind, unit.blocks, taken.input, per_sample, unit.slot.dtype)
         root = state["root"].view(unit.slot.shape)
-        metric = root @ root
+        metric = root @ root.mT
         fresh = (metric * gram.matrix / gram.count).sum()
         known = (metric * state["input_gram"].view(unit.slot.shape)).sum()
         return (fresh / known).double()
