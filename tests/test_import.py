@@ -126,6 +126,13 @@ def test_with_kernels_of_another_state_of_the_checkout(pure: Path) -> None:
     assert_falls_back(run(STEP, pure), pure, f"built from other sources than those in {pure / 'csrc'}")
 
 
+def test_an_editors_lock_among_the_sources_is_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "ops.cpp").write_text("// a source\n")
+    before = interface_of(tmp_path)
+    (tmp_path / ".#ops.cpp").symlink_to("somebody@somewhere.123:456")
+    assert interface_of(tmp_path) == before
+
+
 @needs_kernels
 def test_the_build_writes_down_its_sources() -> None:
     assert (PACKAGE / SOURCES_FILE).read_text().strip() == interface_of(PACKAGE.parent / "csrc")

@@ -12,8 +12,11 @@ SOURCES_FILE = "_C_sources.txt"  # beside the extension: `interface_of` the sour
 
 
 def interface_of(sources: Path) -> str:
-    """A digest of the folder's files that know Python: schemas, the derivative, calls of layers; not of the kernels."""
+    """A digest of the folder's files that know Python: schemas, the derivative, calls of layers; not of the kernels.
+
+    Hidden files are an editor's: a lock of Emacs is a link to nothing.
+    """
     digest = hashlib.sha256()
-    for path in sorted([*sources.glob("*.h"), *sources.glob("*.cpp")]):
+    for path in sorted([*sources.glob("[!.]*.h"), *sources.glob("[!.]*.cpp")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
