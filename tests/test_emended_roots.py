@@ -77,10 +77,12 @@ def test_the_step_is_the_same_with_either_where_both_are_allowed(name: str) -> N
     ("name", "exponent", "options", "triangular"),
     [
         ("SGD", None, {}, True),
-        ("SGD", None, {"momentum": 0.9, "nesterov": True}, True),
+        ("SGD", None, {"weight_decay": 0.1, "maximize": True}, True),
+        ("SGD", None, {"momentum": 0.9, "nesterov": True}, False),
         ("SGD", 0.25, {}, False),
         ("Muon", None, {}, False),
-        ("Muon", 0.5, {}, True),
+        ("Muon", 0.5, {}, False),
+        ("Muon", 0.5, {"momentum": 0.0}, True),
         ("AdamW", None, {}, False),
         ("RMSprop", None, {}, False),
         ("Adagrad", None, {}, False),
@@ -94,6 +96,40 @@ def test_auto_takes_cholesky_where_the_step_is_the_same(
     assert is_triangular(root) == triangular
     assert_identical("root", root, other)
     assert_identical("weight", layer.weight.detach(), twin.weight.detach())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_auto_is_the_symmetric_roots_training_over_refreshes(momentum: float) -> None:
+    """Of inputs that change: what a momentum holds is in the coordinates of earlier roots."""
+    ends = []
+    for root in ("auto", "symmetric"):
+        torch.manual_seed(0)
+        model = mlp(F64)
+        inner = torch.optim.SGD(model.parameters(), 0.05, momentum=momentum)
+        optimizer = cw.optim.Emended(inner, model, root=root, memory=0.5, refresh_every=2)
+        for step in range(12):
+            train(model, optimizer, randn(20, 6, seed=step) * torch.linspace(1, 1 + step % 3, 6, dtype=F64), 1)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert_close("weights", ends[0], ends[1], EXACT)
+
+
+def test_auto_keeps_the_symmetric_root_where_a_bias_is_frozen_since() -> None:
+    layer = nn.Linear(6, 5, dtype=F64)
+    optimizer = cw.optim.Emended(torch.optim.SGD(layer.parameters(), 0.1), layer)
+    layer.bias.requires_grad_(False)
+    squares(layer(randn(30, 6))).backward()
+    optimizer.step()
+    assert not is_triangular(optimizer.state[layer.weight]["root"])
+
+
+def test_auto_compares_no_options_that_are_not_the_optimizers() -> None:
+    """A group's own notes may be what has no truth value."""
+    layer = nn.Linear(6, 5, dtype=F64)
+    groups = [{"params": [p], "note": torch.arange(2)} for p in layer.parameters()]
+    optimizer = cw.optim.Emended(torch.optim.SGD(groups, 0.1), layer)
+    squares(layer(randn(30, 6))).backward()
+    optimizer.step()
+    assert is_triangular(optimizer.state[layer.weight]["root"])
 
 
 def test_auto_keeps_the_symmetric_root_where_a_bias_has_a_rate_of_its_own() -> None:

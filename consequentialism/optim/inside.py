@@ -90,22 +90,31 @@ def parts_of(
 
 def turn(optimizer: torch.optim.Optimizer, units: Sequence[Unit], rule: Rule) -> bool:
     """Whether a step in coordinates that any orthogonal matrix has turned is the turned step: with any root it is then
-    the same. Exactly torch's SGD and Muon and `Muon` are known for it.
+    the same. Exactly torch's SGD and Muon and `Muon` are known for it, without a momentum: that is in the coordinates
+    of earlier roots, and roots of two kinds do not turn alike from a refresh to the next.
 
-    Not where a layer's weight and bias have other options, but for their decay, which is on the weights; nor where an
-    optimizer that orthogonalises has a matrix whose rows have roots of their own, as grouped convolutions have.
+    Not where a layer's weight and bias have other options, but for their decay, which is on the weights, or a bias has
+    no gradients; nor where an optimizer that orthogonalises has a matrix whose rows have roots of their own, as grouped
+    convolutions have.
     """
     if rule_for(optimizer) not in (sgd, muon) and not hasattr(optimizer, "emended_rule"):
         return False
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    own = [unit for unit in units if id(unit.weight) in groups]
+    if any(groups[id(unit.weight)]["momentum"] != 0 for unit in own):
+        return False
     if rule.orthogonalises:
         return all(unit.groups == 1 for unit in units)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    pairs = [(groups[id(unit.weight)], groups.get(id(unit.bias))) for unit in units if id(unit.weight) in groups]
-    return all(bias is None or bias is weight or _options(bias) == _options(weight) for weight, bias in pairs)
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names", "weight_decay")}
+    names = [name for name in optimizer.defaults if name != "weight_decay"]
+    for unit in own:
+        weight, bias = groups[id(unit.weight)], groups.get(id(unit.bias))
+        if bias is None:
+            continue
+        if bias is not weight and any(bias[name] != weight[name] for name in names):
+            return False
+        if unit.bias is not None and not unit.bias.requires_grad:
+            return False
+    return True
 
 
 @contextlib.contextmanager
