@@ -185,7 +185,7 @@ def compile_warpgroups(folder: Path, flags: list[str]) -> str:
     command = [*shlex.split(nvcc), *host, *flags, *own, "-c", WARPGROUP_SOURCE, "-o", str(target)]
     # Written once the object is whole: an interrupted one, or one of another toolkit, is made anew.
     done, by = target.with_suffix(".command"), f"{torch.version.cuda}: {shlex.join(command)}\n"
-    newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*.*"))
+    newest = max(path.stat().st_mtime for path in Path("csrc").rglob("[!.]*.*"))  # none of an editor's
     if target.exists() and target.stat().st_mtime > newest and done.exists() and done.read_text() == by:
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)

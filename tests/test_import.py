@@ -124,6 +124,7 @@ def test_with_kernels_of_another_state_of_the_checkout(pure: Path) -> None:
     assert result(run(STEP, pure, "-W", "error"))["backends"]["cpu"] == "available"
     source.write_text("// changed since\n")
     assert_falls_back(run(STEP, pure), pure, f"built from other sources than those in {pure / 'csrc'}")
+    assert "--no-deps -e .`" in run(STEP, pure).stderr, "another install would leave these where they are"
 
 
 def test_an_editors_lock_among_the_sources_is_none_of_them(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ NEEDED = (
 FUNCTIONS = ("build_info", "breakdowns", "linear_forward", "set_planner")  # of the module itself
 
 BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
+# `pip install .` leaves what an editable install, or a build in place, has put beside the sources.
+BUILD_IN_PLACE = "`pip install --no-build-isolation --no-deps -e .` in the source's folder builds it anew"
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -65,7 +67,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if without:
         return None, f"built from older sources, without {', '.join(without)}; {BUILD_AGAIN}"
     if _is_of_other_sources(package):
-        return None, f"built from other sources than those in {package.parent / 'csrc'}; {BUILD_AGAIN}"
+        return None, f"built from other sources than those in {package.parent / 'csrc'}; {BUILD_IN_PLACE}"
     return _C, None
 
 
