@@ -112,12 +112,9 @@ class Emended(torch.optim.Optimizer):
             step they stand on every rank. The weights are those of ``shard_state=False``. A checkpoint holds the whole
             state, and resumes with any number of ranks, sharded or not: see `consolidate_state_dict`.
         root: ``"symmetric"``: ``S = ((A + c I) / t)^-s``. ``"cholesky"``, for ``s = 1/2``: the triangular ``L^-T`` of
-            ``(A + c I) / t = L L^T``, on the CPU in a fifth of the time. `torch.optim.SGD` and Muon without momentum
-            take the same step with either; with it, the same until the first refresh that finds another ``A``, for
-            what they keep is in the coordinates of earlier roots; others, as Adam, work in other coordinates.
-            ``"auto"``: Cholesky's on the CPU where the step is the same, else the symmetric. A loaded root of the other
-            kind, whose zeros show which it is, stays until the next refresh; the optimizer's moments remain, in its
-            coordinates, until new ones outweigh them.
+            ``(A + c I) / t = L L^T``, on the CPU in a fifth of the time: another method, but for SGD and Muon without
+            momentum, whose steps are the same. ``"auto"``: Cholesky's for those, on the CPU, else the symmetric. A
+            loaded root of the other kind stays until the next refresh, the moments in its coordinates beyond it.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
 
     Raises:
