@@ -8,6 +8,7 @@ summed over the ranks, and that is all that is added. On GPUs, say "nccl" and "c
 from __future__ import annotations
 
 import argparse
+import gc
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ def main() -> None:
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     train(arguments)
-    dist.destroy_process_group()  # once DDP's own objects are gone: torch's destructors wait for the other rank else
+    # Once what DDP and FSDP2 keep of the group is gone, cycles too: torch's destructors wait for the other rank else,
+    # or abort as Python ends (seen with a plain optimizer too).
+    gc.collect()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
