@@ -191,10 +191,13 @@ def test_arguments_are_refused_by_name(name: str, position: int, value: Any, wor
         assert word in str(caught.value)
 
 
-def test_an_image_has_channels_and_positions() -> None:
+@pytest.mark.parametrize("spatial", [0, 4])
+def test_an_image_has_channels_and_one_to_three_dimensions_of_positions(spatial: int) -> None:
+    ones, shape = (1,) * spatial, (2, 4, *(3,) * spatial)
     for gram in (ops.conv_gram, reference.conv_gram):
-        with pytest.raises(ValueError, match=r"x must have the shape \[B, C, \*spatial\], .* got \[2, 4\]"):
-            gram(randn(2, 4), (), (), (), (), 1, True, 2**20, F64)
+        with pytest.raises(ValueError, match=r"x must have the shape \[B, C, \*spatial\], 3 to 5 dimensions, got") as e:
+            gram(randn(*shape), ones, ones, (0,) * spatial, ones, 1, True, 2**20, F64)
+        assert str(list(shape)) in str(e.value)
 
 
 def test_the_cheaper_way_is_chosen() -> None:

@@ -43,7 +43,7 @@ def check_conv(
         ValueError: It names the argument, its value and what is allowed.
     """
     spatial, shape = x.ndim - 2, list(x.shape)
-    if spatial < 1:
+    if not 1 <= spatial <= 3:
         raise ValueError(f"x must have the shape [B, C, *spatial], 3 to 5 dimensions, got {shape}")
     named = (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     for name, values, least in named:
