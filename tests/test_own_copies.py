@@ -448,3 +448,106 @@ def test_a_shallow_copy_leaves_the_layer_watched() -> None:
     del shallow
     with pytest.warns(UserWarning, match="the weights of inner got a gradient although the layers' own forward"):
         model(randn(4, 5, dtype=F32)).sum().backward()
+
+
+class Sized(nn.Linear):
+    """Its ``__new__`` has to be told something."""
+
+    def __new__(cls, size: int) -> Any:
+        made = super().__new__(cls)
+        made.__dict__["size"] = size
+        return made
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+    def __getnewargs__(self) -> tuple[int]:
+        return (self.__dict__["size"],)
+
+
+class SizedByName(nn.Linear):
+    def __new__(cls, *, size: int) -> Any:
+        made = super().__new__(cls)
+        made.__dict__["size"] = size
+        return made
+
+    def __init__(self, *, size: int) -> None:
+        super().__init__(size, size)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, int]]:
+        return (), {"size": self.__dict__["size"]}
+
+
+@pytest.mark.parametrize("kind", [Sized, SizedByName])
+@pytest.mark.parametrize("again", [pickled, copy.deepcopy, copy.copy, saved_and_loaded])
+def test_a_class_whose_new_takes_arguments(kind: Any, again: Callable[[Any], Any]) -> None:
+    layer = cw.convert(kind(size=4), damping=0.2)
+    other = again(layer)
+    assert type(other) is type(layer)
+    assert (other.damping, other.size) == (0.2, 4)
+    assert_identical("weight", other.weight, layer.weight)
+
+
+class StateOfItsNames(nn.Linear):
+    """A key of its state has a name that an emended layer has for itself."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.mine = ("theirs",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.mine, "process_group": "theirs", "qualified_name": "theirs", "rest": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(5, 3)  # type: ignore[misc]
+        self.mine = state["options"]
+        assert (state["process_group"], state["qualified_name"]) == ("theirs", "theirs")
+        self.load_state_dict(state["rest"])
+
+
+class StateOfItsNamesOnEmended(cw.Linear):
+    """So, and built on an emended layer."""
+
+    mine = ("theirs",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.mine, "rest": super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state["rest"])
+        self.mine = state["options"]
+
+
+class StateInReduce(nn.Linear):
+    mine = ("theirs",)
+
+    def __reduce__(self) -> Any:
+        return type(self), (5, 3), {"options": self.mine, "rest": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.mine = state["options"]
+        self.load_state_dict(state["rest"])
+
+
+@pytest.mark.parametrize("kind", [StateOfItsNames, StateOfItsNamesOnEmended, StateInReduce])
+@pytest.mark.parametrize("again", [pickled, copy.deepcopy, copy.copy, saved_and_loaded])
+def test_a_state_with_names_of_an_emended_layers(kind: Any, again: Callable[[Any], Any]) -> None:
+    layer = cw.convert(kind(5, 3), damping=0.2)
+    layer.qualified_name = "0"
+    other = again(layer)
+    assert type(other) is type(layer)
+    assert (other.damping, other.qualified_name, other.mine) == (0.2, "0", ("theirs",))
+    assert_identical("weight", other.weight, layer.weight)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Locked])
+def test_a_reverted_parametrised_layer_is_copied_as_a_plain_one(kind: Any) -> None:
+    layer = cw.convert(kind(5, 3))
+    layer.lock = None
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    copied = copy.deepcopy(cw.revert(layer))
+    assert type(copied) is type(layer)
+    assert not isinstance(copied, EmendedModule)
+    assert_identical("weight", copied.weight, layer.weight)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(layer)

@@ -181,7 +181,8 @@ class EmendedModule(nn.Module):
         elif not parametrized and any(own_method(self, name) is not None for name in ("__reduce_ex__", "__reduce__")):
             copied = _copied_by(self.__reduce_ex__(4), self, memo)
         else:
-            copied = memo[id(self)] = type(self).__new__(type(self))
+            arguments, named = copy.deepcopy(new_arguments(self), memo)
+            copied = memo[id(self)] = type(self).__new__(type(self), *arguments, **named)
             state = EmendedModule.__getstate__(self) if parametrized else self.__getstate__()
             copied.__setstate__(copy.deepcopy(state, memo))
             return copied
@@ -194,21 +195,19 @@ class EmendedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The state of the plain class, a dict, and all that is the emended layer's under one key of it.
 
-        A class that is built on an emended one has that among the rest, for it may write a state into its `__dict__`.
+        A class that is built on an emended one has that among the rest, for it may write a state into its `__dict__`,
+        where none of the names is in a state of its own.
         """
         own = _method_below(self, "__getstate__")
-        state = self.__dict__ if own is None else own()
-        if isinstance(state, dict):
-            saved = saved_beside(self)
-            return {**without_beside(state), **(saved if self._emended_plain is None else {KEY: saved})}
-        return {KEY: {**saved_beside(self), "state": state}}
+        state, saved = self.__dict__ if own is None else own(), saved_beside(self)
+        if not isinstance(state, dict):
+            return {KEY: {**saved, "state": state}}
+        rest = without_beside(state, self)
+        return {**rest, **({KEY: saved} if self._emended_plain is not None or rest.keys() & saved.keys() else saved)}
 
     def __setstate__(self, state: Any) -> None:
         """Take a state, also one without that key; options are then those that the layer has already."""
-        saved: dict[str, Any] = {}
-        if isinstance(state, dict):
-            saved = _saved_in(state)
-            state = without_beside(state)
+        state, saved = _divided(state) if isinstance(state, dict) else (state, {})
         beside = restored_beside(saved, self.options)
         self.__dict__.update(beside)
         super().__setstate__(saved.get("state", state))
@@ -254,9 +253,23 @@ _SAVED = (*BESIDE, "process_group")
 OURS = (*_SAVED, KEY, SERIAL)
 
 
-def without_beside(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a layer's attributes or state, what its plain class has too."""
-    return {name: value for name, value in state.items() if name not in OURS}
+def without_beside(state: dict[str, Any], layer: EmendedModule) -> dict[str, Any]:
+    """Of a layer's attributes, or the state that its class makes of them, what its plain class has too."""
+
+    def is_ours(name: str, value: Any) -> bool:  # and not one that a class's own state calls so
+        own = layer.__dict__.get(name)
+        return value is own or (type(value) is type(own) and not isinstance(own, (str, int)))
+
+    return {name: value for name, value in state.items() if name not in OURS or not is_ours(name, value)}
+
+
+def new_arguments(layer: EmendedModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the ``__new__`` of a layer's class takes for a copy, as Python asks the class for it."""
+    for name in ("__getnewargs_ex__", "__getnewargs__"):
+        asked = own_method(layer, name)
+        if asked is not None:
+            return asked() if name.endswith("ex__") else (asked(), {})
+    return (), {}
 
 
 def saved_beside(layer: EmendedModule) -> dict[str, Any]:
@@ -277,9 +290,14 @@ def restored_beside(saved: dict[str, Any], options: Options) -> dict[str, Any]:
     return {**{name: saved[name] for name in BESIDE if name in saved}, "options": options}
 
 
-def _saved_in(state: dict[str, Any]) -> dict[str, Any]:
-    """What `saved_beside` gave, or as much of it as a state has."""
-    return state[KEY] if KEY in state else {name: state[name] for name in _SAVED if name in state}
+def _divided(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state without what `saved_beside` gave, and that: under its key, or among the rest where options are."""
+    if KEY in state:
+        return {name: value for name, value in state.items() if name != KEY}, state[KEY]
+    if not isinstance(state.get("options"), Options):
+        return {name: value for name, value in state.items() if name != SERIAL}, {}
+    rest = {name: value for name, value in state.items() if name not in OURS}
+    return rest, {name: state[name] for name in _SAVED if name in state}
 
 
 def _finish_setstate(cls: type[EmendedModule]) -> None:
@@ -292,10 +310,14 @@ def _finish_setstate(cls: type[EmendedModule]) -> None:
 
     @functools.wraps(own)
     def __setstate__(self: EmendedModule, state: Any) -> None:
-        if isinstance(state, dict) and "state" not in _saved_in(state):
-            state = {**without_beside(state), **restored_beside(_saved_in(state), self.options)}
+        rest, given = _divided(state) if isinstance(state, dict) else ({}, {})
+        if isinstance(state, dict) and "state" not in given:
+            state = {**restored_beside(given, self.options), **rest}
         own.__get__(self)(state)
         attributes = self.__dict__
+        for name in rest.keys() & set(_SAVED):  # the class's own, which it may have written into its attributes
+            if name in given and attributes.get(name) is rest[name]:
+                attributes[name] = given[name]
         saved = {name: attributes[name] for name in _SAVED if name in attributes} | attributes.pop(KEY, {})
         attributes.pop("process_group", None)
         attributes.update(restored_beside(saved, self.options))

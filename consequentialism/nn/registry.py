@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .conv import Conv1d, Conv2d, Conv3d
 from .conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .embedding import Embedding
 from .linear import Linear
-from .module import KEY, OWN_SETSTATE, EmendedModule, own_method, saved_beside, without_beside
+from .module import KEY, OWN_SETSTATE, EmendedModule, new_arguments, own_method, saved_beside, without_beside
 
 EMENDED: dict[type[nn.Module], type[EmendedModule]] = {
     nn.Linear: Linear,
@@ -232,14 +235,14 @@ def _reduce(module: EmendedModule, protocol: Any) -> Any:
     plain: Any = emended._emended_plain
     by_protocol, by_itself = own_method(module, "__reduce_ex__"), own_method(module, "__reduce__")
     if by_protocol is None and by_itself is None:
-        return _new, (plain, emended._emended_form), module.__getstate__()
+        return _new, (plain, emended._emended_form, *new_arguments(module)), module.__getstate__()
     reduced = by_protocol(protocol) if by_protocol is not None else by_itself()  # type: ignore[misc]
     if isinstance(reduced, str):  # the name of a constant
         return reduced
     make, arguments, *rest = reduced
     make, *arguments = (_exchanged(value, emended, plain) for value in (make, *arguments))
     if rest and isinstance(rest[0], dict) and KEY not in rest[0]:
-        rest[0] = without_beside(rest[0])
+        rest[0] = without_beside(rest[0], module)
     if rest:
         rest[0] = _exchanged(rest[0], emended, plain)
     return _made_again, (plain, emended._emended_form, saved_beside(module), make, *arguments), *rest
@@ -286,9 +289,11 @@ def _made_again(cls: type[nn.Module], form: Form, saved: dict[str, Any], make: C
     return made
 
 
-def _new(cls: type[nn.Module], form: Form) -> EmendedModule:
+def _new(
+    cls: type[nn.Module], form: Form, arguments: tuple[Any, ...] = (), named: Mapping[str, Any] = MappingProxyType({})
+) -> EmendedModule:
     made = emended_class(cls, form)
-    return made.__new__(made)
+    return made.__new__(made, *arguments, **named)
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -324,7 +329,17 @@ def _over_plain(cls: type[nn.Module]) -> type[nn.Module]:
             "layer and convert its modules"
         )
     bases = tuple(plain_class(base) if issubclass(base, EmendedModule) else base for base in cls.__bases__)
+    gives_state = namespace.get("__getstate__")
+    if getattr(gives_state, "__module__", "") == parametrize.__name__ and not hasattr(bases[0], "__deepcopy__"):
+        namespace["__deepcopy__"] = _copied_with_attributes  # which torch puts where a class has none
     return type(cls)(cls.__name__, bases, namespace)  # type: ignore[misc, no-any-return]
+
+
+def _copied_with_attributes(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """The copy of a layer whose class refuses to give a state, as those of ``parametrize`` do."""
+    copied = memo[id(layer)] = layer.__new__(type(layer))
+    copied.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+    return copied
 
 
 _OF_CLASS = ("__dict__", "__weakref__", "shortcut")
