@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from cases import F64, TOLERANCE, assert_close, randn
+from cases import F64, TOLERANCE, assert_close, assert_identical, randn
 from emended_helpers import EXACT, mlp, squares, train
 from torch import Tensor, nn
 
@@ -238,9 +241,9 @@ def test_an_unknown_weight_decay_must_be_declared() -> None:
         ({"exponent": 1.5}, ValueError, "exponent must be above 0 and at most 1, or None, got 1.5"),
         ({"memory": 1.0}, ValueError, "memory must be at least 0 and below 1, got 1.0"),
         ({"memory": -0.1}, ValueError, "memory must be at least 0"),
-        ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, got 0"),
+        ({"refresh_every": 0}, ValueError, "refresh_every must be an integer of at least 1 or None, got 0"),
         ({"refresh_every": 1.5}, TypeError, "refresh_every must be an integer of at least 1 or None, got 1.5"),
-        ({"block": 0}, ValueError, "block must be at least 1, got 0"),
+        ({"block": 0}, ValueError, "block must be an integer of at least 1 or None, got 0"),
         ({"scale": "raw"}, ValueError, "scale must be one of 'auto', 'gradient', 'nlms', got 'raw'"),
         ({"process_group": "world"}, TypeError, "process_group must be 'auto', None or a process group"),
         ({"filter_fn": 3}, TypeError, "filter_fn must be callable or None, got 3"),
@@ -252,6 +255,43 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], match:
     with pytest.raises(error, match=match):
         cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), model, **arguments)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "python"),
+    [
+        ({"damping": Fraction(1, 32), "memory": Fraction(3, 4)}, {"damping": 1 / 32, "memory": 0.75}),
+        ({"exponent": Fraction(1, 4)}, {"exponent": 0.25}),
+        ({"damping": numpy.float32(0.5), "exponent": 1}, {"damping": 0.5, "exponent": 1.0}),
+        ({"refresh_every": numpy.int64(3), "block": numpy.int32(2)}, {"refresh_every": 3, "block": 2}),
+        ({"damping": 10**400}, {"damping": math.inf}),
+        ({"exponent": 1e-320}, {"exponent": 1e-320}),
+    ],
+)
+def test_numbers_of_any_real_type(arguments: dict[str, Any], python: dict[str, Any]) -> None:
+    """They come as Python's own to what computes with them, and to a user who prints the optimizer."""
+    first = mlp(F64)
+    models = [first, copy.deepcopy(first)]
+    for model, given in zip(models, (arguments, python), strict=True):
+        optimizer = cw.optim.Emended(torch.optim.AdamW(model.parameters()), model, **given)
+        train(model, optimizer, randn(20, 6), 2)
+        assert all(f"{name}={value!r}" in repr(optimizer) for name, value in python.items())
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert_identical("parameter", one.detach(), other.detach())
+
+
+def test_its_repr_names_every_option() -> None:
+    for kind in (cw.optim.Emended, cw.optim.Muon):
+        model = mlp(F64)
+        adamw = torch.optim.AdamW(model.parameters())
+        optimizer = cw.optim.Muon(model, 0.1, aux={"lr": 0.1}) if kind is cw.optim.Muon else kind(adamw, model)
+        text = repr(optimizer)
+        assert text.startswith(f"{kind.__name__}(damping=0.03, exponent=")
+        names = [p.name for p in inspect.signature(cw.optim.Emended).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        missing = [name for name in names if f"{name}=" not in text.split(") of ")[0]]
+        assert not missing
+        assert "scale='gradient'" in text
+        assert "root='auto'" in text
 
 
 def test_optimizers_that_cannot_be_wrapped() -> None:

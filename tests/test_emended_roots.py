@@ -223,5 +223,9 @@ def test_what_root_may_be(root: Any, exponent: float | None, error: type[Excepti
     with pytest.raises(error, match=message):
         cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), model, root=root, exponent=exponent)
     if root == "cholesky":
+        with pytest.raises(error, match=message):  # nothing is rooted, and a list of dampings may end so
+            cw.optim.Emended(
+                torch.optim.SGD(model.parameters(), 0.1), model, root=root, exponent=exponent, damping=math.inf
+            )
         with pytest.raises(error, match=message):
             cw.optim.Muon(model, 0.1, aux={"lr": 0.1}, root=root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
 from ..nn.module import EmendedModule
+from ..options import as_count, as_number, check_choice
+from ..solve.root import KINDS
 from .rules import Rule, decay_of, rule_of
 from .units import Unit
 
@@ -28,31 +29,36 @@ def check_optimizer(optimizer: Any) -> None:
         raise ValueError("optimizer: differentiable=True cannot be stepped in coordinates")
 
 
-def check_numbers(damping: Any, exponent: Any, memory: Any, refresh_every: Any, block: Any) -> None:
-    for name, value in (
-        ("damping", damping),
-        ("memory", memory),
-        *([("exponent", exponent)] if exponent is not None else []),
-    ):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+def check_model(model: Any, filter_fn: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
+
+
+def checked_numbers(
+    damping: Any, exponent: Any, memory: Any, refresh_every: Any, block: Any
+) -> tuple[float, float | None, float, int | None, int | None]:
+    """The arguments of these names as Python's own numbers."""
+    damping, memory = as_number("damping", damping), as_number("memory", memory)
+    exponent = None if exponent is None else as_number("exponent", exponent, "a number or None")
     if not damping > 0:
         raise ValueError(f"damping must be above 0, got {damping!r}")
     if exponent is not None and not 0 < exponent <= 1:
         raise ValueError(f"exponent must be above 0 and at most 1, or None, got {exponent!r}")
     if not 0 <= memory < 1:
         raise ValueError(f"memory must be at least 0 and below 1, got {memory!r}")
-    for name, value in (("refresh_every", refresh_every), ("block", block)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be an integer of at least 1 or None, got {value!r} ({type(value).__name__})")
-        if value < 1:  # type: ignore[operator]
-            raise ValueError(f"{name} must be at least 1, got {value!r}")
+    allowed = "an integer of at least 1 or None"
+    every, most = (
+        None if value is None else as_count(name, value, allowed)
+        for name, value in (("refresh_every", refresh_every), ("block", block))
+    )
+    return damping, exponent, memory, every, most
 
 
 def check_root(root: str, exponent: float) -> None:
-    """Raise where there is no such root of that exponent."""
+    """Raise where there is no such root, or none of that exponent."""
+    check_choice("root", root, KINDS)
     if root == "cholesky" and exponent != 0.5:
         raise ValueError(
             f"root='cholesky' needs exponent=0.5, got exponent {exponent!r} (1/4 is the default of optimizers that "

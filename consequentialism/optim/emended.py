@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 import weakref
@@ -17,19 +18,20 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import _torch
 from ..options import check_choice
 from ..solve.gram import Gram
-from ..solve.root import KINDS, Kind
+from ..solve.root import Kind
 from ..solve.root import method as root_method
 from . import memory
 from .checks import (
     check_converted,
     check_decay,
-    check_numbers,
+    check_model,
     check_one_process,
     check_optimizer,
     check_process_group,
     check_root,
     check_shard_state,
     check_weights,
+    checked_numbers,
     warn_of_unseen,
 )
 from .inside import (
@@ -111,10 +113,10 @@ class Emended(torch.optim.Optimizer):
             all ranks step together. The Grams of a refresh step are added up where their rows are: from forward to that
             step they stand on every rank. The weights are those of ``shard_state=False``. A checkpoint holds the whole
             state, and resumes with any number of ranks, sharded or not: see `consolidate_state_dict`.
-        root: ``"symmetric"``: ``S = ((A + c I) / t)^-s``. ``"cholesky"``, for ``s = 1/2``: the triangular ``L^-T`` of
-            ``(A + c I) / t = L L^T``, on the CPU in a fifth of the time: another method, but for SGD and Muon without
-            momentum, whose steps are the same. ``"auto"``: Cholesky's for those, on the CPU, else the symmetric. A
-            loaded root of the other kind stays until the next refresh, the moments in its coordinates beyond it.
+        root: ``"symmetric"``: ``S = ((A + c I) / t)^-s``. ``"cholesky"``, for ``s = 1/2`` alone, with any damping: the
+            triangular ``L^-T`` of ``(A + c I) / t = L L^T``, on the CPU in a fifth of the time: another method, but for
+            SGD and Muon without momentum, whose steps are the same. ``"auto"``: Cholesky's for those, on the CPU, else
+            the symmetric. A loaded root of the other kind stays until the next refresh, moments remain as they were.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
 
     Raises:
@@ -141,13 +143,10 @@ class Emended(torch.optim.Optimizer):
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
         check_optimizer(optimizer)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
-        check_numbers(damping, exponent, memory, refresh_every, block)
+        check_model(model, filter_fn)
+        given = damping, exponent, memory, refresh_every, block
+        damping, exponent, memory, refresh_every, block = checked_numbers(*given)
         check_choice("scale", scale, SCALES)
-        check_choice("root", root, KINDS)
-        if filter_fn is not None and not callable(filter_fn):
-            raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
         check_process_group(process_group)
         check_shard_state(shard_state, process_group, optimizer)
         rule = rule_of(optimizer)
@@ -161,7 +160,7 @@ class Emended(torch.optim.Optimizer):
         self.refresh_every = default.refresh_every if refresh_every is None else refresh_every
         self.block = default.block if block is None else block
         self._rule, self._name = rule, type(optimizer).__name__
-        self._model, self._filter_fn = model, filter_fn
+        self._model, self.filter_fn, self.shard_state = model, filter_fn, shard_state
         self._own_step = rule_for(optimizer)
         self._sharding = Sharding(self._process_groups) if shard_state else None
         self._recorder = Recorder()
@@ -245,7 +244,7 @@ class Emended(torch.optim.Optimizer):
         if math.isinf(self.damping):
             return
         with_biases = not self._rule.orthogonalises
-        self.units, self.left_alone = find_units(self._model, owned, self._filter_fn, self.block, with_biases)
+        self.units, self.left_alone = find_units(self._model, owned, self.filter_fn, self.block, with_biases)
         if not self.units:
             why = "; ".join(f"{name or '(the model itself)'}: {reason}" for name, reason in self.left_alone.items())
             raise ValueError(f"model: it has no layer that can be stepped in coordinates. {why}".rstrip())
@@ -588,8 +587,9 @@ class Emended(torch.optim.Optimizer):
         )
 
     def __repr__(self) -> str:
-        options = f"damping={self.damping}, exponent={self.exponent}, scale={self.scale!r}, memory={self.memory}"
-        return f"Emended({options}, refresh_every={self.refresh_every}, block={self.block}) of {self.optimizer!r}"
+        names = inspect.getfullargspec(Emended.__init__).kwonlyargs
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({options}) of {self.optimizer!r}"
 
 
 def step_outside_graphs(optimizer: Emended, closure: Callable[[], Any] | None) -> Any:

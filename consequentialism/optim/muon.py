@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..options import as_number
 from ..solve.root import Kind as RootKind
 from . import steps
+from .checks import check_model
 from .composite import AttentionInput, composite_kinds
 from .emended import Emended
 from .layers import Kind, Lookup, kind_of
@@ -75,8 +76,7 @@ class Muon(Emended):
         root: RootKind = "auto",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        check_model(model, filter_fn)
         if not isinstance(lr, Tensor):
             lr = as_number("lr", lr)
         options = {

@@ -56,8 +56,7 @@ def method(exponent: float, device_type: str, kind: Kind = "symmetric", turns: b
         return "factor"
     if exponent == 1:
         return "cholesky"
-    root = round(1 / exponent)
-    return "iteration" if device_type != "cpu" and root in ROOTS and 1 / root == exponent else "eigenvalues"
+    return "iteration" if device_type != "cpu" and exponent in (1 / order for order in ROOTS) else "eigenvalues"
 
 
 def power(
