@@ -22,14 +22,11 @@ cudaError_t launch_decayed_gram(
       stream);
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T, G)                                                                    \
-  template cudaError_t launch_decayed_gram<T, G>(                                                             \
-      const G*, const T*, const DecayedGramShape&, int64_t, double, double, bool, G*, const GramPlan&, void*, \
-      cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float, float)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, float)
-CONSEQUENTIALISM_INSTANTIATE(float16, float)
-CONSEQUENTIALISM_INSTANTIATE(double, double)
+#define CONSEQUENTIALISM_INSTANTIATE(T)                                                                         \
+  template cudaError_t launch_decayed_gram<T, Accumulator<T>>(                                                  \
+      const Accumulator<T>*, const T*, const DecayedGramShape&, int64_t, double, double, bool, Accumulator<T>*, \
+      const GramPlan&, void*, cudaStream_t);
+CONSEQUENTIALISM_FOR_ELEMENTS(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda

@@ -101,17 +101,11 @@ cudaError_t launch_emended_input(
                 : launch_tiles<T, G, false, 1>(p, view, rows, inputs, bias, y, column, plan, stream);
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T, G)                                                                    \
-  template cudaError_t launch_emended_input<T, G>(                                                            \
-      const G*, int64_t, const T*, int64_t, int64_t, int64_t, bool, bool, bool, Emended<T>*, Accumulator<T>*, \
-      const EmendPlan&, cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float, float)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, float)
-CONSEQUENTIALISM_INSTANTIATE(float16, float)
-CONSEQUENTIALISM_INSTANTIATE(double, double)
-CONSEQUENTIALISM_INSTANTIATE(float, double)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, double)
-CONSEQUENTIALISM_INSTANTIATE(float16, double)
+#define CONSEQUENTIALISM_INSTANTIATE(T, W)                                                                \
+  template cudaError_t launch_emended_input<T, Accumulator<W>>(                                           \
+      const Accumulator<W>*, int64_t, const T*, int64_t, int64_t, int64_t, bool, bool, bool, Emended<T>*, \
+      Accumulator<T>*, const EmendPlan&, cudaStream_t);
+CONSEQUENTIALISM_FOR_ELEMENTS_AND_WIDE(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda

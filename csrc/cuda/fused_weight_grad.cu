@@ -70,10 +70,7 @@ cudaError_t launch_fused_weight_grad(
 #define CONSEQUENTIALISM_INSTANTIATE(T)             \
   template cudaError_t launch_fused_weight_grad<T>( \
       const FusedArguments<T>&, const FusedPlan&, void*, unsigned*, unsigned*, cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float)
-CONSEQUENTIALISM_INSTANTIATE(double)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16)
-CONSEQUENTIALISM_INSTANTIATE(float16)
+CONSEQUENTIALISM_FOR_ELEMENTS(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda

@@ -18,16 +18,10 @@ cudaError_t launch_input_gram(
                       MatrixSource<T, G, false>{view, outer, false}, inner, tf32, entries, 1, plan, workspace, stream);
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T, G)      \
-  template cudaError_t launch_input_gram<T, G>( \
-      const T*, int64_t, int64_t, int64_t, bool, bool, bool, G*, const GramPlan&, void*, cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float, float)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, float)
-CONSEQUENTIALISM_INSTANTIATE(float16, float)
-CONSEQUENTIALISM_INSTANTIATE(double, double)
-CONSEQUENTIALISM_INSTANTIATE(float, double)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, double)
-CONSEQUENTIALISM_INSTANTIATE(float16, double)
+#define CONSEQUENTIALISM_INSTANTIATE(T, W)                   \
+  template cudaError_t launch_input_gram<T, Accumulator<W>>( \
+      const T*, int64_t, int64_t, int64_t, bool, bool, bool, Accumulator<W>*, const GramPlan&, void*, cudaStream_t);
+CONSEQUENTIALISM_FOR_ELEMENTS_AND_WIDE(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda

@@ -33,13 +33,7 @@ cudaError_t launch_patch_copy(
   template cudaError_t launch_patch_copy<From, T>(                                                              \
       const From*, const std::array<int64_t, 5>&, const std::array<int64_t, 3>&, const std::array<int64_t, 3>&, \
       const PatchShape&, T*, cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float, float)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, bfloat16)
-CONSEQUENTIALISM_INSTANTIATE(float16, float16)
-CONSEQUENTIALISM_INSTANTIATE(double, double)
-CONSEQUENTIALISM_INSTANTIATE(float, double)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, double)
-CONSEQUENTIALISM_INSTANTIATE(float16, double)
+CONSEQUENTIALISM_FOR_ELEMENTS_AND_WIDE(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda

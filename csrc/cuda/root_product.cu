@@ -100,14 +100,11 @@ cudaError_t launch_root_product(
   return launch_tiles<T, G>(rows, row_strides, root, root_strides, shape, alpha, out, plan, stream);
 }
 
-#define CONSEQUENTIALISM_INSTANTIATE(T, G)                                                                     \
-  template cudaError_t launch_root_product<T, G>(                                                              \
-      const T*, MatrixStrides, const G*, MatrixStrides, const RootProductShape&, double, const ProductOutput&, \
-      const RootProductPlan&, cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float, float)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16, float)
-CONSEQUENTIALISM_INSTANTIATE(float16, float)
-CONSEQUENTIALISM_INSTANTIATE(double, double)
+#define CONSEQUENTIALISM_INSTANTIATE(T)                                                               \
+  template cudaError_t launch_root_product<T, Accumulator<T>>(                                        \
+      const T*, MatrixStrides, const Accumulator<T>*, MatrixStrides, const RootProductShape&, double, \
+      const ProductOutput&, const RootProductPlan&, cudaStream_t);
+CONSEQUENTIALISM_FOR_ELEMENTS(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda

@@ -60,6 +60,14 @@ __host__ __device__ __forceinline__ T from_float(float value) {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// each(T) for every type T of elements, to instantiate what is called with any.
+#define CONSEQUENTIALISM_FOR_ELEMENTS(each) each(float) each(bfloat16) each(float16) each(double)
+
+// each(T, W) for every T and every W that its elements are multiplied in: as they are, or in float64.
+#define CONSEQUENTIALISM_FOR_ELEMENTS_AND_WIDE(each)                                                          \
+  each(float, float) each(bfloat16, bfloat16) each(float16, float16) each(double, double) each(float, double) \
+      each(bfloat16, double) each(float16, double)
+
 template <class T>
 __host__ __device__ __forceinline__ Accumulator<T> to_accumulator(T value) {
   if constexpr (std::is_same_v<T, double>) {

@@ -82,10 +82,7 @@ cudaError_t launch_widen(
   template cudaError_t launch_bias_grad<T>(                                                                    \
       const T*, int64_t, int64_t, int64_t, const Accumulator<T>*, T*, int64_t, T*, Accumulator<T>*, unsigned*, \
       const BiasPlan&, cudaStream_t);
-CONSEQUENTIALISM_INSTANTIATE(float)
-CONSEQUENTIALISM_INSTANTIATE(double)
-CONSEQUENTIALISM_INSTANTIATE(bfloat16)
-CONSEQUENTIALISM_INSTANTIATE(float16)
+CONSEQUENTIALISM_FOR_ELEMENTS(CONSEQUENTIALISM_INSTANTIATE)
 #undef CONSEQUENTIALISM_INSTANTIATE
 
 }  // namespace consequentialism::cuda
