@@ -396,27 +396,29 @@ def test_a_smaller_launch_leaves_the_limit_of_shared_memory(shim: cuda_shim.Libr
 
 
 @pytest.mark.parametrize(
-    ("ptx_version", "active", "largest", "expected", "resident"),
+    ("ptx_version", "groups", "processors", "expected", "resident"),
     [
         (90, 1, 16, True, 16),
-        (100, 16, 16, True, 16),
+        (100, 16, 18, True, 16),
         (120, 1, 8, True, 8),
+        (110, 3, 6, True, 6),  # small blocks of a cluster share a processor, those with all its shared memory do not
+        (90, 1, 1, False, 0),
         (80, 1, 16, False, 0),
         (86, 1, 16, False, 0),
         (90, 0, 16, False, 0),
     ],
 )
 def test_clusters_only_where_they_were_compiled_and_fit(
-    shim: cuda_shim.Library, ptx_version: int, active: int, largest: int, expected: bool, resident: int
+    shim: cuda_shim.Library, ptx_version: int, groups: int, processors: int, expected: bool, resident: int
 ) -> None:
     # What a driver makes of PTX for 8.0 takes each block for a cluster of its own, on a chip that has clusters too: it
     # would read items eight times beyond the last.
     set_device = shim.call.shim_set_device
-    set_device(*map(ctypes.c_int64, (ptx_version, active, largest)))
+    set_device(*map(ctypes.c_int64, (ptx_version, groups, processors)))
     try:
         (answer,) = shim.run("call_clusters_run", shim.empty(2, dtype=torch.int64), seeds=(0,))
     finally:
         set_device(*map(ctypes.c_int64, (90, 1, 16)))
     assert answer.tolist() == [expected, resident]
     assert (plan(shim, 400, F32, clusters=expected).team == CLUSTER) == expected
-    assert (plan(shim, 400, F32, clusters=expected, resident=resident).team == RESIDENT) == (resident > 0)
+    assert (plan(shim, 400, F32, clusters=expected, resident=resident).team == RESIDENT) == (resident >= 8)

@@ -398,9 +398,20 @@ def test_a_device_that_cannot_hold_all_blocks_at_once_recomputes(shim: cuda_shim
     assert torch.equal(own[1], expected[1])
 
 
+def stream_slots(shim: cuda_shim.Library, streams: int, captures: int = 0, destroyed: bool = False) -> list[list[int]]:
+    """Those of two launches on each stream."""
+    place = shim.empty(2, streams, dtype=torch.int64)
+    slots: list[list[int]] = shim.run("call_stream_slots", place, captures, streams, destroyed, seeds=(0,))[0].tolist()
+    return slots
+
+
 def test_a_capture_takes_no_slot_of_a_stream(shim: cuda_shim.Library) -> None:
     # A graph that is captured again and again would use them up, and later launches would change their bits.
     slots, streams = 1024, 1026
-    (own,) = shim.run("call_stream_slots", shim.empty(2, streams, dtype=torch.int64), 3 * slots, streams, seeds=(0,))
-    assert own[0].tolist() == [*range(slots), -1, -1]
-    assert torch.equal(own[0], own[1])
+    own = stream_slots(shim, streams, captures=3 * slots)
+    assert own == [[*range(slots), -1, -1]] * 2
+
+
+def test_a_streams_handle_that_is_used_again_has_another_slot(shim: cuda_shim.Library) -> None:
+    # A stream may be destroyed while its launches run; their counters are not the next one's.
+    assert stream_slots(shim, 3, destroyed=True) == [[0, 1, 2], [3, 4, 5]]

@@ -115,12 +115,15 @@ def plans(
     wide: bool = False,
     shared: int = HOPPER_SHARED,
     processors: int = 132,
-    clusters: bool = True,
+    clusters: int = 16,
     warpgroups: bool = False,
     tile: int = 0,
     splits: int = 0,
 ) -> list[list[int]]:
-    """tile, splits, depth, blocks, reduce_blocks, shared_bytes, workspace_bytes, cluster for each shape."""
+    """tile, splits, depth, blocks, reduce_blocks, shared_bytes, workspace_bytes, cluster for each shape.
+
+    clusters: Of how many blocks the device has room for one.
+    """
     results = shim.run(
         "call_gram_plans",
         shim.guarded(torch.tensor(shapes), "shapes"),
@@ -310,7 +313,7 @@ def test_plan_is_one_the_device_takes(
     shim: cuda_shim.Library, dtype: torch.dtype, wide: bool, primal: bool, shared: int
 ) -> None:
     shapes = list(itertools.product(PLAN_SIZES + LARGE_PLAN_SIZES, repeat=2))
-    clusters = shared == HOPPER_SHARED
+    clusters = 16 if shared == HOPPER_SHARED else 0
     made = plans(shim, shapes, True, primal, dtype, wide, shared, clusters=clusters)
     sum_bytes = 8 if wide or dtype == F64 else 4
     for (rows, inputs), plan in zip(shapes, made, strict=True):
@@ -332,9 +335,19 @@ def test_plan_is_one_the_device_takes(
         assert workspace <= 128 * 2**20
 
 
+@pytest.mark.parametrize("warpgroups", [False, True], ids=["warps", "warpgroups"])
+@pytest.mark.parametrize("most", [0, 1, 2, 5, 8])
+def test_cluster_is_one_the_device_has_room_for(shim: cuda_shim.Library, most: int, warpgroups: bool) -> None:
+    # Each of its blocks may take a processor, and a small chip's or a slice's have less than 8 beside one another.
+    shapes = [(256, 4096), (512, 4096), (64, 784), (128, 1024), (1024, 1024)]
+    made = plans(shim, shapes, False, False, BF16, processors=132, clusters=most, warpgroups=warpgroups)
+    assert all(plan[7] <= max(most, 1) for plan in made)
+    assert any(plan[7] > 1 for plan in made) == (most > 1)
+
+
 def test_plan_fills_the_chip(shim: cuda_shim.Library) -> None:
     shapes = [(256, 4096), (512, 4096), (1024, 4096)]
-    for plan in plans(shim, shapes, False, False, BF16, clusters=False):
+    for plan in plans(shim, shapes, False, False, BF16, clusters=0):
         assert plan[3] >= 100
     for plan in plans(shim, shapes, False, False, BF16):  # one launch, at the price of a few blocks
         assert plan[3] >= 80

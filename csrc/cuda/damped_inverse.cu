@@ -78,22 +78,21 @@ cudaError_t clusters_run(bool* run, int* resident_blocks) {
   cudaFuncAttributes compiled;
   if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel); error != cudaSuccess) return error;
   if (compiled.ptxVersion < kClusterPtx) return cudaSuccess;
-  cudaError_t error = cluster_fits(kernel, kInverseClusterBlocks, kInverseClusterThreads, 0, run);
-  if (error != cudaSuccess || !*run) return error;
   int device, most;
-  if (error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
+  const size_t tile = inverse_tile_bytes(sizeof(double));
+  *run = cluster_fits(kernel, kInverseClusterBlocks, kInverseClusterThreads, tile);
+  // With a processor's whole shared memory a block has it to itself: where so many have, those of any kernel fit.
   const auto* resident = reinterpret_cast<const void*>(damped_inverse_resident_kernel<double>);
-  for (const int blocks : {kInverseLargeCluster, kInverseClusterBlocks}) {
-    bool fits = false;
-    error =
-        cluster_fits(resident, static_cast<unsigned>(blocks), kInverseClusterThreads, static_cast<size_t>(most), &fits);
-    if (error != cudaSuccess) cudaGetLastError();  // a cluster that the chip does not take is no error of ours
-    if (!fits) continue;
-    *resident_blocks = blocks;
-    break;
-  }
+  const auto fit = [&](int blocks) {
+    return cluster_fits(resident, static_cast<unsigned>(blocks), kInverseClusterThreads, static_cast<size_t>(most));
+  };
+  int blocks = fit(kInverseLargeCluster) ? kInverseLargeCluster : kInverseClusterBlocks;
+  while (blocks > 1 && !fit(blocks)) --blocks;
+  *resident_blocks = blocks > 1 ? blocks : 0;
   return cudaSuccess;
 }
 

@@ -15,8 +15,9 @@ cudaError_t launch_damped_inverse(
     const InverseItem<T>* items, int count, int64_t n, const InversePlan& plan, void* workspace, unsigned* breakdowns,
     cudaStream_t stream);
 
-// Whether clusters of kInverseClusterBlocks run on the current device: an extension of PTX below 9.0 has kernels
-// without any, and a slice of a chip may be too small. And of how many blocks, 16, 8 or 0, a resident cluster may be.
+// Limits::clusters and Limits::resident_blocks of the current device, for all kernels: an extension of PTX below 9.0
+// has kernels without clusters, and a chip or a slice of one may have fewer processors in a group than a cluster has
+// blocks.
 cudaError_t clusters_run(bool* run, int* resident_blocks);
 
 // The current device's own counter for launch_damped_inverse. Zero when the process begins.

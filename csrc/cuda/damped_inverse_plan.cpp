@@ -58,8 +58,9 @@ InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& l
   const size_t bytes = kInverseStateBytes + tile_bytes(along, 1, element_bytes);
   if (bytes > limits.shared_bytes) {
     if (!limits.clusters) return {};
-    if (limits.resident_blocks > 0) {
-      const int blocks = n > large_cluster_above(element_bytes) ? limits.resident_blocks : kInverseClusterBlocks;
+    if (limits.resident_blocks >= kInverseClusterBlocks) {
+      const bool large = n > large_cluster_above(element_bytes) && limits.resident_blocks >= kInverseLargeCluster;
+      const int blocks = large ? kInverseLargeCluster : kInverseClusterBlocks;
       const InversePlan plan = plan_resident_inverse(n, element_bytes, limits.shared_bytes, blocks);
       if (plan.team != InverseTeam::kNone) return plan;
     }

@@ -31,10 +31,14 @@ int64_t tiles_of(const GramShape& shape, int tile) {
   return along * (along + 1) / 2;
 }
 
+// The most blocks of a cluster, each of which may need a processor of its own.
+int64_t most_in_cluster(int64_t splits, const Limits& limits) {
+  return std::max<int64_t>(1, std::min({splits, kMaxGramCluster, static_cast<int64_t>(limits.resident_blocks)}));
+}
+
 // Of how many splits in place of `splits` a cluster makes one launch, 1 if none. All clusters must run at once.
 int64_t splits_in_cluster(int64_t tiles, int64_t splits, int64_t stages, int resident, const Limits& limits) {
-  if (!limits.clusters) return 1;
-  int64_t most = std::min(splits, kMaxGramCluster);
+  int64_t most = most_in_cluster(splits, limits);
   while (most > 1 && limits.processors * (kGroup * resident / most) / kGroup < tiles) --most;
   return most == splits || ceil_div(stages, most) <= kMaxStagesOfCluster ? most : 1;
 }
@@ -62,7 +66,7 @@ GramPlan plan_warpgroups(const GramShape& shape, const Limits& limits) {
   const int64_t most = std::max<int64_t>(1, gram_inner(shape) / (kMinStages * kWarpgroupDepth));
   const int64_t splits = std::clamp<int64_t>(limits.processors / tiles, 1, most);
   const GramPlan plan = plan_gram_with(shape, kWarpgroupTile, splits, false);
-  int64_t clustered = limits.clusters ? std::min(splits, kMaxGramCluster) : 1;
+  int64_t clustered = most_in_cluster(splits, limits);
   while (clustered > 1 && limits.processors * (kGroup / clustered) / kGroup < tiles) --clustered;
   const GramPlan cluster = plan_gram_with(shape, kWarpgroupTile, clustered, true);
   return predicted_cycles(shape, cluster, limits) <= predicted_cycles(shape, plan, limits) ? cluster : plan;

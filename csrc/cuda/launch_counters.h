@@ -18,22 +18,29 @@ cudaError_t launch_counters_address(unsigned** address);
 
 class StreamSlots {
  public:
-  // The stream's slot, whose launches follow one another; -1 where the launch needs counters of its own: once all slots
-  // are taken, and in a capture, since a graph may run beside anything, and for a captured stream there may be many.
-  int64_t of(const void* stream, bool captured) {
-    if (captured) return -1;
+  // *slot: the stream's, whose launches follow one another; -1 where the launch needs counters of its own: once all
+  // slots are taken, and in a capture, since a graph may run beside anything, and for a captured stream there may be
+  // many. A stream is known by its id, for its handle may be another's: that of a stream which was destroyed while its
+  // launches ran is given out again, and all threads' default streams have one.
+  cudaError_t of(cudaStream_t stream, bool captured, int64_t* slot) {
+    *slot = -1;
+    if (captured) return cudaSuccess;
+    unsigned long long id = 0;
+    if (const cudaError_t error = cudaStreamGetId(stream, &id); error != cudaSuccess) return error;
     const std::lock_guard guard(lock_);
-    const auto known = of_stream_.find(stream);
-    if (known != of_stream_.end()) return known->second;
-    const auto fresh = static_cast<int64_t>(of_stream_.size());
-    if (fresh == kStreamSlots) return -1;
-    of_stream_.emplace(stream, fresh);
-    return fresh;
+    const auto known = of_stream_.find(id);
+    if (known != of_stream_.end()) {
+      *slot = known->second;
+    } else if (const auto fresh = static_cast<int64_t>(of_stream_.size()); fresh < kStreamSlots) {
+      of_stream_.emplace(id, fresh);
+      *slot = fresh;
+    }
+    return cudaSuccess;
   }
 
  private:
   std::mutex lock_;
-  std::unordered_map<const void*, int64_t> of_stream_;
+  std::unordered_map<unsigned long long, int64_t> of_stream_;
 };
 
 }  // namespace consequentialism::cuda

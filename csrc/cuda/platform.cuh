@@ -181,11 +181,8 @@ inline cudaError_t allow(const void* kernel, size_t shared_bytes, unsigned clust
 
 }  // namespace detail
 
-// *fits: whether the current device has room for a cluster of so many blocks of the kernel.
-inline cudaError_t cluster_fits(
-    const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes, bool* fits) {
-  *fits = false;
-  if (const cudaError_t error = detail::allow(kernel, shared_bytes, cluster); error != cudaSuccess) return error;
+// Whether the current device has room for a cluster of so many blocks of the kernel.
+inline bool cluster_fits(const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;
@@ -197,9 +194,10 @@ inline cudaError_t cluster_fits(
   config.attrs = &attribute;
   config.numAttrs = 1;
   int active = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
-  *fits = error == cudaSuccess && active > 0;
-  return error;
+  cudaError_t error = detail::allow(kernel, shared_bytes, cluster);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
+  if (error != cudaSuccess) cudaGetLastError();  // a cluster that no chip of this kind takes: no error of ours
+  return error == cudaSuccess && active > 0;
 }
 
 #ifdef CONSEQUENTIALISM_HOST_SHIM

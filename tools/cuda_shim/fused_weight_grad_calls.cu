@@ -86,13 +86,22 @@ extern "C" int call_fused_plans(
   return 0;
 }
 
-// Captured launches first, each on a stream of its own, then two launches on each of `streams` streams.
-extern "C" int call_stream_slots(int64_t* slots, int64_t captures, int64_t streams) {
+extern "C" void shim_destroy_streams();
+
+// Captured launches first, each on a stream of its own, then a launch on each of `streams` streams, and one more; in
+// between they are destroyed and made anew, if they are to be.
+extern "C" int call_stream_slots(int64_t* slots, int64_t captures, int64_t streams, bool destroyed) {
   StreamSlots all;
-  const auto stream = [](int64_t i) { return reinterpret_cast<const void*>(static_cast<uintptr_t>(i)); };
+  const auto stream = [](int64_t i) { return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(i)); };
   for (int64_t i = 0; i < captures; ++i) {
-    if (all.of(stream(i), true) >= 0) return cudaErrorInvalidValue;
+    int64_t slot;
+    if (all.of(stream(i), true, &slot) != cudaSuccess || slot >= 0) return cudaErrorInvalidValue;
   }
-  for (int64_t launch = 0; launch < 2 * streams; ++launch) slots[launch] = all.of(stream(launch % streams), false);
+  for (int64_t launch = 0; launch < 2 * streams; ++launch) {
+    if (destroyed && launch == streams) shim_destroy_streams();
+    if (const cudaError_t error = all.of(stream(launch % streams), false, slots + launch); error != cudaSuccess) {
+      return error;
+    }
+  }
   return 0;
 }

@@ -92,8 +92,9 @@ extern "C" int call_emend(
 // shapes [count, 2] are N and I; plans [count, 8].
 extern "C" int call_gram_plans(
     const int64_t* shapes, int64_t* plans, int64_t count, bool bias, bool primal, int64_t type, bool wide,
-    int64_t shared_limit, int64_t processors, bool clusters, bool warpgroups, int64_t tile, int64_t splits) {
-  const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), clusters, warpgroups};
+    int64_t shared_limit, int64_t processors, int64_t cluster, bool warpgroups, int64_t tile, int64_t splits) {
+  const int most = static_cast<int>(cluster);
+  const Limits limits{static_cast<size_t>(shared_limit), static_cast<int>(processors), most > 0, warpgroups, most};
   for (int64_t i = 0; i < count; ++i) {
     GramShape shape = gram_shape(shapes[2 * i], shapes[2 * i + 1], bias, primal, type, wide);
     shape.aligned = warpgroups;

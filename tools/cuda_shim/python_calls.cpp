@@ -74,11 +74,16 @@ void shim_set_resident_blocks(uint64_t count) {
   shim::state.resident_blocks = count;
 }
 
-// What the kernels were compiled from, how many clusters the device has room for, and of how many blocks at most.
-void shim_set_device(int64_t ptx_version, int64_t active_clusters, int64_t largest_cluster) {
+// What the kernels were compiled from, and of how many processors are how many groups, of one of which a cluster's are.
+void shim_set_device(int64_t ptx_version, int64_t groups, int64_t group_processors) {
   shim::state.ptx_version = static_cast<int>(ptx_version);
-  shim::state.active_clusters = static_cast<int>(active_clusters);
-  shim::state.largest_cluster = static_cast<unsigned>(largest_cluster);
+  shim::state.groups = static_cast<int>(groups);
+  shim::state.group_processors = static_cast<unsigned>(group_processors);
+}
+
+// Whatever has a stream's handle from now on is another stream.
+void shim_destroy_streams() {
+  shim::state.stream_ids.clear();
 }
 
 void shim_reset_counts() {

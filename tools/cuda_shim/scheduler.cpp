@@ -343,6 +343,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  consequentialism::cuda::shim::State& state = consequentialism::cuda::shim::state;
+  const auto [found, is_new] = state.stream_ids.try_emplace(stream, state.next_stream_id);
+  if (is_new) ++state.next_stream_id;
+  *id = found->second;
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->ptxVersion = consequentialism::cuda::shim::state.ptx_version;
   return cudaSuccess;
@@ -354,11 +362,13 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const
   const unsigned cluster = config->numAttrs == 1 ? config->attrs->val.clusterDim.x : 1;
   const auto allowed = state.allowed_shared.find(kernel);
   const bool asked = cluster <= kClusterWithoutAsking || state.allowed_clusters.contains(kernel);
-  if (!asked || cluster > state.largest_cluster) return cudaErrorInvalidValue;
+  if (!asked || (cluster > kClusterWithoutAsking && cluster > state.group_processors)) return cudaErrorInvalidValue;
   if (config->dynamicSmemBytes > (allowed == state.allowed_shared.end() ? kSharedWithoutAsking : allowed->second)) {
     return cudaErrorInvalidValue;
   }
-  if (cluster > 1) *count = state.active_clusters;
+  const size_t of_processor = kMaxSharedBytes / std::max<size_t>(config->dynamicSmemBytes, kReservedShared);
+  const auto blocks = state.group_processors * std::clamp<size_t>(of_processor, 1, kMaxThreads / config->blockDim.x);
+  *count = state.groups * static_cast<int>(blocks / cluster);
   return cudaSuccess;
 }
 

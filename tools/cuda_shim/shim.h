@@ -89,6 +89,7 @@ const char* cudaGetErrorString(cudaError_t error);
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id);
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed,

@@ -26,6 +26,7 @@ constexpr size_t kSharedAlignment = 128;
 constexpr size_t kMaxSharedBytes = 232448;
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kMaxGridYz = 65535;
 constexpr unsigned kClusterWithoutAsking = 8;
+constexpr size_t kReservedShared = 1024;  // of a block, beside its own
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 constexpr unsigned kResidentBlocks = 132;  // the processors of an H100, one block each
 
@@ -116,9 +117,11 @@ struct State {
   uint64_t seed = 0;
   double seconds_allowed = 60;
   uint64_t launches = 0, shared_bytes = 0, switches = 0, attributes_set = 0;
-  int ptx_version = 90, active_clusters = 1;
-  unsigned largest_cluster = kMaxCluster;
+  int ptx_version = 90, groups = 1;
+  unsigned group_processors = kMaxCluster;
   uint64_t resident_blocks = kResidentBlocks;
+  std::map<const void*, unsigned long long> stream_ids;
+  unsigned long long next_stream_id = 1;
   std::map<const void*, size_t> allowed_shared;  // by kernel
   std::set<const void*> allowed_clusters;        // kernels that may have more than every chip takes
 
