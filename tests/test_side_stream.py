@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -271,7 +272,7 @@ def test_each_stream_has_side_streams_of_its_own(world: World) -> None:
     assert (len(first), len(second)) == (3, 6)
 
 
-def test_side_streams_are_nobody_elses_while_there_are_more(world: World) -> None:
+def test_side_streams_are_nobody_elses(world: World) -> None:
     mains = [torch.cuda.Stream() for _ in range(6)]
     for _ in range(side_stream.RING - len(mains) - 2):  # two more, and torch begins again
         torch.cuda.Stream()
@@ -289,19 +290,34 @@ def test_a_side_stream_that_becomes_a_main_stream_is_replaced(world: World) -> N
     assert len({main, other, *own, *sides}) == 2 + 2 * side_stream.STREAMS
 
 
-def test_more_streams_than_torch_has_share(world: World) -> None:
+def test_side_streams_are_nobody_elses_when_torch_has_no_more(world: World) -> None:
     model, x = linear_model(), rows()
     expected = gradients(model, x)
-    mains = [world.current, *(torch.cuda.Stream() for _ in range(side_stream.RING))]
+    mains: list[Any] = [world.current, *(torch.cuda.Stream() for _ in range(8))]
     for main in mains:
-        main.wait_stream(world.current)  # type: ignore[arg-type]
-        with world.on(main), cw.side_stream():  # type: ignore[arg-type]
+        main.wait_stream(world.current)
+        with world.on(main), cw.side_stream():
             assert_same(gradients(model, x), expected)
-        world.current.wait_stream(main)  # type: ignore[arg-type]
+        world.current.wait_stream(main)
+    sides = [side_stream._streams_beside(main) for main in mains]
+    assert list(map(len, sides)) == [side_stream.STREAMS] * 6 + [0] * 3
+    assert len({*mains, *itertools.chain(*sides)}) == 9 + 6 * side_stream.STREAMS
+
+
+def test_a_capture_beside_more_streams_than_torch_has(world: World) -> None:
+    model, x = linear_model(), rows()
+    expected = gradients(model, x)
+    mains: list[Any] = [torch.cuda.Stream() for _ in range(8)]
     for main in mains:
-        sides = side_stream._streams_beside(main)  # type: ignore[arg-type]
-        assert main not in sides
-        assert len(set(sides)) == side_stream.STREAMS
+        main.wait_stream(world.current)
+        side_stream._streams_beside(main)
+    with world.captured(), cw.side_stream():
+        model(x)
+        for main in mains:  # as other threads do meanwhile
+            with world.on(main), cw.side_stream():
+                assert_same(gradients(model, x), expected)
+    for main in mains:
+        world.current.wait_stream(main)
 
 
 def test_layers_take_side_streams_in_turn(world: World) -> None:

@@ -24,7 +24,7 @@ STREAMS = 4  # beside each one, taken in turn: the factor of a Gram up to order 
 RING = 32  # torch.cuda.Stream() hands out as many of a device, one after the other, and then the first again
 
 Result = TypeVar("Result")
-_streams: dict[Any, tuple[Any, ...]] = {}  # by the stream they run beside; no two share one as long as torch has more
+_streams: dict[Any, tuple[Any, ...]] = {}  # by the stream they run beside; no two share one
 _drawing = threading.Lock()
 
 
@@ -33,7 +33,7 @@ class Lane:
 
     def __init__(self, main: torch.cuda.Stream) -> None:
         self.main = main
-        self.turns = itertools.cycle(_streams_beside(main))
+        self.turns = itertools.cycle(_streams_beside(main) or (main,))
         self.used: set[Any] = set()  # the others may not be part of a capture that this one is in
         self.joined = False  # whether `main` has waited for all of them, at the scope's end
 
@@ -82,13 +82,15 @@ class Scope:
         self.lanes: dict[Any, Lane] = {}
         self.capturing = _torch.is_capturing()
 
-    def run(self, x: Tensor, work: Callable[[], Result]) -> tuple[Result, Ready]:
-        """Run ``work``, which reads ``x`` and nothing else that is young, on a side stream."""
+    def run(self, x: Tensor, work: Callable[[], Result]) -> tuple[Result, Ready | None]:
+        """Run ``work``, which reads ``x`` and nothing else that is young, on a side stream, if there is one."""
         main = torch.cuda.current_stream(x.device)
         if main not in self.lanes:
             self.lanes[main] = Lane(main)
         lane = self.lanes[main]
         side = next(lane.turns)
+        if side == main:
+            return work(), None
         side.wait_stream(main)
         lane.used.add(side)
         try:
@@ -130,7 +132,8 @@ def side_stream() -> Iterator[None]:
     ``process_group=``, which wait for the device in forward; under hooks for saved tensors, such as
     ``torch.utils.checkpoint``'s and ``save_on_cpu``'s, which may read at once what is kept; in ``torch.func``'s
     transforms; in graphs of ``torch.compile``, whose layers compute everything in backward; for `optim.FusedSGD`, and
-    for embeddings, which have nothing to compute in forward.
+    for embeddings, which have nothing to compute in forward; on a stream that came when others and what runs beside
+    them had all of the 32 that torch has for a device.
 
     Raises:
         RuntimeError: In backward, where a layer's input was modified in place after its forward.
@@ -183,16 +186,19 @@ def _streams_beside(main: torch.cuda.Stream) -> tuple[Any, ...]:
 
 
 def _draw(main: torch.cuda.Stream, kept: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-    """`STREAMS` for work beside ``main``: those kept, then free ones, else others' side streams, else main streams."""
-    beside = {side for sides in _streams.values() for side in sides}
-    drawn: dict[Any, int] = {}  # and how much each is in use
+    """`STREAMS` for work beside ``main``, those kept among them; fewer where torch has no more that are free.
+
+    None is shared: in the capture of one stream, the other's work beside it would be an error.
+    """
+    taken = {main, *kept, *_streams, *(side for sides in _streams.values() for side in sides)}
+    drawn = dict.fromkeys(kept)
     for _ in range(RING):
-        stream = torch.cuda.Stream(main.device)
-        if stream != main and stream not in kept:
-            drawn[stream] = 2 if stream in _streams else int(stream in beside)
-        if list(drawn.values()).count(0) + len(kept) == STREAMS:
+        if len(drawn) == STREAMS:
             break
-    return (*kept, *sorted(drawn, key=drawn.__getitem__))[:STREAMS]
+        stream = torch.cuda.Stream(main.device)
+        if stream not in taken:
+            drawn[stream] = None
+    return tuple(drawn)
 
 
 _torch.never_inlined(Ready.wait, "backward of an emended layer waits for a side stream")
