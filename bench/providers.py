@@ -167,7 +167,7 @@ def no_compiler(device: Device) -> str:
     return ""
 
 
-def _by(method: ConvMethod) -> Build:
+def _by(method: ConvMethod, device: Device) -> Build:
     """This package's layer with its Gram summed up one way, whatever the cost model says."""
 
     class Forced(cw.Conv2d):
@@ -175,7 +175,7 @@ def _by(method: ConvMethod) -> Build:
             with patch.object(cost, "conv_method", lambda *_: method):
                 return super().forward(input)
 
-    return Forced
+    return functools.partial(Forced, backend=device.backend())
 
 
 def linear_layers(device: Device) -> dict[str, Build]:
@@ -194,11 +194,12 @@ def linear_layers(device: Device) -> dict[str, Build]:
 
 def conv_layers(device: Device) -> dict[str, Build]:
     """Convolutions, of ``in_channels, out_channels, kernel_size, stride, padding, dilation, groups``."""
-    own: dict[str, Build] = {
+    return {
         "plain": nn.Conv2d,
         "consequentialism": functools.partial(cw.Conv2d, backend=device.backend()),
+        "direct": _by("direct", device),
+        "displaced": _by("displaced", device),
         "triton": triton(cw.Conv2d),
         "reference": functools.partial(cw.Conv2d, backend="reference"),
         "naive": NaiveConv2d,
     }
-    return own if device.type == "cuda" else {**own, "direct": _by("direct"), "displaced": _by("displaced")}

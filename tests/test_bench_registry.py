@@ -66,6 +66,16 @@ def test_a_choice() -> None:
     assert set(case.providers) == {"plain", "compiled"}
 
 
+@pytest.mark.parametrize("occasion", list(DEVICES))
+def test_a_convolutions_gram_is_measured_both_ways(occasion: str) -> None:
+    cases = plan(Choice(occasion, ops=("conv2d",)), DEVICES[occasion])
+    assert all("direct" in case.providers for case in cases)
+    assert any("displaced" in case.providers for case in cases)
+    for method in ("direct", "displaced"):
+        build: Any = providers.conv_layers(DEVICES[occasion])[method]
+        assert build.keywords == {"backend": DEVICES[occasion].backend()}
+
+
 def test_factors_are_left_out_of_half_types() -> None:
     ops = {case.op for case in plan(Choice("cpu", dtypes=("bfloat16",)), DEVICES["cpu"])}
     assert ops == set(OPS) - {"damped_inverse", "damped_inverses", "inverse_root"}
