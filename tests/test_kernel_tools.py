@@ -231,6 +231,14 @@ def test_each_call_of_the_gpu_script_has_time_for_all_its_parts(call: str) -> No
     assert sum(map(int, limits)) <= allowed < 600
 
 
+def test_first_contact_has_time_for_all_its_processes() -> None:
+    script = (ROOT / "tools/gpu.sh").read_text()
+    (limit,) = re.findall(r'timeout -k 5 (\d+) "\$python" tools/gpu_first.py', script)
+    at_once, seconds = 12, 10  # of a process, most of which torch and CUDA take to start
+    processes = len(gpu_kinds.KINDS) * len(gpu_kinds.TYPES)
+    assert -(-processes // at_once) * seconds <= int(limit)
+
+
 def test_grams_of_half_types_are_held_to_float32() -> None:
     bounds = gpu_kinds.BOUNDS
     for kind in gpu_kinds.KINDS:
