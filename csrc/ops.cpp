@@ -2,7 +2,8 @@
 //
 // Shapes: x [N, I], gram and inverse [n, n], leading dimensions a batch, with n = N (form "dual") or I plus the bias's
 // one (form "primal"), emended input [N, I], its column for the bias [N] (empty without a bias). A convolution's x is
-// [B, C, *spatial], its Gram [groups, n, n] of unfolded patches. All ops but add_root_product_ are pure.
+// [B, C, *spatial], its Gram [groups, n, n] of unfolded patches. Ops whose names end in _ change their first argument;
+// the others are pure.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -38,6 +39,20 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def("inverse_root(Tensor matrix, int root, float[] coefficients) -> Tensor");
   m.def("root_product(Tensor rows, Tensor root) -> Tensor");
   m.def("add_root_product_(Tensor(a!) weight, Tensor rows, Tensor root, float alpha) -> ()");
+  // Whole steps in emended coordinates: csrc/cpu/coordinate_step.cpp says what the lists hold.
+  m.def(
+      "sgd_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor[] roots, int[] kinds, "
+      "int[] members, float[] kept, float[] coupled, float[] rates, float momentum, float dampening, bool nesterov) "
+      "-> ()");
+  m.def(
+      "rmsprop_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] squares, Tensor(c!)[] buffers, "
+      "Tensor(d!)[] counts, Tensor[] roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates, "
+      "float alpha, "
+      "float momentum, float epsilon) -> ()");
+  m.def(
+      "adam_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "
+      "Tensor(d!)[] counts, Tensor[] roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates, "
+      "float beta1, float beta2, float epsilon) -> ()");
 }
 
 // The derivative belongs to emended_linear and to the autograd Functions in Python; differentiating one of the others
@@ -54,4 +69,7 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("inverse_root", torch::autograd::autogradNotImplementedFallback());
   m.impl("root_product", torch::autograd::autogradNotImplementedFallback());
   m.impl("add_root_product_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("sgd_step_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("rmsprop_step_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
 }

@@ -33,7 +33,7 @@ from torch import Tensor
 from consequentialism import reference
 from consequentialism.backend import compiled as ops
 from consequentialism.backend import dispatch
-from consequentialism.backend.schemas import COORDINATE_OPS, OPS
+from consequentialism.backend.schemas import COORDINATE_OPS, OPS, STEP_OPS
 from consequentialism.options import BACKENDS as BACKEND_NAMES
 
 LAYOUTS: dict[str, Callable[[int, int, torch.dtype], Tensor]] = {
@@ -201,7 +201,7 @@ def test_the_compiled_ops_have_the_schemas_of_the_table() -> None:
     compiled = {
         s.name.removeprefix(prefix): str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)
     }
-    ops_of_table = {**OPS, **COORDINATE_OPS}
+    ops_of_table = {**OPS, **COORDINATE_OPS, **STEP_OPS}
     for name, (schema, _) in ops_of_table.items():
         expected = schema.replace(" dtype)", " dtype, str method)") if name == "conv_gram" else schema
         assert str(op(name)._schema) == str(torch._C.parse_schema(f"consequentialism::{name}{expected}"))

@@ -21,7 +21,7 @@ from . import reference
 from .flops import count_ops_of
 from .interface import SOURCES_FILE, interface_of
 from .protocol import CoordinateOps, Limits, Ops
-from .schemas import COORDINATE_OPS, OPS, add_fakes, coordinate_wrappers, wrappers
+from .schemas import COORDINATE_OPS, OPS, STEP_OPS, add_fakes, coordinate_wrappers, wrappers
 
 LIMITS = Limits(fused_rows=128, derivative=True)
 # A type of device without a kernel for one of these has no compiled backend.
@@ -62,7 +62,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"built, but it cannot be loaded with torch {torch.__version__}: {error}"
     without = [name for name in FUNCTIONS if not hasattr(_C, name)]
     without += [
-        name for name in (*OPS, *COORDINATE_OPS, "emended_linear") if not _torch.has_op(f"consequentialism::{name}")
+        name
+        for name in (*OPS, *COORDINATE_OPS, *STEP_OPS, "emended_linear")
+        if not _torch.has_op(f"consequentialism::{name}")
     ]
     if without:
         return None, f"built from older sources, without {', '.join(without)}; {BUILD_AGAIN}"
@@ -112,11 +114,12 @@ def _device_types(*names: str) -> tuple[str, ...]:
 device_types = _device_types(*NEEDED)
 if module is not None:
     _library = torch.library.Library("consequentialism", "FRAGMENT")
-    add_fakes(_library, {**OPS, **COORDINATE_OPS})
+    add_fakes(_library, {**OPS, **COORDINATE_OPS, **STEP_OPS})
     count_ops_of("consequentialism")
 
 # Of steps in coordinates, likewise: see `dispatch.for_coordinates`.
 coordinate_device_types = _device_types(*COORDINATE_OPS)
+step_device_types = _device_types(*STEP_OPS)
 _ops: Ops = reference if module is None else wrappers("consequentialism")
 input_gram = _ops.input_gram
 damped_inverse = _ops.damped_inverse

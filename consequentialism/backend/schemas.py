@@ -100,6 +100,25 @@ COORDINATE_OPS: dict[str, Op] = {
     "add_root_product_": Op("(Tensor(a!) weight, Tensor rows, Tensor root, float alpha) -> ()", _nothing),
 }
 
+# Whole steps in emended coordinates, of many parameters at once, which the host alone has; `optim.at_once` calls them.
+_PARAMETERS = "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[]"
+_PLACES = "Tensor[] roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates"
+STEP_OPS: dict[str, Op] = {
+    "sgd_step_": Op(
+        f"({_PARAMETERS} buffers, {_PLACES}, float momentum, float dampening, bool nesterov) -> ()", _nothing
+    ),
+    "rmsprop_step_": Op(
+        f"({_PARAMETERS} squares, Tensor(c!)[] buffers, Tensor(d!)[] counts, {_PLACES}, float alpha, float momentum, "
+        "float epsilon) -> ()",
+        _nothing,
+    ),
+    "adam_step_": Op(
+        f"({_PARAMETERS} means, Tensor(c!)[] squares, Tensor(d!)[] counts, {_PLACES}, float beta1, float beta2, "
+        "float epsilon) -> ()",
+        _nothing,
+    ),
+}
+
 
 def define(
     library: torch.library.Library, ops: Mapping[str, Op], implementations: object, dispatch_keys: Iterable[str]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from .at_once import AtOnce
 from .memory import KEYS, State
 from .rules import Rule, decay_of, kept_share
 from .steps import Entry, local, muon, rule_for, sgd
@@ -150,7 +151,9 @@ def step_weight_by_weight(
     optimizer: torch.optim.Optimizer, parts: Sequence[Part], step: Step, rooted: Rooted = iter
 ) -> None:
     """Our own step for the weights in coordinates, the optimizer's for the rest."""
-    hidden = [(parameter, parameter.grad) for part in parts for parameter in part.parameters]
+    at_once = AtOnce(optimizer, parts, step, together=rooted is iter)  # ranks send each other roots in one order
+    inside = [parameter for part in parts for parameter in part.parameters]
+    hidden = [(parameter, parameter.grad) for parameter in (*inside, *at_once.others)]
     try:
         for parameter, _ in hidden:
             parameter.grad = None
@@ -158,7 +161,8 @@ def step_weight_by_weight(
     finally:
         for parameter, gradient in hidden:
             parameter.grad = gradient
-    for part in rooted(parts):
+    at_once.take()
+    for part in rooted(at_once.left):
         triples = zip(part.parameters, part.gradients(), part.groups, strict=True)
         changes = step([Entry(p, gradient, optimizer.state[p], group) for p, gradient, group in triples])
         part.apply(changes, part.shares())

@@ -1,0 +1,222 @@
+"""Steps by one call of a compiled operator: the numbers of the steps in Python, what is served, and what is not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import F32, F64, TOLERANCE, assert_close, assert_identical, needs_kernels, randn
+from emended_helpers import gradients_of, mlp, parameters_of, squares, train
+from torch import Tensor, nn
+
+import consequentialism as cw
+from consequentialism.backend import compiled
+from consequentialism.optim.at_once import AtOnce
+
+OPERATORS = torch.ops.consequentialism
+
+
+class Turned(nn.Module):
+    """A linear layer with a weight ``[I, O]``."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(inputs, outputs, dtype=F32) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Network(nn.Module):
+    """Every way in which a weight lies beside its root, in blocks and groups, and parameters without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 12)
+        self.conv = nn.Conv1d(4, 6, 2, groups=2)
+        self.norm = nn.LayerNorm(12)
+        self.turned = Turned(12, 10)
+        self.wide = nn.Linear(10, 9)
+        self.head = nn.Linear(9, 5, bias=False)
+        self.one = nn.Linear(5, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.table(tokens).view(-1, 4, 3)).flatten(1))
+        return self.one(self.head(torch.tanh(self.wide(self.turned(x)))))
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    cw.register(Turned, like=nn.Linear, transposed=True)
+
+
+def groups_of(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Biases and norms without decay and with another rate."""
+    flat = [p for p in model.parameters() if p.ndim < 2]
+    return [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": decay},
+        {"params": flat, "weight_decay": 0.0, "lr": 0.02},
+    ]
+
+
+RULES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, 0.01),
+    "momentum": lambda groups: torch.optim.SGD(groups, 0.01, momentum=0.9, dampening=0.3),
+    "Nesterov": lambda groups: torch.optim.SGD(groups, 0.01, momentum=0.9, nesterov=True),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, 0.01, alpha=0.9),
+    "RMSprop with momentum": lambda groups: torch.optim.RMSprop(groups, 0.01, momentum=0.9),
+    "Adam": lambda groups: torch.optim.Adam(groups, 0.01, betas=(0.8, 0.99)),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, 0.01, eps=1e-6),
+}
+
+
+def steps_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "step_device_types", ())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_numbers_are_those_of_the_steps_in_python(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Network().to(dtype)
+    twin = copy.deepcopy(model)
+    tokens = torch.randint(11, (40,), generator=torch.Generator().manual_seed(1))
+    left: list[str] = []
+    found = AtOnce.take
+
+    def take(self: AtOnce) -> None:
+        left[:] = [part.unit.name for part in self.left]
+        found(self)
+
+    monkeypatch.setattr(AtOnce, "take", take)
+    own = cw.optim.Emended(RULES[name](groups_of(model, 0.1)), model, block=5, refresh_every=3)
+    train(model, own, tokens, 6)
+    assert left == ["one"]  # a single output
+    steps_in_python(monkeypatch)
+    other = cw.optim.Emended(RULES[name](groups_of(twin, 0.1)), twin, block=5, refresh_every=3)
+    train(twin, other, tokens, 6)
+    assert len(left) == 6
+    for (key, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(key, parameter, expected, 10 * TOLERANCE[dtype])
+        for moment, value in other.state[expected].items():
+            assert_close(f"{key} {moment}", own.state[parameter][moment], value, 10 * TOLERANCE[dtype])
+
+
+CHANGES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
+    "a maximum": lambda model, inner: inner.param_groups[0].update(maximize=True),
+    "a rate on the device": lambda model, inner: inner.param_groups[0].update(lr=torch.tensor(0.01)),
+    "amsgrad": lambda model, inner: inner.param_groups[0].update(amsgrad=True),
+    "strides": lambda model, inner: model[0].weight.data.set_(model[0].weight.data.T.contiguous().T),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a step before is kept: the next one takes the numbers that it finds."""
+    model = mlp(F32)
+    twin, x = copy.deepcopy(model), randn(30, 6, dtype=F32)
+    results = []
+    for network in (model, twin):
+        inner = torch.optim.AdamW(network.parameters(), 0.01)
+        optimizer = cw.optim.Emended(inner, network, refresh_every=50)
+        train(network, optimizer, x, 6)
+        CHANGES[change](network, inner)
+        if change == "amsgrad":
+            for parameter in network.parameters():
+                inner.state[parameter]["max_exp_avg_sq"] = torch.zeros_like(parameter)
+        optimizer.zero_grad()
+        squares(network(x)).backward()
+        optimizer.step()
+        results.append(parameters_of(network))
+        steps_in_python(monkeypatch)
+    for own, expected in zip(*results, strict=True):
+        assert_close(change, own, expected, 10 * TOLERANCE[own.dtype])
+
+
+@needs_kernels
+def test_the_optimizer_inside_steps_what_is_not_served_and_knows_that_there_was_a_step() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    model[1].half()
+    inner = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = cw.optim.Emended(inner, model)
+    schedule = torch.optim.lr_scheduler.StepLR(inner, 1)  # looks whether step was called
+    for _ in range(3):
+        for seed, parameter in enumerate(model.parameters()):
+            parameter.grad = randn(*parameter.shape, seed=seed, dtype=F32).to(parameter.dtype)
+        before, gradients = parameters_of(model), gradients_of(model)
+        optimizer.step()
+        for parameter, was in zip(model.parameters(), before, strict=True):
+            assert not torch.equal(parameter, was)
+        for name, gradient in gradients_of(model).items():
+            assert_identical(name, gradient, gradients[name])
+    schedule.step()
+
+
+@needs_kernels
+def test_a_weight_that_was_stepped_is_too_new_for_an_older_backward() -> None:
+    model = mlp(F64)
+    optimizer = cw.optim.Emended(torch.optim.AdamW(model.parameters(), 0.01), model)
+    x = randn(30, 6)
+    train(model, optimizer, x, 3)
+    loss = squares(model(x))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def arguments(order: int = 6) -> list[Any]:
+    """Of a step of Adam on a weight ``[4, 5]`` with its bias, and a norm's."""
+    shapes = ((4, 5), (4,), (3,))
+    lists = [[randn(*shape, seed=i).abs() for shape in shapes] for i in range(4)]
+    counts = [torch.tensor(2.0) for _ in shapes]
+    root = torch.eye(order, dtype=F64)[None, None]
+    return [*lists, counts, [root], [1, 0], [2, 1], [0.9, 1.0, 1.0], [0.0, 0.1, 0.0], [0.1] * 3, 0.9, 0.99, 1e-8]
+
+
+WRONG: dict[str, tuple[int, Any, str]] = {
+    "a gradient too few": (1, [torch.ones(4, 5, dtype=F64)], "gradients must have 3 entries, got 1"),
+    "a moment's type": (2, [torch.ones(4, 5), *[torch.ones(n) for n in (4, 3)]], r"first moments\[0\] must be contig"),
+    "a root's order": (5, [torch.eye(5, dtype=F64)[None, None]], r"roots\[0\] of shape \[1, 1, 5, 5\]"),
+    "no root": (5, [], "roots must have more than 0 entries"),
+    "a root too many": (5, [torch.eye(6, dtype=F64)[None, None]] * 2, "roots must have 1 entries, got 2"),
+    "a kind": (6, [4, 0], "kinds must be from 0 to 3, got 4"),
+    "members of a plain one": (6, [0, 0], "members must be 1, or 2 for a weight and its bias, got 2"),
+    "members": (7, [1, 1], r"roots\[0\]"),
+    "rates": (10, [0.1], "rates must have 3 entries, got 1"),
+    "a count": (4, [torch.tensor([1.0, 2.0])] * 3, "counts must have one number each"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", WRONG)
+def test_the_operator_refuses_what_does_not_fit_and_changes_nothing(case: str) -> None:
+    given = arguments()
+    place, value, message = WRONG[case]
+    before = [tensor.clone() for tensor in given[0]]
+    given[place] = value
+    with pytest.raises(ValueError, match=message):
+        OPERATORS.adam_step_(*given)
+    for own, expected in zip(given[0], before, strict=True):
+        assert_identical(case, own, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["sgd_step_", "rmsprop_step_", "adam_step_"])
+def test_opcheck(name: str) -> None:
+    parameters, gradients, first, second, counts, *places, _, _, _ = arguments()
+    calls = {
+        "sgd_step_": (parameters, gradients, first, *places, 0.9, 0.1, True),
+        "rmsprop_step_": (parameters, gradients, first, second, counts, *places, 0.9, 0.8, 1e-8),
+        "adam_step_": (parameters, gradients, first, second, counts, *places, 0.9, 0.99, 1e-8),
+    }
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(OPERATORS, name).default, calls[name], test_utils=checks)
