@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -137,12 +138,29 @@ def test_resuming_and_schedulers() -> None:
         ({"aux": {}}, ValueError, "aux must have 'lr'"),
         ({"aux": {"lr": 1e-3, "momentum": 1}}, ValueError, "aux must have 'lr' and may have 'betas'"),
         ({"aux": 0.1}, TypeError, "aux must be a dict of AdamW's options, got 0.1"),
-        ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
-        ({"lr": "x"}, TypeError, "lr must be a number, got 'x'"),
+        ({"aux": {"lr": -1e-3}}, ValueError, r"aux\['lr'\] must be finite and at least 0, got -0.001"),
+        ({"aux": {"lr": "x"}}, TypeError, r"aux\['lr'\] must be a number or a tensor, got 'x'"),
+        ({"aux": {"lr": 1e-3, "betas": 0.9}}, ValueError, r"aux\['betas'\] must be two numbers, got 0.9"),
+        ({"aux": {"lr": 1e-3, "betas": (0.9, 1)}}, ValueError, r"aux\['betas'\] must be at least 0 and below 1"),
+        ({"aux": {"lr": 1e-3, "eps": -1}}, ValueError, r"aux\['eps'\] must be at least 0, got -1"),
+        ({"aux": {"lr": 1e-3, "weight_decay": "x"}}, TypeError, r"aux\['weight_decay'\] must be a number, got 'x'"),
+        ({"aux": {"lr": 1e-3, "amsgrad": 1}}, TypeError, r"aux\['amsgrad'\] must be True or False, got 1"),
+        ({"lr": -1.0}, ValueError, "lr must be finite and at least 0, got -1.0"),
+        ({"lr": math.inf}, ValueError, "lr must be finite and at least 0, got inf"),
+        ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "lr must be a tensor with one element"),
+        ({"lr": "x"}, TypeError, "lr must be a number or a tensor, got 'x'"),
+        ({"nesterov": 1}, TypeError, "nesterov must be True or False, got 1"),
+        ({"ns_steps": 0}, ValueError, "ns_steps must be an integer of at least 1, got 0"),
+        ({"ns_steps": 2.5}, TypeError, "ns_steps must be an integer of at least 1, got 2.5"),
+        ({"ns_coefficients": (1, 2)}, ValueError, r"ns_coefficients must be three numbers, got \(1, 2\)"),
+        ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+        ({"momentum": None}, TypeError, "momentum must be a number, got None"),
         ({"momentum": 1.0}, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0, got -1.0"),
         ({"adjust_lr_fn": "x"}, ValueError, "adjust_lr_fn must be None, 'original' or 'match_rms_adamw', got 'x'"),
         ({"qkv": "c_attn"}, TypeError, "qkv must be a sequence of names, got 'c_attn'"),
+        ({"qkv": (3,)}, TypeError, "qkv must be a sequence of names, got one with 3"),
+        ({"qkv": ("query",)}, ValueError, "qkv: no name of a hidden matrix ends in 'query'; they are '"),
         ({"qkv": ("conv",), "filter_fn": lambda *_: True}, None, ""),
         ({"filter_fn": lambda *_: False}, ValueError, "no hidden matrix"),
         ({"damping": -1.0}, ValueError, "damping must be above 0"),

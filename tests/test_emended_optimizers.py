@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import F64, TOLERANCE, assert_close, assert_identical, randn
+from cases import F32, F64, TOLERANCE, assert_close, assert_identical, randn
 from emended_helpers import EXACT, mlp, squares, train
 from torch import Tensor, nn
 
@@ -219,7 +219,9 @@ def test_an_unknown_weight_decay_must_be_declared() -> None:
     layer = nn.Linear(6, 5, dtype=F64)
     with pytest.raises(ValueError, match=r"weight_decay=0.1 .* Stranger.*declare\(Stranger, decay='decoupled'\)"):
         cw.optim.Emended(Stranger(layer.parameters(), 0.1), layer)
-    cw.optim.Emended(Stranger(layer.parameters()), layer)
+    with pytest.warns(UserWarning, match=r"nothing is known of Stranger, .*declare\(Stranger, decay=") as caught:
+        cw.optim.Emended(Stranger(layer.parameters()), layer)
+    assert caught[0].filename == __file__
     cw.optim.Emended(Unknown(layer.parameters(), 0.1, weight_decay=0.1), layer)
     try:
         cw.optim.declare(Stranger, decay="decoupled")
@@ -255,6 +257,17 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], match:
     with pytest.raises(error, match=match):
         cw.optim.Emended(torch.optim.SGD(model.parameters(), 0.1), model, **arguments)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "AdaFactor"])
+def test_optimizers_of_others_that_read_the_weights(name: str) -> None:
+    """Zeros in their place leave these two at the rate that they begin with."""
+    model = mlp(F32)
+    plain, x = copy.deepcopy(model), randn(20, 6, dtype=F32)
+    kind = getattr(pytest.importorskip("pytorch_optimizer"), name)
+    losses = train(model, cw.optim.Emended(kind(model.parameters()), model), x, 100)
+    expected = train(plain, kind(plain.parameters()), x, 100)
+    assert losses[0] - losses[-1] > 0.5 * (expected[0] - expected[-1])
 
 
 @pytest.mark.parametrize(

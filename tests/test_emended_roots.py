@@ -13,7 +13,7 @@ from emended_helpers import EXACT, mlp, squares, train
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism.solve.root import inverse_factor, method
+from consequentialism.solve.root import cholesky_inverse, inverse_factor, method
 
 F32 = torch.float32
 
@@ -61,6 +61,17 @@ def test_a_moment_that_rounding_leaves_indefinite_has_a_factor() -> None:
     assert_close("S^T (B + c I) S", own[1].T @ damped @ own[1], good, EXACT)
     assert own[1].diagonal().min() > 0
     assert not own[2].isfinite().all()
+
+
+def test_so_has_its_inverse() -> None:
+    """That is the root of exponent 1."""
+    turn = torch.linalg.qr(randn(3, 3)).Q
+    values = torch.tensor([2.0, 1.0, -1e-2], dtype=F64)
+    good, bad = torch.eye(3, dtype=F64), (turn * values) @ turn.T
+    own = cholesky_inverse(torch.stack([good, bad, bad * math.nan]), 1e-3)
+    assert_close("beside", own[0], good / (1 + 1e-3), EXACT)
+    assert_close("inverse", own[1], (turn / (values.clamp(min=0) + 1e-3)) @ turn.T, EXACT)
+    assert own[2].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["SGD", "Muon"])

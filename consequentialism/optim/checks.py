@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
 from ..nn.module import EmendedModule
 from ..options import as_count, as_number, check_choice
 from ..solve.root import KINDS
-from .rules import Rule, decay_of, rule_of
+from .rules import UNKNOWN, Rule, decay_of, rule_of
 from .units import Unit
 
 
 def check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
-    reason = rule_of(optimizer).refused
-    if reason is not None:
-        raise ValueError(f"optimizer: {type(optimizer).__name__} cannot be stepped in coordinates, for {reason}")
+    rule, name = rule_of(optimizer), type(optimizer).__name__
+    if rule.refused is not None:
+        raise ValueError(f"optimizer: {name} cannot be stepped in coordinates, for {rule.refused}")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("optimizer: differentiable=True cannot be stepped in coordinates")
 
@@ -54,6 +55,18 @@ def checked_numbers(
         for name, value in (("refresh_every", refresh_every), ("block", block))
     )
     return damping, exponent, memory, every, most
+
+
+def check_rate(name: str, lr: Any) -> None:
+    """Raise unless ``lr`` is a finite number of at least 0, or a tensor with one element."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.requires_grad:
+            raise ValueError(f"{name} must be a tensor with one element and without gradient, got {lr!r}")
+        if lr.device.type != "cpu":
+            return
+        lr = lr.item()
+    if not 0 <= as_number(name, lr, "a number or a tensor") < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {lr!r}")
 
 
 def check_root(root: str, exponent: float) -> None:
@@ -114,12 +127,24 @@ def check_converted(units: Sequence[Unit]) -> None:
 
 
 def check_decay(units: Sequence[Unit], groups: Mapping[int, Any], rule: Rule, name: str) -> None:
-    """Whether the weight decay of the units' groups, by the ids of their parameters, can act on ``W``."""
+    """Whether the weight decay of the units' groups, by the ids of their parameters, can act on ``W``.
+
+    An optimizer of which nothing is known is announced.
+    """
     for parameter in [p for unit in units for p in (unit.weight, unit.bias) if p is not None]:
         if decay_of(rule, groups[id(parameter)], name) != "none" and rule.reads == "position":
             raise ValueError(
                 f"optimizer: weight_decay of {name} acts on several places in the coordinates; set it to 0"
             )
+    if rule is UNKNOWN:
+        warnings.warn(
+            f"consequentialism.optim.Emended: nothing is known of {name}, and it is taken for one that adds to a "
+            "parameter whatever its value, as Adam does. One that reads the weights' size, as Adafactor, or keeps "
+            f"other positions, as Prodigy, would step wrongly: say once which it is by "
+            f"consequentialism.optim.declare({name}, decay=..., reads='change', 'weights' or 'position')",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def check_one_process(units: Sequence[Unit], model: nn.Module, process_group: Any) -> None:
@@ -138,8 +163,8 @@ def warn_of_unseen(names: Sequence[str], stacklevel: int) -> None:
     if names:
         warnings.warn(
             f"consequentialism.optim.Emended has seen no input of {', '.join(map(repr, names))}, which have gradients: "
-            "their own forward did not run, ran in eval mode, or was compiled before the optimizer was made. They are "
-            "stepped plainly",
+            "their own forward did not run, ran in eval mode or without a row, was compiled before the optimizer was "
+            "made, or had inputs whose Gram or root is not finite. They are stepped plainly",
             UserWarning,
             stacklevel=stacklevel,
         )

@@ -123,7 +123,7 @@ class Emended(torch.optim.Optimizer):
         TypeError: An argument of the wrong type.
         ValueError: An argument out of its range; an optimizer that cannot be wrapped; a model of whose layers it has no
             weight; a weight that two layers use differently; a weight decay of which nothing is known (`declare`
-            says it).
+            says it, and what else must be known of an optimizer's class; a warning asks for that).
     """
 
     def __init__(

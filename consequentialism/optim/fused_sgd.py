@@ -7,7 +7,6 @@ takes no memory, and raises when anything reads it.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from ..autograd.kept import Kept
 from ..functional.linear import emended_linear_with
 from ..nn.linear import Linear
 from ..nn.recorder import Recorder
-from ..options import Options, as_number
+from ..options import Options
+from .checks import check_rate
 from .step import update, updated_linear, updated_linear_backward
 
 NAME = "consequentialism.optim.FusedSGD"
@@ -362,18 +362,6 @@ class FusedSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(f"{NAME} cannot be copied or pickled, it belongs to its model; save its state_dict()")
-
-
-def check_rate(name: str, lr: Any) -> None:
-    """Raise unless ``lr`` is a finite number of at least 0, or a tensor with one element."""
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.requires_grad:
-            raise ValueError(f"{name} must be a tensor with one element and without gradient, got {lr!r}")
-        if lr.device.type != "cpu":
-            return
-        lr = lr.item()
-    if not 0 <= as_number(name, lr, "a number or a tensor") < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {lr!r}")
 
 
 def rate(lr: float | Tensor, parameter: Tensor) -> float | Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..options import as_number
+from ..options import as_count, as_number
 from ..solve.root import Kind as RootKind
 from . import steps
-from .checks import check_model
+from .checks import check_model, check_rate
 from .composite import AttentionInput, composite_kinds
 from .emended import Emended
 from .layers import Kind, Lookup, kind_of
@@ -77,9 +77,8 @@ class Muon(Emended):
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ) -> None:
         check_model(model, filter_fn)
-        if not isinstance(lr, Tensor):
-            lr = as_number("lr", lr)
         options = {
+            "lr": lr,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -89,7 +88,7 @@ class Muon(Emended):
             "adjust_lr_fn": adjust_lr_fn,
         }
         hidden = hidden_matrices(model, filter_fn)
-        inner = MuonWithAdamW(model, hidden, qkv, {"lr": lr, **options}, aux)
+        inner = MuonWithAdamW(model, hidden, qkv, options, aux)
         chosen = {id(module) for module, _ in hidden.values()}
         super().__init__(
             inner,
@@ -142,9 +141,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         options: dict[str, Any],
         aux: Mapping[str, Any],
     ) -> None:
-        _check(options, qkv, aux)
+        options, own = _checked(options), _checked_aux(aux)
         if not hidden:
             raise ValueError("model: it has no hidden matrix; choose some by filter_fn")
+        _check_qkv(qkv, hidden)
         parts: dict[int, list[Any]] = {}
         taken: set[int] = set()
         for name, (module, kind) in hidden.items():
@@ -152,7 +152,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if id(weight) in taken:
                 continue
             taken.add(id(weight))
-            count = 3 if any(name == end or name.endswith("." + end) for end in qkv) else 1
+            count = 3 if any(_ends(name, end) for end in qkv) else 1
             if isinstance(kind, AttentionInput):
                 count = 3
             elif count == 3 and (weight.shape[0] % 3 or not kind.outputs_first):
@@ -165,7 +165,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             {"params": weights, "use_muon": True, "parts": count, **options} for count, weights in parts.items()
         ]
         if rest:
-            groups.append({"params": rest, "use_muon": False, **ADAMW, **aux, **_ADAM_ONLY})
+            groups.append({"params": rest, "use_muon": False, **own, **_ADAM_ONLY})
         super().__init__(groups, {"use_muon": True, "parts": 1, **options})
 
     @staticmethod
@@ -196,20 +196,73 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
-def _check(options: dict[str, Any], qkv: Any, aux: Any) -> None:
-    lr, momentum, decay = options["lr"], options["momentum"], options["weight_decay"]
-    if not isinstance(lr, Tensor) and not lr >= 0:
-        raise ValueError(f"lr must be at least 0, got {lr!r}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
-    if not decay >= 0:
-        raise ValueError(f"weight_decay must be at least 0, got {decay!r}")
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Muon's options, numbers as Python's own."""
+    own: dict[str, Any] = {"lr": _rate("lr", options["lr"]), "momentum": as_number("momentum", options["momentum"])}
+    if not 0 <= own["momentum"] < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {own['momentum']!r}")
+    own |= {name: _at_least_0(name, options[name]) for name in ("weight_decay", "eps")}
+    own["nesterov"] = _flag("nesterov", options["nesterov"])
+    coefficients = options["ns_coefficients"]
+    if not isinstance(coefficients, Sequence) or len(coefficients) != 3:
+        raise ValueError(f"ns_coefficients must be three numbers, got {coefficients!r}")
+    own["ns_coefficients"] = tuple(as_number("ns_coefficients", value, "three numbers") for value in coefficients)
+    own["ns_steps"] = as_count("ns_steps", options["ns_steps"], "an integer of at least 1")
     if options["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         raise ValueError(f"adjust_lr_fn must be None, 'original' or 'match_rms_adamw', got {options['adjust_lr_fn']!r}")
-    if isinstance(qkv, str) or not isinstance(qkv, Sequence):
-        raise TypeError(f"qkv must be a sequence of names, got {qkv!r} ({type(qkv).__name__})")
+    return {**options, **own}
+
+
+def _checked_aux(aux: Any) -> dict[str, Any]:
+    """AdamW's options, likewise."""
     if not isinstance(aux, Mapping):
         raise TypeError(f"aux must be a dict of AdamW's options, got {aux!r} ({type(aux).__name__})")
     unknown = [name for name in aux if name not in ("lr", *ADAMW)]
     if "lr" not in aux or unknown:
         raise ValueError(f"aux must have 'lr' and may have {', '.join(map(repr, ADAMW))}, got {dict(aux)!r}")
+    own: dict[str, Any] = {**ADAMW, **aux}
+    own["lr"] = _rate("aux['lr']", own["lr"])
+    betas = own["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"aux['betas'] must be two numbers, got {betas!r}")
+    own["betas"] = tuple(as_number("aux['betas']", beta, "two numbers") for beta in betas)
+    if not all(0 <= beta < 1 for beta in own["betas"]):
+        raise ValueError(f"aux['betas'] must be at least 0 and below 1, got {betas!r}")
+    own |= {name: _at_least_0(f"aux[{name!r}]", own[name]) for name in ("eps", "weight_decay")}
+    own["amsgrad"] = _flag("aux['amsgrad']", own["amsgrad"])
+    return own
+
+
+def _check_qkv(qkv: Any, hidden: Iterable[str]) -> None:
+    if isinstance(qkv, str) or not isinstance(qkv, Sequence):
+        raise TypeError(f"qkv must be a sequence of names, got {qkv!r} ({type(qkv).__name__})")
+    for end in qkv:
+        if not isinstance(end, str):
+            raise TypeError(f"qkv must be a sequence of names, got one with {end!r} ({type(end).__name__})")
+        if not any(_ends(name, end) for name in hidden):
+            raise ValueError(
+                f"qkv: no name of a hidden matrix ends in {end!r}; they are {', '.join(map(repr, hidden))}"
+            )
+
+
+def _ends(name: str, end: str) -> bool:
+    """Whether the last parts of a layer's name are these."""
+    return name == end or name.endswith("." + end)
+
+
+def _rate(name: str, lr: Any) -> float | Tensor:
+    check_rate(name, lr)
+    return lr if isinstance(lr, Tensor) else float(lr)
+
+
+def _at_least_0(name: str, value: Any) -> float:
+    number = as_number(name, value)
+    if not number >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value

@@ -56,10 +56,17 @@ _KNOWN: dict[str, Rule] = {
     "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeRAdam": Rule("coupled", reads="position"),
     "pytorch_optimizer.optimizer.soap.SOAP": Rule("decoupled"),
     "pytorch_optimizer.optimizer.muon.base.MuonBase": Rule(orthogonalises=True),
+    "pytorch_optimizer.optimizer.lion.Lion": Rule("decoupled"),
+    "pytorch_optimizer.optimizer.adafactor.AdaFactor": Rule("decoupled", reads="weights"),
+    "pytorch_optimizer.optimizer.dadapt.DAdaptAdaGrad": Rule("coupled", reads="position"),
+    "pytorch_optimizer.optimizer.dadapt.DAdaptSGD": Rule("coupled", reads="position"),
+    "pytorch_optimizer.optimizer.prodigy.Prodigy": Rule("coupled", reads="position"),
+    "prodigyopt.prodigy.Prodigy": Rule("coupled", reads="position"),
     "schedulefree.sgd_schedulefree.SGDScheduleFree": Rule("coupled", reads="position"),
     "schedulefree.adamw_schedulefree.AdamWScheduleFree": Rule("coupled", reads="position"),
 }
 _DECLARED: dict[type, Rule] = {}
+UNKNOWN = Rule()
 
 
 def declare(
@@ -103,13 +110,13 @@ def defaults_of(rule: Rule) -> Defaults:
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
-    """The rule of an optimizer: declared, or known of its class or the nearest of its bases."""
+    """The rule of an optimizer: declared, or known of its class or the nearest of its bases; or `UNKNOWN`."""
     for base in type(optimizer).__mro__:
         module = "torch.optim" if base.__module__.startswith("torch.optim.") else base.__module__
         rule = _DECLARED.get(base) or _KNOWN.get(f"{module}.{base.__qualname__}")
         if rule is not None:
             return rule
-    return Rule()
+    return UNKNOWN
 
 
 def decay_of(rule: Rule, group: dict[str, Any], name: str) -> Decay:

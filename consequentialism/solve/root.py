@@ -131,12 +131,21 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
 
 
 def cholesky_inverse(scaled: Tensor, damping: float) -> Tensor:
-    """`power` with ``s = 1``, in float64 where the device has it; NaN where a factor breaks down."""
+    """`power` with ``s = 1``, in float64 where the device has it.
+
+    Where a factor breaks down, the host takes eigenvalues below 0 for 0; a GPU, which is not waited for, gives NaN.
+    """
     wide = scaled.to(widest_dtype(scaled.device.type))
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
     lower, info = torch.linalg.cholesky_ex(wide + damping * eye)
     inverse = torch.cholesky_solve(eye.expand_as(lower), lower)  # waits for nothing, on a GPU either
-    return torch.where((info == 0)[..., None, None], inverse, torch.nan).to(scaled.dtype)
+    served = (info == 0)[..., None, None]
+    if scaled.device.type != "cpu" or bool(served.all()):
+        return torch.where(served, inverse, torch.nan).to(scaled.dtype)
+    of_eigenvalues = torch.where(
+        wide.isfinite().all(-1).all(-1)[..., None, None], eigen_power(wide, damping, 1), torch.nan
+    )
+    return torch.where(served, inverse, of_eigenvalues).to(scaled.dtype)
 
 
 def iterated_power(ops: CoordinateOps, scaled: Tensor, damping: float, root: int, columns: int) -> Tensor:
