@@ -51,7 +51,7 @@ CPU_SOURCES = [
     "csrc/cpu/inverse_root.cpp",
     "csrc/cpu/root_product.cpp",
     "csrc/cpu/coordinate_step.cpp",
-    "csrc/cpu/step_rules.cpp",
+    "csrc/cpu/step_loops.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/damped_inverse_binding.cpp",

@@ -5,18 +5,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../block_spans.h"
 #include "../guards.h"
-#include "step_rules.h"
+#include "step_loops.h"
 
 namespace consequentialism::cpu {
 
@@ -79,7 +77,8 @@ void check(const Arguments& given, int64_t moments, bool counted) {
     if (kind != kPlain) {
       TORCH_CHECK_VALUE(rooted < given.roots.size(), "roots must have more than ", given.roots.size(), " entries");
       const at::Tensor &root = given.roots[rooted++], &weight = given.parameters[p];
-      bool fits = root.scalar_type() == weight.scalar_type() && root.device().is_cpu() && weight.dim() >= 2;
+      bool fits = root.scalar_type() == weight.scalar_type() && root.is_contiguous() && root.device().is_cpu() &&
+                  weight.dim() >= 2 && weight.numel() > 0;
       if (fits && kind == kDiagonal) {
         fits = root.dim() == 1 && weight.dim() == 2 && root.size(0) == weight.size(0);
       } else if (fits) {
@@ -100,51 +99,6 @@ void check(const Arguments& given, int64_t moments, bool counted) {
   check_length("roots", given.roots.size(), rooted);
 }
 
-// A weight, or what is shaped like it, as [O, I], or of several groups [groups, O, I].
-at::Tensor as_rows(const at::Tensor& value, int64_t kind, int64_t groups) {
-  if (kind == kColumns) return value.t();
-  return groups == 1 ? value.view({value.size(0), -1}) : value.view({groups, value.size(0) / groups, -1});
-}
-
-// A bias, or what is shaped like it, as [O, 1], or of several groups [groups, O, 1].
-at::Tensor as_column(const at::Tensor& value, int64_t groups) {
-  return (groups == 1 ? value : value.view({groups, -1})).unsqueeze(-1);
-}
-
-// out <- kept out + a b, matrices or batches of them; with kept = 0 out is not read.
-void add_product_(at::Tensor out, double kept, const at::Tensor& a, const at::Tensor& b) {
-  if (out.dim() == 2) {
-    at::addmm_out(out, out, a, b, kept, 1);
-  } else {
-    at::baddbmm_out(out, out, a, b, kept, 1);
-  }
-}
-
-// A weight, or what is shaped like it, with the bias beside it where there is one; what is kept of each.
-struct Pair {
-  at::Tensor rows, column{};
-  double kept = 0, kept_column = 0;
-};
-
-// out <- kept out + values root, block by block; root [n, b, b] or [groups, n, b, b].
-void add_root_product_(const Pair& out, const Pair& values, const at::Tensor& root) {
-  const int64_t inputs = out.rows.size(-1), blocks = root.size(-3);
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t begin = block_begin(inputs, blocks, i), size = block_begin(inputs, blocks, i + 1) - begin;
-    const at::Tensor square = root.select(-3, i), top = square.narrow(-2, 0, size);
-    at::Tensor part = out.rows.narrow(-1, begin, size);
-    const at::Tensor own = values.rows.narrow(-1, begin, size);
-    add_product_(part, out.kept, own, top.narrow(-1, 0, size));
-    if (out.column.defined() && i == blocks - 1) {
-      const at::Tensor last = square.narrow(-2, size, 1);
-      part.addcmul_(values.column, last.narrow(-1, 0, size));
-      at::Tensor column = out.column;
-      add_product_(column, out.kept_column, own, top.narrow(-1, size, 1));
-      column.addcmul_(values.column, last.narrow(-1, size, 1));
-    }
-  }
-}
-
 // The gradient with the decay that is added to it.
 at::Tensor with_decay(const Arguments& given, size_t p) {
   const double coupled = given.coupled[p];
@@ -156,74 +110,138 @@ double steps_after(const at::Tensor& count) {
   return count.item<double>() + 1;
 }
 
-// Applies the rule to the entries of one parameter, on several threads where it is large.
-template <typename Rule>
-void apply_to(const Rule& rule, const at::Tensor& change, const at::Tensor* first, const at::Tensor* second) {
-  AT_DISPATCH_FLOATING_TYPES(change.scalar_type(), "apply_to", [&] {
-    scalar_t* own = change.mutable_data_ptr<scalar_t>();
-    scalar_t* one = first == nullptr ? nullptr : first->mutable_data_ptr<scalar_t>();
-    scalar_t* other = second == nullptr ? nullptr : second->mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, change.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      const auto from = [&](scalar_t* moments) { return moments == nullptr ? nullptr : moments + begin; };
-      apply(rule, end - begin, own + begin, from(one), from(other));
+// A root, how its weight [O, I] lies in memory, in each of its groups, and the operations between weights and columns
+// for the bias, all without gaps.
+template <typename scalar_t>
+class Coordinates {
+ public:
+  Coordinates(const at::Tensor& root, const at::Tensor& weight, bool by_columns)
+      : root_(root),
+        by_columns_(by_columns),
+        groups_(root.size(0)),
+        blocks_(root.size(1)),
+        order_(root.size(2)),
+        outputs_(by_columns ? weight.size(1) : weight.size(0) / groups_),
+        inputs_(weight.numel() / (groups_ * outputs_)) {}
+
+  // out <- kept out + values S, with transposed by S^T; with columns for the bias, or without any, null. With kept and
+  // kept_column 0 out is not read.
+  void add_product_(
+      const at::Tensor& out, scalar_t* out_column, const at::Tensor& values, const scalar_t* column, double kept,
+      double kept_column, bool transposed) const {
+    for (int64_t group = 0; group < groups_; ++group) {
+      for (int64_t i = 0; i < blocks_; ++i) {
+        const int64_t begin = block_begin(inputs_, blocks_, i), size = block_begin(inputs_, blocks_, i + 1) - begin;
+        const int64_t from = group * outputs_ * inputs_ + begin * (by_columns_ ? outputs_ : 1);
+        at::Tensor part = rows(out, from, size);
+        at::addmm_out(part, part, rows(values, from, size), square(group * blocks_ + i, size, transposed), kept, 1);
+        if (column == nullptr || i < blocks_ - 1) continue;
+        const scalar_t* last = root_.const_data_ptr<scalar_t>() + (group * blocks_ + i) * order_ * order_;
+        const scalar_t* bottom = last + size * order_;
+        std::vector<scalar_t> right(size);
+        for (int64_t k = 0; k < size; ++k) right[k] = last[k * order_ + size];
+        const int64_t first = group * outputs_;
+        at::parallel_for(0, outputs_, std::max<int64_t>(kGrain / size, 1), [&](int64_t low, int64_t high) {
+          const int64_t at = from + low * (by_columns_ ? 1 : inputs_);
+          add_edge(
+              Edge<scalar_t>{
+                  high - low, size, by_columns_ ? outputs_ : inputs_, by_columns_,
+                  out.mutable_data_ptr<scalar_t>() + at, out_column + first + low,
+                  values.const_data_ptr<scalar_t>() + at, column + first + low, transposed ? bottom : right.data(),
+                  transposed ? right.data() : bottom, bottom[size], static_cast<scalar_t>(kept_column)});
+        });
+      }
+    }
+  }
+
+ private:
+  // So many inputs of all outputs [O, n], from an entry on.
+  at::Tensor rows(const at::Tensor& value, int64_t from, int64_t size) const {
+    return value.as_strided(
+        {outputs_, size}, {by_columns_ ? 1 : inputs_, by_columns_ ? outputs_ : 1}, value.storage_offset() + from);
+  }
+
+  at::Tensor square(int64_t block, int64_t size, bool transposed) const {
+    return root_.as_strided(
+        {size, size}, {transposed ? 1 : order_, transposed ? order_ : 1},
+        root_.storage_offset() + block * order_ * order_);
+  }
+
+  const at::Tensor& root_;
+  bool by_columns_;
+  int64_t groups_, blocks_, order_, outputs_, inputs_;
+};
+
+// Takes the steps of all parameters, of one type; rule_of(p) is that of one.
+template <typename scalar_t, typename RuleOf>
+void step_each(const Arguments& given, int64_t moments, const RuleOf& rule_of) {
+  int64_t most = 0;
+  for (const at::Tensor& parameter : given.parameters) most = std::max(most, parameter.numel());
+  const at::Tensor room = at::empty({most}, given.parameters[0].options());
+  scalar_t* const change = room.mutable_data_ptr<scalar_t>();
+  const auto turn = [&](size_t p, scalar_t* own) {
+    const auto rule = rule_of(p);
+    scalar_t* first = moments > 0 ? given.first[p].mutable_data_ptr<scalar_t>() : nullptr;
+    scalar_t* second = moments > 1 ? given.second[p].mutable_data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, given.parameters[p].numel(), kGrain, [&](int64_t begin, int64_t end) {
+      const auto from = [&](scalar_t* values) { return values == nullptr ? nullptr : values + begin; };
+      apply(rule, end - begin, own + begin, from(first), from(second));
     });
-  });
+  };
+  size_t p = 0, rooted = 0;
+  for (size_t i = 0; i < given.kinds.size(); ++i) {
+    const int64_t kind = given.kinds[i];
+    const at::Tensor& weight = given.parameters[p];
+    const at::Tensor gradient = with_decay(given, p);
+    if (kind == kRows || kind == kColumns) {
+      const Coordinates<scalar_t> coordinates(given.roots[rooted++], weight, kind == kColumns);
+      const bool bias = given.members[i] == 2;
+      const at::Tensor bias_gradient = bias ? with_decay(given, p + 1) : at::Tensor();
+      std::vector<scalar_t> bias_change(bias ? bias_gradient.numel() : 0);
+      scalar_t* const column = bias ? bias_change.data() : nullptr;
+      coordinates.add_product_(
+          room, column, gradient, bias ? bias_gradient.const_data_ptr<scalar_t>() : nullptr, 0, 0, false);
+      turn(p, change);
+      if (bias) turn(p + 1, column);
+      coordinates.add_product_(
+          weight, bias ? given.parameters[p + 1].mutable_data_ptr<scalar_t>() : nullptr, room, column, given.kept[p],
+          bias ? given.kept[p + 1] : 0, true);
+    } else {
+      const scalar_t* diagonal = kind == kDiagonal ? given.roots[rooted++].const_data_ptr<scalar_t>() : nullptr;
+      const int64_t width = kind == kDiagonal ? weight.size(1) : 1;
+      const scalar_t* seen = gradient.const_data_ptr<scalar_t>();
+      scalar_t* own = weight.mutable_data_ptr<scalar_t>();
+      const auto scale = [&](const scalar_t* in) {
+        at::parallel_for(0, weight.size(0), std::max<int64_t>(kGrain / width, 1), [&](int64_t begin, int64_t end) {
+          const int64_t from = begin * width;
+          scale_rows(end - begin, width, change + from, in + from, diagonal + begin);
+        });
+      };
+      if (diagonal != nullptr) {
+        scale(seen);
+      } else {
+        std::copy_n(seen, weight.numel(), change);
+      }
+      turn(p, change);
+      if (diagonal != nullptr) scale(change);
+      at::parallel_for(0, weight.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        add_change(end - begin, own + begin, change + begin, given.kept[p]);
+      });
+    }
+    for (const size_t end = p + given.members[i]; p < end; ++p) {
+      given.parameters[p].unsafeGetTensorImpl()->bump_version();
+      if (!given.counts.empty()) at::Tensor(given.counts[p]).fill_(steps_after(given.counts[p]));
+    }
+  }
 }
 
-// Takes the steps of all parameters; rule_of(p) is that of one.
 template <typename RuleOf>
 void step_all(const Arguments& given, int64_t moments, bool counted, const RuleOf& rule_of) {
   check(given, moments, counted);
   if (given.parameters.empty()) return;
   const PlainKernelGuard guard;
-  const auto turn = [&](size_t p, const at::Tensor& change) {
-    apply_to(rule_of(p), change, moments > 0 ? &given.first[p] : nullptr, moments > 1 ? &given.second[p] : nullptr);
-  };
-  int64_t most = 0;
-  for (const at::Tensor& parameter : given.parameters) most = std::max(most, parameter.numel());
-  const at::Tensor room = at::empty({most}, given.parameters[0].options());
-  size_t p = 0, rooted = 0;
-  for (size_t i = 0; i < given.kinds.size(); ++i) {
-    const int64_t kind = given.kinds[i];
-    at::Tensor weight = given.parameters[p];
-    const double kept = given.kept[p];
-    const at::Tensor gradient = with_decay(given, p);
-    at::Tensor change = room.narrow(0, 0, weight.numel()).view(weight.sizes());
-    if (kind == kPlain) {
-      change.copy_(gradient);
-      turn(p, change);
-      if (kept != 1) weight.mul_(kept);
-      weight.add_(change);
-    } else if (kind == kDiagonal) {
-      const at::Tensor root = given.roots[rooted++].unsqueeze(-1);
-      at::mul_out(change, gradient, root);
-      turn(p, change);
-      if (kept != 1) weight.mul_(kept);
-      weight.addcmul_(change, root);
-    } else {
-      const at::Tensor& whole = given.roots[rooted++];
-      const int64_t groups = whole.size(0);
-      const at::Tensor root = groups == 1 ? whole[0] : whole;
-      Pair own{as_rows(weight, kind, groups), {}, kept, 1}, seen{as_rows(gradient, kind, groups)};
-      Pair wanted{as_rows(change, kind, groups)};
-      at::Tensor bias_change;
-      if (given.members[i] == 2) {
-        bias_change = at::empty_like(given.parameters[p + 1]);
-        own.column = as_column(given.parameters[p + 1], groups);
-        own.kept_column = given.kept[p + 1];
-        seen.column = as_column(with_decay(given, p + 1), groups);
-        wanted.column = as_column(bias_change, groups);
-      }
-      add_root_product_(wanted, seen, root);
-      turn(p, change);
-      if (bias_change.defined()) turn(p + 1, bias_change);
-      add_root_product_(own, wanted, root.mT());
-    }
-    for (const size_t end = p + given.members[i]; p < end; ++p) {
-      given.parameters[p].unsafeGetTensorImpl()->bump_version();
-      if (counted) at::Tensor(given.counts[p]).fill_(steps_after(given.counts[p]));
-    }
-  }
+  AT_DISPATCH_FLOATING_TYPES(
+      given.parameters[0].scalar_type(), "coordinate_step", [&] { step_each<scalar_t>(given, moments, rule_of); });
 }
 
 }  // namespace
