@@ -79,33 +79,34 @@ class Options(NamedTuple):
 
 
 class Call:
-    """The arguments of one call: its parameters have one type, and options that differ in rate and decay alone."""
+    """The arguments of one call: its parameters have one type, and options that differ in rate and decay alone.
+
+    Attributes:
+        entries: Of each parameter itself, its gradient, the tensors of its state, and the last three of its options.
+    """
 
     def __init__(self, options: Options) -> None:
-        self.numbers = options.numbers
-        self.tensors: dict[str, list[Tensor]] = {key: [] for key in ("parameter", "gradient", *options.keys)}
+        self.keys, self.numbers = ("parameter", "gradient", *options.keys), options.numbers
+        self.entries: list[tuple[Any, ...]] = []
         self.roots: list[Tensor] = []
         self.kinds: list[int] = []
         self.members: list[int] = []
-        self.floats: tuple[list[float], list[float], list[float]] = ([], [], [])  # kept, coupled, rates
 
-    def add(self, kind: int, root: Tensor | None, owners: Sequence[tuple[list[Tensor], Options]]) -> None:
+    def add(self, kind: int, root: Tensor | None, entries: Sequence[tuple[Any, ...]]) -> None:
         """A weight, alone or with its bias."""
         self.kinds.append(kind)
-        self.members.append(len(owners))
+        self.members.append(len(entries))
         if root is not None:
             self.roots.append(root)
-        for tensors, options in owners:
-            for own, tensor in zip(self.tensors.values(), tensors, strict=True):
-                own.append(tensor)
-            for numbers, number in zip(self.floats, options[2:], strict=True):
-                numbers.append(number)
+        self.entries += entries
 
     def take(self, operator: Operator) -> None:
         """Take the steps."""
-        lists = [self.tensors.get(key, []) for key in ("parameter", "gradient", *operator.lists)]
+        *tensors, kept, coupled, rates = zip(*self.entries, strict=True)
+        by_key = dict(zip(self.keys, tensors, strict=True))
+        lists = [by_key.get(key, ()) for key in ("parameter", "gradient", *operator.lists)]
         call = getattr(torch.ops.consequentialism, operator.name).default
-        call(*lists, self.roots, self.kinds, self.members, *self.floats, *self.numbers)
+        call(*lists, self.roots, self.kinds, self.members, kept, coupled, rates, *self.numbers)
 
 
 class AtOnce:
@@ -113,6 +114,7 @@ class AtOnce:
 
     Attributes:
         others: The parameters without coordinates that are served.
+        all_others: Whether those are all that there are.
         left: The parts that are not.
     """
 
@@ -123,6 +125,7 @@ class AtOnce:
             together: Whether parts may be stepped in another order than one by one, as they are given.
         """
         self.others: list[Tensor] = []
+        self.all_others = False
         self.left: list[Part] = list(parts)
         self._calls: dict[Any, Call] = {}
         operator = OPERATORS.get(rule)
@@ -133,20 +136,24 @@ class AtOnce:
         self._options = {
             id(group): _options(operator, group, decay_of(decay, group, name)) for group in optimizer.param_groups
         }
-        self.left = [part for part in parts if not (together and self._takes_part(part))]
+        if together:
+            self.left = [part for part in parts if not self._takes_part(part)]
         inside = {id(parameter) for part in parts for parameter in part.parameters}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                waits = parameter.grad is not None and id(parameter) not in inside
-                if waits and self._takes(PLAIN, None, (parameter,), (group,)):
-                    self.others.append(parameter)
+        waiting = [
+            (parameter, group)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) not in inside and parameter.grad is not None
+        ]
+        self.others = [parameter for parameter, group in waiting if self._takes(PLAIN, None, (parameter,), (group,))]
+        self.all_others = len(self.others) == len(waiting)
 
     def _takes_part(self, part: Part) -> bool:
         unit, parameters = part.unit, part.parameters
         kind = _kind_of(unit.kind, parameters[0])
         if kind is None or part.root is None:
             return False
-        if kind != DIAGONAL and unit.with_bias and len(parameters) == 1:  # a column without a gradient
+        if unit.with_bias and len(parameters) == 1:  # a column without a gradient
             return False
         return self._takes(kind, part.root, parameters, part.groups)
 
@@ -155,20 +162,21 @@ class AtOnce:
         dtype = parameters[0].dtype
         if dtype not in (torch.float32, torch.float64) or (root is not None and root.dtype != dtype):
             return False
-        owners: list[tuple[list[Any], Options]] = []
+        entries, numbers = [], None
         for parameter, group in zip(parameters, groups, strict=True):
             options, state = self._options[id(group)], self._state.get(parameter)
-            if options is None or state is None:
+            if options is None or state is None or numbers not in (None, options.numbers):
                 return False
             tensors = [parameter, parameter.grad, *[state.get(key) for key in options.keys]]
             if not _are_dense(tensors, dtype, options.keys[-1:] == ("step",)):
                 return False
-            owners.append((tensors, options))
-        numbers = owners[0][1].numbers
-        if any(options.numbers != numbers for _, options in owners[1:]):
-            return False
-        call = self._calls.setdefault((dtype, numbers), Call(owners[0][1]))
-        call.add(kind, root, owners)
+            numbers = options.numbers
+            entries.append((*tensors, *options[2:]))
+        call = self._calls.get((dtype, numbers))
+        if call is None:
+            assert options is not None
+            call = self._calls[dtype, numbers] = Call(options)
+        call.add(kind, root, entries)
         return True
 
     def take(self) -> None:
@@ -206,8 +214,6 @@ def _are_dense(tensors: Sequence[Any], dtype: torch.dtype, counted: bool) -> boo
     if tensors[0].device.type != "cpu":
         return False
     for tensor in tensors:
-        if type(tensor) not in OWN or tensor.layout != torch.strided or not tensor.is_contiguous():
+        if type(tensor) not in OWN or tensor.layout is not torch.strided or not tensor.is_contiguous():
             return False
-        if tensor.dtype != dtype and not (counted and tensor is tensors[-1]):
-            return False
-    return True
+    return all([tensor.dtype is dtype for tensor in (tensors[:-1] if counted else tensors)])

@@ -157,7 +157,9 @@ def step_weight_by_weight(
     try:
         for parameter, _ in hidden:
             parameter.grad = None
-        optimizer.step()
+        # A scheduler looks whether its optimizer steps, by a method of its own in the place of that.
+        if not at_once.all_others or "step" in vars(optimizer):
+            optimizer.step()
     finally:
         for parameter, gradient in hidden:
             parameter.grad = gradient

@@ -87,7 +87,10 @@ def take_in(
             alone = all(i in members for i, other in enumerate(states) if other.get("root") is state["root"])
             # In place where nobody else has it, so that a captured step between refreshes sees it.
             places = {key: state[key] if alone else state[key].clone() for key in own}
-            values = [torch.where(usable, value, places[key]) for key, value in own.items()]
+            if usable.device.type == "cpu" and bool(usable):  # nothing is to be waited for
+                values = list(own.values())
+            else:
+                values = [torch.where(usable, value, places[key]) for key, value in own.items()]
             written.append((members, places, values))
         for members, places, values in written:  # nothing here asks for memory, and so nothing fails
             for place, value in zip(places.values(), values, strict=True):

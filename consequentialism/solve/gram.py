@@ -120,19 +120,17 @@ class Gram:
         if moment.ndim == 1:
             t = moment.sum() / columns
             made = (moment / t + damping).pow(-exponent)
-            alive = t != 0
-            eye = torch.ones_like(moment)
         else:
             t = moment.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) / columns
             t = t[:, None, None, None]
-            alive = t != 0
-            scaled = moment / torch.where(alive & t.isfinite(), t, 1)
+            scaled = moment / torch.where((t != 0) & t.isfinite(), t, 1)
             made = root.power(ops, scaled, damping, exponent, columns, how)
-            eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
         if not divided:
             made = made * t.pow(-exponent)
-        made = torch.where(alive, made, eye)
-        return torch.where(t.isfinite(), made, torch.nan)
+        if t.device.type == "cpu" and bool((t.isfinite() & (t != 0)).all()):  # the host need not wait for it
+            return made
+        eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device) if moment.ndim > 1 else 1
+        return torch.where(t.isfinite(), torch.where(t != 0, made, eye), torch.nan)
 
 
 def sum_over(grams: Sequence[Gram], groups: Sequence[dist.ProcessGroup], beside: Tensor) -> None:
