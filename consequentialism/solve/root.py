@@ -30,7 +30,7 @@ KINDS: tuple[Kind, ...] = ("auto", "symmetric", "cholesky")
 
 ROOTS = (2, 4, 8)  # orders that the iteration takes: T^p is then a few squarings
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-15}
-LEAF = 64  # the order of triangular matrices that are not cut
+LEAF = 72  # the order of triangular matrices that are not cut: above 64 with a bias
 NEAR_ONE = 1e-3  # where Taylor's polynomial about the middle is the minimax one but for rounding
 
 
