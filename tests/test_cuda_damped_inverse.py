@@ -75,12 +75,13 @@ def invert(
     scaled_by_c: bool = False,
     shared: int = SHARED,
     resident: int = 0,
+    pairs: bool = False,
     only_if: int | None = None,
     padding: int = 0,
     seeds: tuple[int, ...] = cuda_shim.SEEDS,
 ) -> tuple[Tensor, int]:
     """The inverses ``[count, n, n]`` and the number of breakdowns. ``resident``: by a resident cluster of so many
-    blocks."""
+    blocks, whose warps make two products at once where ``pairs``."""
     count, n, _ = grams.shape
     workspace = plan(shim, n, grams.dtype, shared, resident=resident, forced=resident > 0).workspace
     arguments = (
@@ -92,7 +93,7 @@ def invert(
     )
     name = {F32: "call_damped_inverse_float", F64: "call_damped_inverse_double"}[grams.dtype]
     rank = n if rank is None else rank
-    options = (count, n, padding, shared, resident, damping, float(rank), factor, relative, scaled_by_c)
+    options = (count, n, padding, shared, resident, pairs, damping, float(rank), factor, relative, scaled_by_c)
     results = shim.run(name, *arguments, *options, seeds=seeds)
     return results[1], int(results[-1])
 
@@ -135,9 +136,10 @@ def test_cluster(shim: cuda_shim.Library, n: int, dtype: torch.dtype) -> None:
 def test_resident_cluster_gives_a_blocks_bits(shim: cuda_shim.Library, n: int, dtype: torch.dtype, blocks: int) -> None:
     gram = gram_of("low_rank", n, dtype)
     expected, _ = invert(shim, gram[None], damping=0.01, seeds=(0,))
-    own, breakdowns = invert(shim, gram[None], damping=0.01, resident=blocks)
-    assert torch.equal(own, expected)
-    assert breakdowns == 0
+    for pairs in (False, True):
+        own, breakdowns = invert(shim, gram[None], damping=0.01, resident=blocks, pairs=pairs)
+        assert torch.equal(own, expected)
+        assert breakdowns == 0
 
 
 @pytest.mark.parametrize(("n", "dtype", "blocks"), [(290, F32, 8), (270, F64, 8), (450, F32, 16)], ids=str)

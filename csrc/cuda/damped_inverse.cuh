@@ -232,12 +232,12 @@ __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* sp
   }
 }
 
-// Tile (i, j) of the inverse, and its mirror, <- multiplier * sums, a product of columns.
-template <class T>
+// Tile (i, j) of the inverse, or two from there down, and the mirror, <- multiplier * sums, a product of columns.
+template <class T, int kRows>
 __device__ __forceinline__ void store_inverse_tile(
-    const T (&sums)[4][8], int i, int j, int n, int stride, T multiplier, T* inverse, int lane) {
+    const T (&sums)[kRows][8], int i, int j, int n, int stride, T multiplier, T* inverse, int lane) {
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
+  for (int q = 0; q < kRows; ++q) {
 #pragma unroll
     for (int p = 0; p < 8; ++p) {
       const int row = i * kTile + fragment_row<T, Inner::kColumns>(lane, q);

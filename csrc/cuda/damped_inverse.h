@@ -56,11 +56,13 @@ struct InverseBatch {
 // cluster in global memory (L2); nobody here.
 enum class InverseTeam { kNone, kBlock, kResident, kCluster };
 
-// The blocks of a resident cluster as a grid, and how many tiles that a block works on its shared memory has room for.
+// The blocks of a resident cluster as a grid, how many tiles that a block works on its shared memory has room for, and
+// whether a warp makes two products at once in the last step, where it has several to make.
 struct ResidentShape {
   int rows;
   int columns;
   int room;
+  bool pairs;
 };
 
 // How a matrix of order n is factored.

@@ -38,17 +38,18 @@ InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared
     for (int64_t j = column; j < along; j += columns) own += j / rows + 1;
     most_own = std::max(most_own, own);
   }
-  const int64_t least = std::max<int64_t>(panels, 2 * kInverseClusterThreads / 32);  // two for a warp, of the last step
+  constexpr int64_t kWarps = kInverseClusterThreads / 32;
   const auto most = static_cast<int64_t>(shared_bytes / inverse_tile_bytes(element_bytes));
-  if (most < least) return {};
-  const int64_t tiles = std::min(most, std::max(least, panels + most_own));
+  if (most < std::max(panels, 2 * kWarps)) return {};  // of the last step, two for a warp at least, better four
+  const int64_t tiles = std::min(most, std::max(panels + most_own, 4 * kWarps));
   InversePlan plan;
   plan.team = InverseTeam::kResident;
   plan.threads = kInverseClusterThreads;
   plan.blocks = blocks;
   plan.shared_bytes = static_cast<size_t>(tiles) * inverse_tile_bytes(element_bytes);
   plan.workspace_bytes = kInverseStateBytes + tile_bytes(along, 2, element_bytes);
-  plan.resident = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(tiles - panels)};
+  const bool pairs = element_bytes == 4 && tiles >= 3 * kWarps && along * (along + 1) / 2 > 4 * blocks * kWarps;
+  plan.resident = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(tiles - panels), pairs};
   return plan;
 }
 

@@ -32,7 +32,9 @@ class ResidentTiles {
         shared_(shared),
         finished_(finished),
         room_(shape.room),
-        own_(own_before(along)) {}
+        pairs_(shape.pairs && kMostCount == 2),
+        own_(own_before(along)),
+        slots_((count_of(along, 0, rows_) + count_of(along, 0, columns_) + 1 + room_) / warps_) {}
 
   // The tiles <- unit * (gram + ridge I).
   __device__ void load(const T* gram, int n, int stride, T ridge, T unit) const {
@@ -110,26 +112,22 @@ class ResidentTiles {
     }
   }
 
-  // inverse <- multiplier * V V^T, both triangles. The tiles in shared memory make way for a warp's two operands.
+  // inverse <- multiplier * V V^T, both triangles. The tiles in shared memory make way for the operands of each warp,
+  // of one product or, where every warp has several to make, of two that share an operand.
+  //
+  // Warps take turns over the blocks, there and back: neighbours sum about as many products, and each block its share.
   __device__ void multiply(int n, int stride, T multiplier, T* inverse) const {
-    T* left = shared_ + 2 * warp_ * kElements;
-    T* right = left + kElements;
+    const int blocks = rows_ * columns_, turns = blocks * warps_, own = warp_ * blocks + row_ + column_ * rows_;
     int index = 0;
     for (int j = 0; j < along_; ++j) {
-      for (int i = 0; i <= j; ++i, ++index) {
-        if (index % team_.warps != team_.warp) continue;
-        T sums[4][8] = {};
-#pragma unroll 1
-        for (int k = along_ - 1; k >= j; --k) {
-          stage(left, at(i, k), warp_);
-          if (i != j) stage(right, at(j, k), warp_);
-          copy_async_commit();
-          copy_async_wait<0>();
-          __syncwarp();
-          tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, left, i == j ? left : right, lane_);
-          __syncwarp();
+      for (int i = 0; i <= j; i += pairs_ ? 2 : 1, ++index) {
+        const int turn = index % turns;
+        if ((index / turns % 2 == 0 ? turn : turns - 1 - turn) != own) continue;
+        if (pairs_ && i < j) {
+          multiply_tiles_from<kMostCount>(i, j, n, stride, multiplier, inverse);
+        } else {
+          multiply_tiles_from<1>(i, j, n, stride, multiplier, inverse);
         }
-        store_inverse_tile(sums, i, j, n, stride, multiplier, inverse, lane_);
       }
     }
   }
@@ -137,6 +135,8 @@ class ResidentTiles {
  private:
   static constexpr int kElements = TileTraits<T>::kElements;
   static constexpr int kStride = TileTraits<T>::kStride;
+  static constexpr int kMostCount =
+      sizeof(T) == 4 ? 2 : 1;                             // of tiles beside each other that a warp multiplies at once
   static constexpr int kUnroll = sizeof(T) == 4 ? 9 : 1;  // of copies: otherwise ptxas takes registers until it spills
 
   // How many of 0, 1, ..., below - 1 are own mod count.
@@ -221,6 +221,42 @@ class ResidentTiles {
     });
   }
 
+  // Tile (i, j) of the inverse, and with kCount = 2 tile (i + 1, j), by one warp. Of a product's operands those of the
+  // next one are under way where there is room for both.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_tiles_from(int i, int j, int n, int stride, T multiplier, T* inverse) const {
+    constexpr int kOperands = kCount + 1;
+    const bool ahead = slots_ >= 2 * kOperands;
+    const auto operands = [&](int k) {
+      return shared_ + (warp_ * slots_ + (ahead ? k % 2 * kOperands : 0)) * kElements;
+    };
+    const auto fetch = [&](int k) {
+      T* to = operands(k);
+#pragma unroll
+      for (int t = 0; t < kCount; ++t) stage(to + t * kElements, at(i + t, k), warp_);
+      if (kCount > 1 || i != j) stage(to + kCount * kElements, at(j, k), warp_);
+      copy_async_commit();
+    };
+    T sums[4 * kCount][8] = {};
+    if (ahead) fetch(along_ - 1);
+#pragma unroll 1
+    for (int k = along_ - 1; k >= j; --k) {
+      if (!ahead) fetch(k);
+      if (ahead && k > j) {
+        fetch(k - 1);
+        copy_async_wait<1>();
+      } else {
+        copy_async_wait<0>();
+      }
+      __syncwarp();
+      const T* left = operands(k);
+      const T* right = left + (kCount > 1 || i != j ? kCount * kElements : 0);
+      tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, left, right, lane_);
+      __syncwarp();
+    }
+    store_inverse_tile(sums, i, j, n, stride, multiplier, inverse, lane_);
+  }
+
   template <Inner kInnerA, class Step>
   __device__ __forceinline__ void for_each_pack(T* tile, const Step& step) const {
 #pragma unroll
@@ -275,7 +311,9 @@ class ResidentTiles {
   T* shared_;
   T* finished_;
   int room_;  // own tiles in shared memory
+  bool pairs_;
   int own_;
+  int slots_;  // tiles of shared memory for each warp, of the last step
 };
 
 }  // namespace consequentialism::cuda

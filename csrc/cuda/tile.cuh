@@ -64,11 +64,11 @@ enum class Inner { kRows, kColumns };
 enum class Sum { kSubtractUp, kAddDown };
 
 // A lane's 4 x 8 elements of a product's tile; which ones depends on how the operands are read, for no read meets a
-// bank twice.
+// bank twice. From q = 4 on, those of a second tile below.
 template <class T, Inner kInnerA>
 __device__ __forceinline__ int fragment_row(int lane, int q) {
   constexpr bool kNeighbours = (kInnerA == Inner::kRows) == (sizeof(T) == 4);
-  return kNeighbours ? lane / 4 * 4 + q : lane / 4 + 8 * q;
+  return kNeighbours ? lane / 4 * 4 + q % 4 + q / 4 * kTile : lane / 4 + 8 * q;
 }
 
 template <class T, Inner kInnerB>
@@ -78,10 +78,11 @@ __device__ __forceinline__ int fragment_column(int lane, int p) {
 }
 
 // sums -= A B or += A B, where A[r, k] = a[r, k] (inner index along columns) or a[k, r] (along rows), B[k,
-// c] = b[k, c] (along rows) or b[c, k] (along columns). By fused multiply and add: of terms of TF32 on tensor cores,
+// c] = b[k, c] (along rows) or b[c, k] (along columns). With kRows = 8 for two tiles a, the second behind the first,
+// which read three quarters as much for each product. By fused multiply and add: of terms of TF32 on tensor cores,
 // which cut sums off at float32's digits instead of rounding them, inverses come out up to three times as far off.
-template <Inner kInnerA, Inner kInnerB, Sum kSum>
-__device__ __forceinline__ void tile_product(float (&sums)[4][8], const float* a, const float* b, int lane) {
+template <Inner kInnerA, Inner kInnerB, Sum kSum, int kRows>
+__device__ __forceinline__ void tile_product(float (&sums)[kRows][8], const float* a, const float* b, int lane) {
   using T = float;
   using Traits = TileTraits<T>;
   constexpr int kPack = Traits::kPack;
@@ -89,17 +90,17 @@ __device__ __forceinline__ void tile_product(float (&sums)[4][8], const float* a
 #pragma unroll 1
   for (int step = 0; step < kTile; step += kPack) {
     const int k = kSum == Sum::kAddDown ? kTile - kPack - step : step;
-    T left[4][kPack], right[8][kPack];
+    T left[kRows][kPack], right[8][kPack];
     if constexpr (kInnerA == Inner::kColumns) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) load_pack(a + fragment_row<T, kInnerA>(lane, q) * kStride + k, left[q]);
+      for (int q = 0; q < kRows; ++q) load_pack(a + fragment_row<T, kInnerA>(lane, q) * kStride + k, left[q]);
     } else {
 #pragma unroll
       for (int kk = 0; kk < kPack; ++kk) {
 #pragma unroll
-        for (int q = 0; q < 4; q += kPack) {
+        for (int q = 0; q < kRows; q += kPack) {
           T pack[kPack];
-          load_pack(a + (k + kk) * kStride + fragment_row<T, kInnerA>(lane, q), pack);
+          load_pack(a + (q / 4 * kTile + k + kk) * kStride + fragment_row<T, kInnerA>(lane, q % 4), pack);
 #pragma unroll
           for (int i = 0; i < kPack; ++i) left[q + i][kk] = pack[i];
         }
@@ -124,7 +125,7 @@ __device__ __forceinline__ void tile_product(float (&sums)[4][8], const float* a
     for (int inner = 0; inner < kPack; ++inner) {
       const int kk = kSum == Sum::kAddDown ? kPack - 1 - inner : inner;
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
+      for (int q = 0; q < kRows; ++q) {
         const T factor = kSum == Sum::kAddDown ? left[q][kk] : -left[q][kk];
 #pragma unroll
         for (int p = 0; p < 8; ++p) sums[q][p] = fma(factor, right[p][kk], sums[q][p]);
