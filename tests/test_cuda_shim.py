@@ -282,6 +282,7 @@ def call(
         "missing_grid_barrier",
         "missing_barrier_after_copy",
         "copy_over_what_is_read",
+        "arrives_too_early",
     ],
 )
 def test_missing_barrier(broken: cuda_shim.Library, name: str) -> None:
@@ -309,6 +310,9 @@ def test_missing_copy_wait(broken: cuda_shim.Library, name: str) -> None:
         ),
         ("two_barriers", r"divergent barrier: __syncthreads at broken.cu:\d+ meets the one at broken.cu:\d+"),
         ("grid_barrier_alone", r"deadlock: 32 of 32 threads wait; .*in grid_barrier at "),
+        ("nobody_waits", r"named barrier 1: 32 of 64 threads came"),
+        ("arrives_twice", r"named_barrier_arrive\(1, 64\) at broken.cu:\d+: twice|named barrier 1: 32 of 64 threads came"),
+        ("other_count", r"named_barrier_wait\(1, 32\) at broken.cu:\d+: others are for 64 threads|deadlock: 32 of 64"),
         ("exited_lane", r"exits, but is named in the mask 0xffffffff of __shfl_xor_sync|threads that have exited"),
         ("other_collective", r"__(shfl_sync|syncwarp)\(0xffffffff\) at .* meets __(shfl_sync|syncwarp)\(0xffffffff\)"),
         ("caller_not_in_mask", r"thread \(31, 0, 0\)|exits, but is named"),
@@ -329,6 +333,7 @@ def test_wrong_threads(broken: cuda_shim.Library, name: str, message: str, seed:
 
 def test_right_threads(broken: cuda_shim.Library) -> None:
     call(broken, "divergent_barrier", right=True, seeds=SEEDS)
+    call(broken, "nobody_waits", right=True, seeds=SEEDS)
     call(broken, "exits_later", offset=-1, seeds=SEEDS)
 
 

@@ -129,64 +129,99 @@ __device__ void load_tiles(const Team<kTeam>& team, const T* gram, int n, int st
   }
 }
 
-// tile <- U, as factor_tile. A cluster's tiles lie in global memory: scratch, in shared memory, is where it works.
+// Between a block's first warp, which factors a tile, and `followers` other warps that solve with it while it does.
+class FactorRows {
+ public:
+  __device__ __forceinline__ explicit FactorRows(int followers)
+      : threads_((1 + followers) * static_cast<int>(kWarpSize)) {}
+
+  // What factor_tile and substitute_forward call.
+  __device__ __forceinline__ void publish(int group) const {
+    if (threads_ > static_cast<int>(kWarpSize)) named_barrier_arrive(1 + group, threads_);
+  }
+  // With nothing to wait for, a barrier still keeps loads from coming so early that they take registers that others
+  // need.
+  __device__ __forceinline__ void await(int group, bool follows) const {
+    if (follows) {
+      named_barrier_wait(1 + group, threads_);
+    } else {
+      __syncwarp();
+    }
+  }
+
+ private:
+  int threads_;
+};
+
+// tile <- D W, as factor_tile. A cluster's tiles lie in global memory: scratch, in shared memory, is where it works.
 template <InverseTeam kTeam, class T>
-__device__ __forceinline__ bool factor_tile_of(T* tile, T* scratch, int lane) {
+__device__ __forceinline__ bool factor_tile_of(T* tile, T* scratch, int lane, const FactorRows& rows) {
+  const auto publish = [&](int group) { rows.publish(group); };
   if constexpr (kTeam == InverseTeam::kBlock) {
-    return factor_tile(tile, lane);
+    return factor_tile(tile, lane, publish);
   } else {
     constexpr int kStride = TileTraits<T>::kStride;
 #pragma unroll 8
     for (int i = 0; i < kTile; ++i) scratch[i * kStride + lane] = tile[i * kStride + lane];
     __syncwarp();
-    const bool works = factor_tile(scratch, lane);
+    const bool works = factor_tile(scratch, lane, publish);
     for (int i = 0; i < kTile; ++i) tile[i * kStride + lane] = scratch[i * kStride + lane];
     tile[lane * kStride + kTile] = scratch[lane * kStride + kTile];
-    __syncwarp();
     return works;
   }
 }
 
-// The tiles <- U. Returns early, with state->broken set, where a pivot breaks down.
+// The tiles <- U, those of the diagonal as factor_tile leaves them. Returns early where a pivot breaks down;
+// state->broken is then 1 + the tile it is in.
+//
+// A step ends with a row of U. Its first warp brings the tile of the diagonal up to date with the row before and
+// factors it, while the others do the same with the rest and then solve the row, in a block while its tile is being
+// factored.
 template <InverseTeam kTeam, class T>
 __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* scratch, InverseState<T>* state) {
   using Traits = TileTraits<T>;
+  constexpr bool kFollow = kTeam == InverseTeam::kBlock;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
   const bool first = is_first_warp(team.warp);
-  if (first && !factor_tile_of<kTeam>(at(0, 0), scratch, lane) && lane == 0) state->broken = 1;
-  team.sync();
-  for (int k = 0; k < along - 1; ++k) {
-    if (state->broken) return;
-    for (int j = k + 1 + team.warp; j < along; j += team.warps) {
-      substitute_forward(at(k, k), at(k, j), at(k, j), lane);
-    }
-    team.sync();
-    // The first warp updates the next tile of the diagonal and factors it, while the others update the rest.
+  const int others = max(team.warps - 1, 1), own = team.warp - 1;  // more than one tile has more than one warp
+  for (int k = 0; k < along; ++k) {
+    const FactorRows rows(kFollow ? min(along - 1 - k, others) : 0);
     if (first) {
-      subtract_product<Inner::kRows>(at(k + 1, k + 1), at(k, k + 1), at(k, k + 1), lane);
+      if (k > 0) subtract_product<Inner::kRows>(at(k, k), at(k - 1, k), at(k - 1, k), lane);
       __syncwarp();
-      if (!factor_tile_of<kTeam>(at(k + 1, k + 1), scratch, lane) && lane == 0) state->broken = 1;
+      if (!factor_tile_of<kTeam>(at(k, k), scratch, lane, rows) && lane == 0) state->broken = 1 + k;
+    } else if (k > 0) {
+      // Row k first, each tile by the warp that will solve it.
+      int index = 0;
+      for (int i = k; i < along; ++i) {
+        for (int j = max(i, k + 1); j < along; ++j, ++index) {
+          if (index % others == own) subtract_product<Inner::kRows>(at(i, j), at(k - 1, i), at(k - 1, j), lane);
+        }
+      }
+      __syncwarp();
     }
-    const int others = team.warps > 1 ? team.warps - 1 : 1;
-    const int own = team.warps > 1 ? team.warp - 1 : 0;
-    int index = 0;
-    for (int j = k + 2; j < along; ++j) {
-      for (int i = k + 1; i <= j; ++i, ++index) {
-        if (index % others == own) subtract_product<Inner::kRows>(at(i, j), at(k, i), at(k, j), lane);
+    if constexpr (!kFollow) team.sync();
+    if (!first) {
+      for (int j = k + 1 + own; j < along; j += others) {
+        const bool follows = kFollow && j == k + 1 + own;
+        substitute_forward(at(k, k), at(k, j), at(k, j), lane, [&](int group) { rows.await(group, follows); });
       }
     }
     team.sync();
+    if (state->broken != 0 && state->broken <= 1 + k) return;  // what lies beyond is for the next step
   }
 }
 
-// The tiles <- V = U^-1. From the last row of tiles up: with row k of V known, every row above takes its share of it.
-// spare is one tile more.
+// The tiles, as factor_tiles leaves them, <- V = U^-1. From the last row of tiles up: with row k of V known, every row
+// above takes its share of it. spare is one tile more.
 template <InverseTeam kTeam, class T>
 __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* spare) {
   using Traits = TileTraits<T>;
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
+  for (int k = team.warp; k < along; k += team.warps) scale_factor(at(k, k), at(k, k), lane);
+  team.sync();
   for (int k = along - 1; k >= 0; --k) {
     // V[k, j] = U_kk^-1 S[k, j], where S[k, k] is an identity. V[k, k] stays aside until U_kk has been read.
     for (int j = along - 1 - team.warp; j >= k; j -= team.warps) {
@@ -353,7 +388,6 @@ __device__ void invert_matrix(
     load_tiles(team, item.gram, n, stride, ridge, state->unit, tiles);
     team.sync();
     factor_tiles(team, tiles_along(n), tiles, scratch, state);
-    team.sync();
   };
   const auto finish = [&](T multiplier) {
     const int along = tiles_along(n);

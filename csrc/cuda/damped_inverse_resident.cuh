@@ -64,25 +64,32 @@ class ResidentTiles {
       const bool own_row = row_ == next % rows_;
       if (own_row) stage(diagonal(), pending(next), warps_ - 1);
       finish_stages();
-      const bool factors = own_row && is_first_warp(warp_);
-      if (factors) factor_diagonal(next, state);
-      if (k >= 0 && !factors) update_rest(k, own_row ? warp_ - 1 : warp_, own_row ? warps_ - 1 : warps_);
-      __syncthreads();
-      if (own_row) {
-        int index = 0;
-        for (int j = next_of(next + 1, column_, columns_); j < along_; j += columns_, ++index) {
-          if (index % warps_ == warp_) substitute_forward(diagonal(), home(next, j), at(next, j), lane_);
+      if (!own_row) {
+        if (k >= 0) update_rows(k, next, along_, warp_, warps_);
+      } else {
+        const FactorRows rows(
+            min(count_of(along_, column_, columns_) - count_of(next + 1, column_, columns_), warps_ - 1));
+        if (is_first_warp(warp_)) {
+          factor_diagonal(next, rows, state);
+        } else {
+          if (k >= 0) {
+            update_rows(k, next, next + 1, warp_ - 1, warps_ - 1);  // first, each tile by the warp that will solve it
+            update_rows(k, next + 1, along_, warp_ - 1, warps_ - 1);
+            __syncwarp();
+          }
+          solve_row(next, rows);
         }
-        if (column_ == next % columns_ && warp_ == warps_ - 1) copy(at(next, next), diagonal());
       }
       team_.sync();
     }
   }
 
-  // The finished tiles <- V = U^-1, U's last tile on the diagonal being where factor left it.
+  // The finished tiles <- V = U^-1.
   //
   // V[k, j] takes U[k, j]'s place, whose last readers staged it before the barrier of step j (j > k) or k + 1 (j = k).
   __device__ void invert() const {
+    if (row_ == (along_ - 1) % rows_) stage(diagonal(), at(along_ - 1, along_ - 1), warps_ - 1);
+    finish_stages();
     for (int k = along_ - 1;; --k) {
       // V[k, j] = U_kk^-1 S[k, j], where S[k, k] is an identity.
       if (row_ == k % rows_) {
@@ -266,20 +273,33 @@ class ResidentTiles {
     }
   }
 
-  __device__ __forceinline__ void factor_diagonal(int next, InverseState<T>* state) const {
+  __device__ __forceinline__ void factor_diagonal(int next, const FactorRows& rows, InverseState<T>* state) const {
     T* tile = diagonal();
     if (next > 0) {
       subtract<Inner::kRows>(tile, row_tile(next), row_tile(next), false);
       __syncwarp();
     }
-    if (!factor_tile(tile, lane_) && lane_ == 0) state->broken = 1 + next;
+    const bool works = factor_tile(tile, lane_, [&](int group) { rows.publish(group); });
+    if (!works && lane_ == 0) state->broken = 1 + next;
+    if (column_ == next % columns_) scale_factor(tile, at(next, next), lane_);
   }
 
-  // The own tiles below row k + 1, and of that row all but the one on the diagonal.
-  __device__ __forceinline__ void update_rest(int k, int own, int others) const {
+  // The own tiles of row `next` of U but for the one on the diagonal, by all warps but the first.
+  __device__ __forceinline__ void solve_row(int next, const FactorRows& rows) const {
+    const int own = warp_ - 1, others = warps_ - 1;
+    int index = 0;
+    for (int j = next_of(next + 1, column_, columns_); j < along_; j += columns_, ++index) {
+      if (index % others != own) continue;
+      substitute_forward(
+          diagonal(), home(next, j), at(next, j), lane_, [&](int group) { rows.await(group, index == own); });
+    }
+  }
+
+  // The own tiles of the rows from `first` to `end`, but for the one on the diagonal of row k + 1.
+  __device__ __forceinline__ void update_rows(int k, int first, int end, int own, int others) const {
     int index = 0;
     for (int j = next_of(k + 2, column_, columns_); j < along_; j += columns_) {
-      for (int i = next_of(k + 1, row_, rows_); i <= j; i += rows_, ++index) {
+      for (int i = next_of(first, row_, rows_); i <= j && i < end; i += rows_, ++index) {
         if (index % others != own) continue;
         T* tile = home(i, j);
         subtract<Inner::kRows>(tile, row_tile(i), column_tile(j), false);

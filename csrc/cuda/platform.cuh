@@ -100,6 +100,16 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// A barrier `id`, 1 to 15, of so many threads of a block, all of their warps. Those that wait see what the others wrote
+// before they came, and those that arrive go on. __syncthreads is barrier 0.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_wait(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Where own_shared's offset lies in the shared memory of the cluster's block `rank`.
 template <class T>
 __device__ __forceinline__ T* cluster_map(T* own_shared, unsigned rank) {

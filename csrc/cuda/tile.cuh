@@ -209,13 +209,18 @@ __device__ __forceinline__ double reciprocal_root(double value) {
   return rsqrt(value);  // off by one unit, and no function call that spills a tile
 }
 
-// tile <- U with U^T U = tile, upper triangular with zeros below, and the reciprocals of its diagonal. Reads the upper
-// triangle. False where a pivot is not positive, normal and finite.
+// Warps that wait for a tile's factor row by row do so after every so many rows, and once more for the reciprocals.
+constexpr int kFactorGroup = 8;
+constexpr int kFactorGroups = kTile / kFactorGroup + 1;
+
+// A tile of the diagonal <- D W, upper triangular, where U = D^-1/2 (D W) has U^T U = tile, and the reciprocals of U's
+// diagonal. Reads the upper triangle. False where a pivot is not positive, normal and finite. publish(g), by all lanes,
+// where group g is written.
 //
-// As U = D^1/2 W, where row i of D W is row i of the tile once the rows above have taken their share: the next row is
-// brought up to date before all others, for on its pivot the next step waits. The others follow while it does.
-template <class T>
-__device__ __forceinline__ bool factor_tile_inline(T* tile, int lane) {
+// Row i of D W is row i of the tile once the rows above have taken their share: the next row is brought up to date
+// before all others, for on its pivot the next step waits. The others follow while it does.
+template <class T, class Publish>
+__device__ __forceinline__ bool factor_tile_inline(T* tile, int lane, const Publish& publish) {
   using Traits = TileTraits<T>;
   constexpr int kPack = Traits::kPack;
   constexpr int kStride = Traits::kStride;
@@ -229,6 +234,7 @@ __device__ __forceinline__ bool factor_tile_inline(T* tile, int lane) {
     const T next = __shfl_sync(kFullWarp, column[i], (i + 1) % kTile);
     tile[i * kStride + lane] = column[i];
     __syncwarp();
+    if constexpr (i % kFactorGroup == kFactorGroup - 1) publish(i / kFactorGroup);
     if constexpr (i > 0) {
       constexpr int kRow = i + 1;  // the first that the row before has not changed yet
       unroll<kTile / kPack>([&](auto r) {
@@ -249,53 +255,71 @@ __device__ __forceinline__ bool factor_tile_inline(T* tile, int lane) {
     }
   });
   const T own = tile[lane * kStride + lane];
-  const T root = reciprocal_root(own);
+  tile[lane * kStride + kTile] = reciprocal_root(own);
   __syncwarp();
-  tile[lane * kStride + kTile] = root;
-#pragma unroll
-  for (int i = 0; i < kTile; ++i) {
-    const T scaled = column[i] * __shfl_sync(kFullWarp, root, i);
-    tile[i * kStride + lane] = i <= lane ? scaled : T(0);
-  }
-  const bool works = own >= kLeastNormal<T> && isfinite(own);
-  const bool all_work = __all_sync(kFullWarp, works);
-  __syncwarp();
-  return all_work;
+  publish(kFactorGroups - 1);
+  return __all_sync(kFullWarp, own >= kLeastNormal<T> && isfinite(own));
 }
 
-__device__ __forceinline__ bool factor_tile(float* tile, int lane) {
-  return factor_tile_inline(tile, lane);
+template <class Publish>
+__device__ __forceinline__ bool factor_tile(float* tile, int lane, const Publish& publish) {
+  return factor_tile_inline(tile, lane, publish);
 }
 
 // A function of its own takes fewer registers than its code inside another, where some would spill.
-__device__ __attribute__((noinline)) inline bool factor_tile(double* tile, int lane) {
-  return factor_tile_inline(tile, lane);
+template <class Publish>
+__device__ __attribute__((noinline)) bool factor_tile(double* tile, int lane, const Publish& publish) {
+  return factor_tile_inline(tile, lane, publish);
 }
 
-// to <- U^-T from, a column for each lane; upper holds U as factor_tile leaves it.
+// to <- U, with zeros below, and the reciprocals of its diagonal, from what factor_tile leaves. Both may be the same.
 template <class T>
-__device__ __forceinline__ void substitute_forward(const T* upper, const T* from, T* to, int lane) {
+__device__ __forceinline__ void scale_factor(const T* from, T* to, int lane) {
+  constexpr int kStride = TileTraits<T>::kStride;
+  const T root = from[lane * kStride + kTile];
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const T scaled = from[i * kStride + lane] * __shfl_sync(kFullWarp, root, i);
+    to[i * kStride + lane] = i <= lane ? scaled : T(0);
+  }
+  to[lane * kStride + kTile] = root;
+}
+
+// to <- U^-T from, a column for each lane; factor is as factor_tile leaves it. await(g), by all lanes, before what
+// group g holds is read.
+template <class T, class Await>
+__device__ __forceinline__ void substitute_forward(
+    const T* factor, const T* from, T* to, int lane, const Await& await) {
   using Traits = TileTraits<T>;
   constexpr int kPack = Traits::kPack;
   T column[kTile];
 #pragma unroll
   for (int i = 0; i < kTile; ++i) column[i] = from[i * Traits::kStride + lane];
+  T reciprocal = 0;  // of the pivot of one row of a group
   unroll<kTile>([&](auto i) {
-    const T* row = upper + i * Traits::kStride;
-    column[i] *= row[kTile];
-    unroll<kTile / kPack>([&](auto r) {
-      if constexpr (r * kPack + kPack - 1 > i) {
-        T pack[kPack];
-        load_pack(row + r * kPack, pack);
-        unroll<kPack>([&](auto j) {
-          constexpr int kRow = r * kPack + j;
-          if constexpr (kRow > i) column[kRow] = fma(-pack[j], column[i], column[kRow]);
-        });
-      }
-    });
+    const T* row = factor + i * Traits::kStride;
+    if constexpr (i % kFactorGroup == 0) {
+      await(i / kFactorGroup);
+      reciprocal = divide(T(1), factor[(i + lane % kFactorGroup) * (Traits::kStride + 1)]);
+    }
+    if constexpr (i + 1 < kTile) {
+      const T share = column[i] * __shfl_sync(kFullWarp, reciprocal, i % kFactorGroup);
+      unroll<kTile / kPack>([&](auto r) {
+        if constexpr (r * kPack + kPack - 1 > i) {
+          T pack[kPack];
+          load_pack(row + r * kPack, pack);
+          unroll<kPack>([&](auto j) {
+            constexpr int kRow = r * kPack + j;
+            if constexpr (kRow > i) column[kRow] = fma(-pack[j], share, column[kRow]);
+          });
+        }
+      });
+    }
   });
+  await(kFactorGroups - 1);
+  const T root = factor[lane * Traits::kStride + kTile];
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) to[i * Traits::kStride + lane] = column[i];
+  for (int i = 0; i < kTile; ++i) to[i * Traits::kStride + lane] = column[i] * __shfl_sync(kFullWarp, root, i);
 }
 
 // column <- U^-1 column, a column for each lane.

@@ -35,13 +35,13 @@ __device__ __forceinline__ void measure(T* tiles, unsigned* cycles, const Piece&
 template <class T>
 __global__ void __launch_bounds__(32) factor_tile_piece(T* tiles, unsigned* cycles) {
   measure(tiles, cycles, [](T* a, T* b, T*, int lane) {
-    if (!factor_tile(a, lane)) b[lane] = 0;
+    if (!factor_tile(a, lane, [](int) {})) b[lane] = 0;
   });
 }
 
 template <class T>
 __global__ void __launch_bounds__(32) substitute_forward_piece(T* tiles, unsigned* cycles) {
-  measure(tiles, cycles, [](T* a, T* b, T*, int lane) { substitute_forward(a, b, b, lane); });
+  measure(tiles, cycles, [](T* a, T* b, T*, int lane) { substitute_forward(a, b, b, lane, [](int) {}); });
 }
 
 template <class T>

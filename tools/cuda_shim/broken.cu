@@ -77,6 +77,36 @@ __global__ void grid_barrier_alone(Arguments a) {
   grid_barrier(reinterpret_cast<unsigned*>(a.in), gridDim.x);
 }
 
+// The second warp reads what the first one has not written yet.
+__global__ void arrives_too_early(Arguments a) {
+  float* shared = dynamic_shared<float>();
+  const unsigned lane = threadIdx.x % kWarpSize;
+  if (threadIdx.x >= kWarpSize) {
+    named_barrier_wait(1, 64);
+    a.out[lane] = shared[lane];
+    return;
+  }
+  if (!a.right) named_barrier_arrive(1, 64);
+  __syncwarp();
+  shared[lane] = a.in[lane];
+  if (a.right) named_barrier_arrive(1, 64);
+}
+
+__global__ void nobody_waits(Arguments a) {
+  if (threadIdx.x < kWarpSize) named_barrier_arrive(1, 64);
+  if (threadIdx.x >= kWarpSize && a.right) named_barrier_wait(1, 64);
+}
+
+__global__ void arrives_twice(Arguments a) {
+  named_barrier_arrive(1, 64);
+  if (threadIdx.x < kWarpSize) named_barrier_arrive(1, 64);
+  a.out[threadIdx.x] = 0;
+}
+
+__global__ void other_count(Arguments) {
+  named_barrier_wait(1, threadIdx.x < kWarpSize ? 64 : 32);
+}
+
 __global__ void exited_lane(Arguments a) {
   if (threadIdx.x == 7) return;
   a.out[threadIdx.x] = __shfl_xor_sync(kFullWarp, a.in[threadIdx.x], 1);
@@ -262,6 +292,10 @@ const Broken kBroken[] = {
     {"divergent_barrier", divergent_barrier, {1, 64}},
     {"two_barriers", two_barriers, {1, 64}},
     {"grid_barrier_alone", grid_barrier_alone, {2, 32}},
+    {"arrives_too_early", arrives_too_early, {1, 64, 32 * 4}},
+    {"nobody_waits", nobody_waits, {1, 64}},
+    {"arrives_twice", arrives_twice, {1, 64}},
+    {"other_count", other_count, {1, 64}},
     {"exited_lane", exited_lane, {1, 32}},
     {"exits_later", exits_later, {1, 32}},
     {"other_collective", other_collective, {1, 32}},

@@ -138,6 +138,11 @@ void exit_thread() {
     const unsigned warps = (blockDim.x * blockDim.y * blockDim.z + 31) / 32;
     check_products_of_block(&state.warps[self.warp->index / warps * warps], warps);
     if (!close_block(block)) fail_with(state.error, state.message);
+    for (unsigned id = 0; id < kNamedBarriers; ++id) {
+      const NamedBarrier& named = block.named[id];
+      if (named.arrived.empty()) continue;
+      fail(cudaErrorLaunchFailure, "named barrier %u: %zu of %u threads came", id, named.arrived.size(), named.threads);
+    }
     if (block.cluster->size > 1) block.shared->protect(PROT_NONE);
   }
   if (block.live != 0 && block.waiting.size() == block.live) release(block.waiting);
@@ -179,6 +184,7 @@ void set_up(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const 
     const uint64_t linear = chosen[b / cluster] * cluster + b % cluster;
     Block& own = state.blocks[b];
     own.waiting.clear();
+    for (NamedBarrier& named : own.named) named = {};
     own.live = threads;
     own.rank = static_cast<unsigned>(b % cluster);
     own.index = {
@@ -309,6 +315,35 @@ void block_barrier(const Where& where) {
   arrive(block.waiting, block.live, "__syncthreads", where);
 }
 
+// The running thread comes to a barrier of so many threads of its block, and waits there or goes on.
+void named_barrier(const char* name, int id, int threads, bool waits, const Where& where) {
+  Fiber& self = *state.current;
+  if (id < 1 || id >= static_cast<int>(kNamedBarriers) || threads <= 0 || threads % 32 != 0) {
+    fail(cudaErrorLaunchFailure, "%s(%d, %d) at %s", name, id, threads, describe(where).c_str());
+  }
+  NamedBarrier& named = self.block->named[id];
+  if (!named.arrived.empty() && named.threads != static_cast<unsigned>(threads)) {
+    fail(
+        cudaErrorLaunchFailure, "%s(%d, %d) at %s: others are for %u threads", name, id, threads,
+        describe(where).c_str(), named.threads);
+  }
+  if (std::find(named.arrived.begin(), named.arrived.end(), &self) != named.arrived.end()) {
+    fail(cudaErrorLaunchFailure, "%s(%d, %d) at %s: twice", name, id, threads, describe(where).c_str());
+  }
+  named.threads = static_cast<unsigned>(threads);
+  named.arrived.push_back(&self);
+  if (waits) {
+    named.waiting.push_back(&self);
+    self.waits_in = name;
+    self.where = where;
+  }
+  if (named.arrived.size() == named.threads) {
+    named.arrived.clear();
+    release(named.waiting);
+  }
+  if (waits) suspend();
+}
+
 void wait_for_change(const char* name, const unsigned* address, unsigned mask, unsigned before, Where where) {
   if (((*address ^ before) & mask) != 0) return;
   Fiber& self = *state.current;
@@ -385,6 +420,14 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 
 namespace consequentialism::cuda {
+
+void named_barrier_arrive(int id, int threads, shim::Where where) {
+  shim::named_barrier("named_barrier_arrive", id, threads, false, where);
+}
+
+void named_barrier_wait(int id, int threads, shim::Where where) {
+  shim::named_barrier("named_barrier_wait", id, threads, true, where);
+}
 
 void cluster_sync(shim::Where where) {
   shim::Cluster& cluster = *shim::state.current->block->cluster;

@@ -200,6 +200,8 @@ uint32_t ballot(const char* name, uint32_t mask, bool predicate, const Where& wh
 unsigned cluster_block_rank();
 unsigned cluster_size();
 void cluster_sync(shim::Where where = shim::Where::current());
+void named_barrier_arrive(int id, int threads, shim::Where where = shim::Where::current());
+void named_barrier_wait(int id, int threads, shim::Where where = shim::Where::current());
 namespace shim {
 void* cluster_map(void* own_shared, unsigned rank);
 }

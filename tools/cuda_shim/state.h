@@ -99,8 +99,17 @@ struct Cluster {
   Block* blocks = nullptr;
 };
 
+// Who has come to a barrier of some of a block's threads, and of those who waits.
+struct NamedBarrier {
+  std::vector<const Fiber*> arrived;
+  std::vector<Fiber*> waiting;
+  unsigned threads = 0;
+};
+constexpr unsigned kNamedBarriers = 16;
+
 struct Block {
   std::vector<Fiber*> waiting;
+  NamedBarrier named[kNamedBarriers];
   unsigned live, rank;
   uint3 index;
   bool started;
