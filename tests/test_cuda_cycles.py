@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import cuda_cycles
+import inverse_budget
 import pytest
 from cuda_cycles import Clock, Count, Instruction
 
@@ -103,13 +104,39 @@ def test_the_committed_table_has_every_piece() -> None:
     assert {piece.split("<")[1] for piece in table} == {"float>", "double>"}
 
 
-def test_the_chain_of_an_inverse() -> None:
-    pieces = ("factor_tile", "substitute_forward", "substitute_backward", "product_of_rows", "product_of_columns")
-    costs = {f"{piece}_piece<float>": Count(10**i, 0) for i, piece in enumerate(pieces)}
-    # One tile: factor, its triangle's inverse, that one's square.
-    assert cuda_cycles.chain_of_inverse(32, costs) == 1 + 100 + 10000
-    # Two tiles, three products of which the last tile's lies beside the others, and four warps.
-    assert cuda_cycles.chain_of_inverse(33, costs) == 2 * 1 + 10 + 2 * 100 + 1000 + (1 + 2) * 10000
+PIECES = (
+    "factor_tile",
+    "scale_factor",
+    "substitute_forward",
+    "substitute_backward",
+    "product_of_rows",
+    "product_of_columns",
+)
+
+
+def test_the_budget_of_a_block() -> None:
+    costs = {f"{piece}_piece<float>": Count(4 * 10**i, 0) for i, piece in enumerate(PIECES)}
+    # One tile: factored, scaled, its triangle inverted, that one squared.
+    assert inverse_budget.block(32, costs) == (4, 40 + 4000, 400000)
+    # Two tiles, and four warps: the second is solved beside the first one's factor, then the last takes its share.
+    assert inverse_budget.block(33, costs) == (400 + 40000 + 4, 40 + 2 * 4000 + 400000, 2 * 400000)
+    # Where the factor takes longer, the substitution ends a quarter of it later.
+    costs["factor_tile_piece<float>"] = Count(1000, 0)
+    assert inverse_budget.block(33, costs).factor == 1000 + 400 / 4 + 40000 + 1000
+
+
+def test_shared_memory_bounds_the_budget() -> None:
+    costs = {f"{piece}_piece<float>": Count(4, 0) for piece in PIECES}
+    products = sum((8 - j) * (j + 1) for j in range(8))
+    assert inverse_budget.block(256, costs).square == products * inverse_budget.SHARED
+
+
+def test_a_cluster_pays_for_its_barriers() -> None:
+    costs = {f"{piece}_piece<float>": Count(4, 0) for piece in PIECES}
+    for blocks in (8, 16):
+        made = inverse_budget.cluster(512, blocks, costs)
+        assert min(made[:2]) > 16 * inverse_budget.CLUSTER_BARRIER
+        assert made.microseconds < inverse_budget.cluster(544, blocks, costs).microseconds
 
 
 def test_the_page_says_what_the_table_does() -> None:
@@ -123,6 +150,9 @@ def test_the_page_says_what_the_table_does() -> None:
     ):
         float32, float64 = (table[f"{piece}_piece<{kind}>"].cycles for kind in ("float", "double"))
         assert f"| {title} | {float32} | {float64} |" in page
-    for order in (64, 128):
-        microseconds = cuda_cycles.chain_of_inverse(order, table) / 1755
-        assert re.search(rf"^\| {order} \| \d+ us \| {microseconds:.0f} us \|$", page, re.MULTILINE)
+    for order in (64, 128, 256):
+        microseconds = inverse_budget.block(order, table).microseconds
+        assert re.search(rf"^\| {order} \| .* \| {microseconds:.0f} us \|$", page, re.MULTILINE)
+    for order in (320, 384, 512, 1024, 1025):
+        eight, sixteen = (inverse_budget.cluster(order, blocks, table).microseconds for blocks in (8, 16))
+        assert re.search(rf"^\| {order} \| .* \| {eight:.0f} us \| {sixteen:.0f} us \|$", page, re.MULTILINE)

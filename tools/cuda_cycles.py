@@ -326,39 +326,6 @@ def compare(own: dict[str, Count], allowed: dict[str, Count]) -> list[str]:
     return sorted(misses)
 
 
-def chain_of_inverse(order: int, counts: dict[str, Count]) -> int:
-    """Cycles along the longest chain of pieces of one float32 inverse by one block, as damped_inverse.cuh goes about
-    it; without the loads of the Gram, the stores and the barriers."""
-    tiles = -(-order // 32)
-    warps = 1
-    while warps < min(16, tiles * (tiles + 1) // 2):
-        warps *= 2
-    factor, forward, backward, of_rows, of_columns = (
-        counts[f"{piece}_piece<float>"].cycles
-        for piece in (
-            "factor_tile",
-            "substitute_forward",
-            "substitute_backward",
-            "product_of_rows",
-            "product_of_columns",
-        )
-    )
-    cycles = factor
-    for k in range(tiles - 1):  # the factor: the first warp goes ahead
-        left = tiles - 1 - k
-        others = -(-(left * (left + 1) // 2 - 1) // max(warps - 1, 1))
-        cycles += -(-left // warps) * forward + max(of_rows + factor, others * of_rows)
-    for k in reversed(range(tiles)):  # the inverse of the triangle
-        cycles += -(-(tiles - k) // warps) * backward
-        for first in range(0, k, warps):
-            cycles += -(-min(warps, k - first) * (tiles - k) // warps) * of_columns
-    shares = [0] * warps  # its square: tile (i, j) is the sum of tiles - j products
-    lengths = [tiles - j for j in range(tiles) for _ in range(j + 1)]
-    for index, length in enumerate(lengths):
-        shares[index % warps] += length
-    return cycles + max(shares) * of_columns
-
-
 def run_on_gpu(nvcc: str, counts: dict[str, Count]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "pieces")

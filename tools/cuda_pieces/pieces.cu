@@ -57,6 +57,11 @@ __global__ void __launch_bounds__(32) substitute_backward_piece(T* tiles, unsign
 }
 
 template <class T>
+__global__ void __launch_bounds__(32) scale_factor_piece(T* tiles, unsigned* cycles) {
+  measure(tiles, cycles, [](T* a, T* b, T*, int lane) { scale_factor(a, b, lane); });
+}
+
+template <class T>
 __global__ void __launch_bounds__(32) product_of_rows_piece(T* tiles, unsigned* cycles) {
   measure(tiles, cycles, [](T* a, T* b, T* c, int lane) { subtract_product<Inner::kRows>(c, a, b, lane); });
 }
@@ -108,6 +113,7 @@ int main() {
   CONSEQUENTIALISM_RUN(factor_tile_piece);
   CONSEQUENTIALISM_RUN(substitute_forward_piece);
   CONSEQUENTIALISM_RUN(substitute_backward_piece);
+  CONSEQUENTIALISM_RUN(scale_factor_piece);
   CONSEQUENTIALISM_RUN(product_of_rows_piece);
   CONSEQUENTIALISM_RUN(product_of_columns_piece);
 #undef CONSEQUENTIALISM_RUN
