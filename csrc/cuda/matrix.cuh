@@ -2,8 +2,7 @@
 // their own type is not exact enough, summed in a fixed order.
 //
 // An operand is [outer, inner]; a product is C[m, n] = sum over inner of A[m, inner] B[n, inner]. Warps multiply
-// fragments of 16 outer by Mma::kInner inner elements, for which A and B have the same layout: register r is
-// [lane / 4 + 8 (r % 2), ...], so that B's n = 0..7 lies in the even registers, n = 8..15 in the odd ones.
+// fragments of 16 outer by Mma::kInner inner elements.
 #pragma once
 
 #include "matrix_tiles.h"
@@ -93,8 +92,11 @@ __device__ __forceinline__ S* element_at(S* tile, int stride, int outer, int inn
   return kMajor == Major::kInner ? tile + outer * stride + inner : tile + inner * stride + outer;
 }
 
+enum class Side { kA, kB };  // which operand a fragment is of
+
 // Each Mma has gather, which makes a fragment of kTerms terms of value(outer, inner); load, of a tile in shared memory;
-// and multiply, d[16, 8] += a b^T with b's n = 8 kHalf.., d as mma_m16n8k16 has it.
+// and multiply, d[16, 8] += a b^T with b's n = 8 kHalf.., d as mma_m16n8k16 has it. A's registers are as an instruction
+// has them.
 
 // float32 in up to two terms of TF32.
 struct Tf32Mma {
@@ -106,7 +108,8 @@ struct Tf32Mma {
   static constexpr bool kRoundsSums = true;
   static constexpr int kUnroll = 8;
 
-  template <int kTerms, class Value>
+  // B's registers as A's: they are loaded one by one, and n = 0..7 lies in the even ones.
+  template <Side kSide, int kTerms, class Value>
   static __device__ __forceinline__ void gather(Register (&f)[kTerms][kRegisters], const Value& value, int lane) {
 #pragma unroll
     for (int r = 0; r < kRegisters; ++r) {
@@ -125,9 +128,9 @@ struct Tf32Mma {
     }
   }
 
-  template <int kTerms, Major kMajor, class S>
+  template <Side kSide, int kTerms, Major kMajor, class S>
   static __device__ __forceinline__ void load(Register (&f)[kTerms][kRegisters], const S* tile, int stride, int lane) {
-    gather(f, [&](int outer, int inner) { return *element_at<kMajor>(tile, stride, outer, inner); }, lane);
+    gather<kSide>(f, [&](int outer, int inner) { return *element_at<kMajor>(tile, stride, outer, inner); }, lane);
   }
 
   template <int kHalf>
@@ -138,7 +141,7 @@ struct Tf32Mma {
   }
 };
 
-// T is bfloat16 or float16; float32 in up to three terms of it.
+// T is bfloat16 or float16; float32 in up to three terms of bfloat16.
 template <class T>
 struct HalfMma {
   using Register = uint32_t;
@@ -149,40 +152,59 @@ struct HalfMma {
   static constexpr bool kRoundsSums = true;
   static constexpr int kUnroll = 8;
 
-  template <int kTerms, class Value>
+  // Of which half of the outer and of the inner elements register r is. B's two of n = 0..7 lie beside one another, and
+  // those of n = 8..15: an instruction takes them so, and what ldmatrix loads otherwise would have to be moved first.
+  template <Side kSide>
+  static __device__ __forceinline__ constexpr int outer_half(int r) {
+    return kSide == Side::kA ? r % 2 : r / 2;
+  }
+  template <Side kSide>
+  static __device__ __forceinline__ constexpr int inner_half(int r) {
+    return kSide == Side::kA ? r / 2 : r % 2;
+  }
+
+  template <Side kSide, int kTerms, class Value>
   static __device__ __forceinline__ void gather(Register (&f)[kTerms][kRegisters], const Value& value, int lane) {
 #pragma unroll
     for (int r = 0; r < kRegisters; ++r) {
-      const int outer = lane / 4 + 8 * (r % 2), inner = 2 * (lane % 4) + 8 * (r / 2);
+      const int outer = lane / 4 + 8 * outer_half<kSide>(r), inner = 2 * (lane % 4) + 8 * inner_half<kSide>(r);
       float low = to_float(value(outer, inner)), high = to_float(value(outer, inner + 1));
+      if constexpr (kTerms == 1) {
+        f[0][r] = pack(from_float<T>(low), from_float<T>(high));
+      } else {
+        static_assert(std::is_same_v<T, bfloat16>);
 #pragma unroll
-      for (int t = 0; t < kTerms; ++t) {
-        const T low_term = from_float<T>(low), high_term = from_float<T>(high);
-        f[t][r] = pack(low_term, high_term);
-        low -= to_float(low_term);
-        high -= to_float(high_term);
+        for (int t = 0; t < kTerms; ++t) {
+          f[t][r] = pack_bfloat16(low, high);
+          low -= __uint_as_float(f[t][r] << 16);
+          high -= __uint_as_float(f[t][r] & 0xFFFF0000u);
+        }
       }
     }
   }
 
-  template <int kTerms, Major kMajor, class S>
+  template <Side kSide, int kTerms, Major kMajor, class S>
   static __device__ __forceinline__ void load(Register (&f)[kTerms][kRegisters], const S* tile, int stride, int lane) {
     if constexpr (std::is_same_v<S, T>) {
       static_assert(kTerms == 1);
+      // Of the matrix that is register lane / 8: its row of 8 elements, along inner or along outer.
+      const int matrix = lane / 8, line = lane % 8;
+      const int outer = 8 * outer_half<kSide>(matrix) + (kMajor == Major::kInner ? line : 0);
+      const int inner = 8 * inner_half<kSide>(matrix) + (kMajor == Major::kInner ? 0 : line);
       if constexpr (kMajor == Major::kInner) {
-        ldmatrix_x4(f[0], tile + lane % 16 * stride + lane / 16 * 8);
+        ldmatrix_x4(f[0], tile + outer * stride + inner);
       } else {
-        ldmatrix_x4_trans(f[0], tile + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
+        ldmatrix_x4_trans(f[0], tile + inner * stride + outer);
       }
     } else {
-      gather(f, [&](int outer, int inner) { return *element_at<kMajor>(tile, stride, outer, inner); }, lane);
+      gather<kSide>(f, [&](int outer, int inner) { return *element_at<kMajor>(tile, stride, outer, inner); }, lane);
     }
   }
 
   template <int kHalf>
   static __device__ __forceinline__ void multiply(
       Sum (&d)[4], const Register (&a)[kRegisters], const Register (&b)[kRegisters]) {
-    const Register own[2] = {b[kHalf], b[kHalf + 2]};
+    const Register own[2] = {b[2 * kHalf], b[2 * kHalf + 1]};
     mma_m16n8k16<T>(d, a, own);
   }
 };
@@ -197,7 +219,7 @@ struct DoubleMma {
   static constexpr bool kRoundsSums = false;
   static constexpr int kUnroll = 2;
 
-  template <int kTerms, class Value>
+  template <Side kSide, int kTerms, class Value>
   static __device__ __forceinline__ void gather(Register (&f)[kTerms][kRegisters], const Value& value, int lane) {
     static_assert(kTerms == 1);
 #pragma unroll
@@ -206,9 +228,9 @@ struct DoubleMma {
     }
   }
 
-  template <int kTerms, Major kMajor, class S>
+  template <Side kSide, int kTerms, Major kMajor, class S>
   static __device__ __forceinline__ void load(Register (&f)[kTerms][kRegisters], const S* tile, int stride, int lane) {
-    gather(f, [&](int outer, int inner) { return *element_at<kMajor>(tile, stride, outer, inner); }, lane);
+    gather<kSide>(f, [&](int outer, int inner) { return *element_at<kMajor>(tile, stride, outer, inner); }, lane);
   }
 
   template <int kHalf>
@@ -373,12 +395,12 @@ __device__ __forceinline__ void multiply_stage(
     typename Mma::Register fa[P::kM][P::kTermsA][Mma::kRegisters], fb[P::kN][P::kTermsB][Mma::kRegisters];
 #pragma unroll
     for (int i = 0; i < P::kM; ++i) {
-      Mma::template load<P::kTermsA, P::A::kMajor>(
+      Mma::template load<Side::kA, P::kTermsA, P::A::kMajor>(
           fa[i], element_at<P::A::kMajor>(a, stride_a, row + 16 * i, k), stride_a, lane);
     }
 #pragma unroll
     for (int j = 0; j < P::kN; ++j) {
-      Mma::template load<P::kTermsB, P::B::kMajor>(
+      Mma::template load<Side::kB, P::kTermsB, P::B::kMajor>(
           fb[j], element_at<P::B::kMajor>(b, stride_b, column + 16 * j, k), stride_b, lane);
     }
 #pragma unroll
@@ -397,7 +419,7 @@ __device__ __forceinline__ void multiply_stage(
         constexpr int kTermsV = Vector::kTerms == 0 ? P::kTermsB : Vector::kTerms;
         constexpr int kOrdersV = P::kTermsA > kTermsV ? P::kTermsA : kTermsV;
         typename Mma::Register fv[kTermsV][Mma::kRegisters];
-        Mma::gather(fv, [&](int, int step) { return vector(inner + k + step); }, lane);
+        Mma::template gather<Side::kB>(fv, [&](int, int step) { return vector(inner + k + step); }, lane);
 #pragma unroll
         for (int i = 0; i < P::kM; ++i) {
           Sum d[4] = {};

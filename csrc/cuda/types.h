@@ -92,4 +92,15 @@ __host__ __device__ __forceinline__ uint32_t pack(T low, T high) {
   return static_cast<uint32_t>(to_bits(low)) | static_cast<uint32_t>(to_bits(high)) << 16;
 }
 
+// The same of two numbers, rounded to bfloat16: one instruction, where nvcc makes three of single roundings.
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+#ifdef CONSEQUENTIALISM_HOST_SHIM
+  return pack(to_bfloat16(low), to_bfloat16(high));
+#else
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#endif
+}
+
 }  // namespace consequentialism::cuda
