@@ -54,6 +54,14 @@ def instruction(text: str, address: int = 0, stall: int = 1) -> Instruction:
     return Instruction(address, text, stall, None, None, ())
 
 
+def test_a_stage_is_what_follows_the_copies_of_the_loop_that_multiplies() -> None:
+    loop = ("LDC R1", "LDGSTS R0", "@P0 BRA 0x10", "LDSM R2", "HMMA R4, R2", "@P1 BRA 0x0")
+    code = [instruction(text, 16 * i) for i, text in enumerate((*loop, "HMMA R4, R2", "EXIT"))]
+    assert [one.name for one in cuda_cycles.stage_of(code)] == ["BRA", "LDSM", "HMMA", "BRA"]
+    assert cuda_cycles.stage_of(code[:3]) == []  # no product
+    assert cuda_cycles.stage_of([code[0], *code[3:]]) == []  # no copy
+
+
 def test_a_unit_that_is_busy_delays_the_next() -> None:
     clock = Clock()
     assert [clock.issue(instruction("MUFU.RSQ R0, R1")) for _ in range(3)] == [0, 8, 16]

@@ -2,7 +2,8 @@
 
     python tools/cuda_cycles.py                     compile, count, compare with csrc/cuda/cycles.txt
     python tools/cuda_cycles.py --update            write the table
-    python tools/cuda_cycles.py --loops input_gram  the innermost loops of csrc/cuda/input_gram.cu: cycles of one pass
+    python tools/cuda_cycles.py --loops input_gram  the innermost loops of csrc/cuda/input_gram.cu, and what follows the
+                                                    copies in the one that multiplies: cycles of one pass
     python tools/cuda_cycles.py --loops input_gram --kernel 'float,true,64'     of the kernels whose name has this
     python tools/cuda_cycles.py --listing factor_tile_piece<float>      its instructions and when each is issued
     python tools/cuda_cycles.py --run               on a GPU: what its clock says of the same pieces, beside the counts
@@ -258,14 +259,36 @@ def trips_of(piece: str) -> int:
     return next(trips for kind, trips in TRIPS.items() if kind in piece)
 
 
-def innermost_loops(code: Code) -> list[Code]:
+def loops_of(code: Code) -> list[tuple[int, int]]:
     jumps = [(one.target, one.address) for one in code if one.name == "BRA" and one.target is not None]
-    loops = [(begin, end) for begin, end in jumps if begin < end]
+    return [(begin, end) for begin, end in jumps if begin < end]
+
+
+def innermost_loops(code: Code) -> list[Code]:
+    loops = loops_of(code)
     return [
         [one for one in code if begin <= one.address <= end]
         for begin, end in loops
         if not any(begin <= other < end for _, other in loops)
     ]
+
+
+def stage_of(code: Code) -> Code:
+    """What multiplies a stage: of the smallest loop with the most products, what follows its copies to shared memory.
+
+    Empty where there is none, or where it is the innermost loop as it stands.
+    """
+
+    def products(loop: tuple[int, int]) -> tuple[int, int]:
+        begin, end = loop
+        return sum(begin <= one.address <= end for one in code if one.unit == "mma"), begin - end
+
+    loops = loops_of(code)
+    if not loops or products(best := max(loops, key=products))[0] == 0:
+        return []
+    loop = [one for one in code if best[0] <= one.address <= best[1]]
+    copies = [i for i, one in enumerate(loop) if one.name.startswith(("LDGSTS", "LDGDEPBAR"))]
+    return loop[copies[-1] + 1 :] if copies else []
 
 
 def cycles_of_pass(loop: Code) -> int:
@@ -342,7 +365,7 @@ def print_loops(kernels: dict[str, Code], part: str) -> None:
         if part not in name:
             continue
         print(name)
-        for loop in innermost_loops(code):
+        for loop in filter(None, [*innermost_loops(code), stage_of(code)]):
             kinds = Counter(one.unit for one in loop)
             parts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
             print(
