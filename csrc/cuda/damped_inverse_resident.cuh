@@ -67,14 +67,15 @@ class ResidentTiles {
       if (!own_row) {
         if (k >= 0) update_rows(k, next, along_, warp_, warps_);
       } else {
-        const FactorRows rows(
-            min(count_of(along_, column_, columns_) - count_of(next + 1, column_, columns_), warps_ - 1));
+        const int solved = count_of(along_, column_, columns_) - count_of(next + 1, column_, columns_);
+        const int own = warp_ - 1, others = warps_ - 1;
+        const FactorRows rows(min(solved, others));
         if (is_first_warp(warp_)) {
           factor_diagonal(next, rows, state);
         } else {
           if (k >= 0) {
-            update_rows(k, next, next + 1, warp_ - 1, warps_ - 1);  // first, each tile by the warp that will solve it
-            update_rows(k, next + 1, along_, warp_ - 1, warps_ - 1);
+            update_rows(k, next, next + 1, own, others);  // first, each tile by the warp that will solve it
+            update_rows(k, next + 1, along_, (own + others - solved % others) % others, others);
             __syncwarp();
           }
           solve_row(next, rows);

@@ -79,7 +79,7 @@ __device__ __forceinline__ int fragment_column(int lane, int p) {
 
 // sums -= A B or += A B, where A[r, k] = a[r, k] (inner index along columns) or a[k, r] (along rows), B[k,
 // c] = b[k, c] (along rows) or b[c, k] (along columns). With kRows = 8 for two tiles a, the second behind the first,
-// which read three quarters as much for each product. By fused multiply and add: of terms of TF32 on tensor cores,
+// which read two thirds as much for each product. By fused multiply and add: of terms of TF32 on tensor cores,
 // which cut sums off at float32's digits instead of rounding them, inverses come out up to three times as far off.
 template <Inner kInnerA, Inner kInnerB, Sum kSum, int kRows>
 __device__ __forceinline__ void tile_product(float (&sums)[kRows][8], const float* a, const float* b, int lane) {
