@@ -113,6 +113,7 @@ RECIPES: dict[str, Recipe] = {
             64,
             940,
             flips=True,
+            rates={"coordinates-nag": 1.0},
         ),
     )
 }
