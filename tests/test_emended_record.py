@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import consequentialism as cw
 from consequentialism.optim import memory
+from consequentialism.optim.record import Slot
 
 
 def emended(model: nn.Module, **options: Any) -> cw.optim.Emended:
@@ -335,3 +336,44 @@ def test_hooks_go_with_the_optimizer() -> None:
     assert all(model[i]._forward_hooks for i in (0, 2))
     del optimizer
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_is_moved_before_the_first_step(compiled: bool) -> None:
+    """Trainers put a model on its device, or in its type, once they have its optimizer."""
+    torch._dynamo.reset()
+    model = mlp(torch.float32)
+    twin = copy.deepcopy(model).double()
+    moved, other = (cw.optim.Emended(torch.optim.AdamW(m.parameters(), 0.02), m) for m in (model, twin))
+    model.double()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    for _ in range(4):
+        for run, optimizer in ((forward, moved), (twin, other)):
+            optimizer.zero_grad()
+            squares(run(randn(20, 6))).backward()
+            optimizer.step()
+    assert moved.state[model[0].weight]["root"].dtype == F64
+    for own, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close("parameter", own.detach(), expected.detach(), 1e-12)
+
+
+def test_a_full_graph_of_a_model_that_was_moved_says_what_to_do() -> None:
+    torch._dynamo.reset()
+    model = mlp(torch.float32)
+    optimizer = emended(model)
+    with pytest.raises(Exception, match="for a full graph make it after that"):
+        torch.compile(model.double(), backend="eager", fullgraph=True)(randn(20, 6))
+    del optimizer
+
+
+def test_a_slot_follows_a_weight_to_its_device() -> None:
+    slot = Slot((1, 1, 3, 3), torch.float32, torch.device("meta"))
+    weight = nn.Parameter(torch.zeros(2, 3))
+    slot.open()
+    assert slot.is_left_behind(weight)
+    slot.follow(weight)
+    assert slot.gram is not None
+    assert slot.gram.matrix.device.type == "cpu"
+    assert not slot.is_left_behind(weight)
+    slot.kept = True
+    assert not slot.is_left_behind(weight.double()), "its state would stay behind"

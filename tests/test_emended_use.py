@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,11 @@ def test_a_checkpoint_that_does_not_fit() -> None:
         (changed("root", torch.full((7, 7), math.nan)), "root of layer '0' has NaN or infinity"),
         (changed("input_gram", torch.full((7, 7), math.inf)), "input_gram of layer '0' has NaN or infinity"),
         (changed("gram_rows", torch.tensor(-1.0)), "gram_rows of layer '0' must be finite and at least 0, got -1.0"),
+        (changed("gram_rows", "many"), "gram_rows of layer '0' must be finite and at least 0, got 'many'"),
+        (changed("root", None), r"root of layer '0' must be a tensor of real numbers, got None \(NoneType\)"),
+        (changed("input_gram", torch.eye(7) * 1j), "input_gram of layer '0' must be a tensor of real .*complex64"),
+        (changed("emended_steps", -3), "emended_steps of layer '0' must be a whole number of at least 0, got -3"),
+        (changed("emended_steps", torch.tensor(2.5)), "emended_steps of layer '0' must be a whole number of at least"),
         (without, "no coordinates of layers '0'"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -178,6 +184,10 @@ def test_a_checkpoint_that_does_not_fit() -> None:
     other = make(mlp(F32), block=2)
     with pytest.raises(ValueError, match="must have the shape"):
         other.load_state_dict(saved)
+    fewer = make(mlp(F32), filter_fn=lambda _, name: name == "0")
+    with pytest.raises(ValueError, match="has coordinates of parameters 2, which are stepped plainly here"):
+        fewer.load_state_dict(saved)
+    assert not fewer.state
     single = nn.Linear(6, 4)
     with pytest.raises(ValueError, match="parameter group"):
         make(single).load_state_dict(saved)
@@ -192,6 +202,19 @@ def test_a_state_of_the_plain_optimizer_begins_the_coordinates_anew() -> None:
         optimizer.load_state_dict(plain.state_dict())
     run(model, optimizer, batches(3, 5))
     assert float(optimizer.state[model[0].weight]["step"]) == 5
+
+
+def test_a_state_in_coordinates_is_announced_where_nothing_is() -> None:
+    model = mlp(F32)
+    optimizer = make(model)
+    run(model, optimizer, batches(0, 3))
+    plain = make(model, damping=math.inf)
+    with pytest.warns(UserWarning, match="moments in its coordinates are taken for plain ones"):
+        plain.load_state_dict(optimizer.state_dict())
+    assert "root" not in plain.state[model[0].weight]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.load_state_dict(plain.state_dict())
 
 
 def test_grad_scaler_unscales_and_skips() -> None:

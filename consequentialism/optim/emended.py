@@ -438,7 +438,7 @@ class Emended(torch.optim.Optimizer):
         return [group] if dist.get_world_size(group) > 1 else []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and forget the rows that were counted with them since the last step."""
+        """Reset the gradients and forget the rows counted with them since the last step; `model.zero_grad()` cannot."""
         self._recorder.discard()
         self.optimizer.zero_grad(set_to_none)
 
@@ -534,24 +534,14 @@ class Emended(torch.optim.Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         if len(saved) != len(own):
             return None  # torch's own error
-        places = {id(p): i for i, p in zip(saved, own, strict=True)}
-        loaded, missing = [], []
-        for unit in self.units:
-            state = state_dict["state"].get(places[id(unit.weight)], {})
-            if not all(key in state for key in memory.KEYS):
-                missing.append(unit.name)
-                continue
-            loaded.append(memory.checked_state(unit, state))
-        if missing and loaded:
-            raise ValueError(
-                f"state_dict has no coordinates of layers {', '.join(map(repr, missing))}: an optimizer with other "
-                "layers saved it"
-            )
-        if missing and state_dict["state"]:
+        numbers = {id(p): i for i, p in zip(saved, own, strict=True)}
+        loaded = memory.loaded_states(self.units, numbers, state_dict["state"])
+        plain = not any(isinstance(state, dict) and "root" in state for state in state_dict["state"].values())
+        if state_dict["state"] and not loaded and plain == bool(self.units):
+            what = "plain optimizer" if plain else "optimizer in coordinates"
+            now = "the coordinates begin anew" if plain else "moments in its coordinates are taken for plain ones"
             warnings.warn(
-                "consequentialism.optim.Emended: the plain optimizer saved this state; the coordinates begin anew",
-                UserWarning,
-                stacklevel=3,
+                f"consequentialism.optim.Emended: the {what} saved this state; {now}", UserWarning, stacklevel=3
             )
         return loaded or None
 

@@ -43,6 +43,7 @@ def steps_to_refresh(steps: int, every: int) -> int:
 def fresh_state(unit: Unit) -> State:
     """Before the first refresh: no rows, and the identity for a root."""
     slot = unit.slot
+    slot.kept = True
     shape = unit.stored_shape()
     moment = torch.zeros(shape, dtype=slot.dtype, device=slot.device)
     if unit.diagonal:
@@ -226,11 +227,56 @@ def same(one: State, other: State) -> bool:
     )
 
 
+def loaded_states(units: Sequence[Unit], numbers: dict[int, Any], saved: dict[Any, Any]) -> list[State]:
+    """The states of the units, checked, or none where a plain optimizer saved them all.
+
+    Args:
+        numbers: Those of the parameters in what was saved, by their ids.
+        saved: The states by number.
+
+    Raises:
+        ValueError: A state that does not fit, or one of other layers.
+    """
+    own = {numbers[id(unit.weight)]: unit for unit in units}
+    theirs = [number for number, state in saved.items() if isinstance(state, dict) and "input_gram" in state]
+    loaded, missing = [], []
+    for number, unit in own.items():
+        state = saved.get(number, {})
+        if all(key in state for key in KEYS):
+            loaded.append(checked_state(unit, state))
+        else:
+            missing.append(unit.name)
+    more = [number for number in theirs if number not in own]
+    if (missing and theirs) or (more and units):
+        without = f"no coordinates of layers {', '.join(map(repr, missing))}" if missing else ""
+        beyond = (
+            f"coordinates of parameters {', '.join(map(repr, more))}, which are stepped plainly here" if more else ""
+        )
+        raise ValueError(
+            f"state_dict has {' and '.join(filter(None, (without, beyond)))}: an optimizer with other layers saved it"
+        )
+    return loaded
+
+
+def _number(state: State, key: str, unit: Unit, allowed: str) -> float:
+    """A number of a state, at least 0; of steps, whole."""
+    value = state[key]
+    if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be {allowed}, got {value!r}")
+    number = float(local(value))
+    if not 0 <= number < math.inf or (key == "emended_steps" and not number.is_integer()):
+        raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be {allowed}, got {number}")
+    return number
+
+
 def checked_state(unit: Unit, state: State) -> State:
     """Copies in the unit's type on its device."""
     slot, own = unit.slot, {}
     for key in ("input_gram", "root"):
         value = local(state[key])
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            found = value.dtype if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+            raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be a tensor of real numbers, got {found}")
         if tuple(value.shape) != unit.stored_shape():
             raise ValueError(
                 f"state_dict: {key} of layer {unit.name!r} must have the shape {list(unit.stored_shape())}, got "
@@ -239,11 +285,8 @@ def checked_state(unit: Unit, state: State) -> State:
         if not bool(value.isfinite().all()):
             raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
         own[key] = value.detach().to(slot.device, slot.dtype, copy=True)
-    rows = local(state["gram_rows"])
-    if not bool(rows.isfinite()) or float(rows) < 0:
-        raise ValueError(
-            f"state_dict: gram_rows of layer {unit.name!r} must be finite and at least 0, got {float(rows)}"
-        )
-    own["gram_rows"] = rows.detach().to(slot.device, widest_dtype(slot.device.type), copy=True).view(())
-    own["emended_steps"] = torch.as_tensor(int(state["emended_steps"]))
+    rows = _number(state, "gram_rows", unit, "finite and at least 0")
+    own["gram_rows"] = torch.tensor(rows, dtype=widest_dtype(slot.device.type), device=slot.device)
+    own["emended_steps"] = torch.as_tensor(int(_number(state, "emended_steps", unit, "a whole number of at least 0")))
+    slot.kept = True
     return own

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _torch
 from ..autograd.linear import full_precision
-from ..precision import widest_dtype
+from ..precision import moment_dtype, widest_dtype
 from ..solve.gram import Gram
 from .blocks import Blocks
 from .layers import Kind
@@ -27,13 +27,26 @@ class Slot:
     Attributes:
         summed: Whether the ranks' Grams stand in it.
         folded: Whether it was taken into the moment.
+        kept: Whether there is a state of its type, on its device.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.calls: list[int] = []  # the numbers of the Grams that backward has added
         self.gram: Gram | None = None
-        self.summed = self.folded = False
+        self.summed = self.folded = self.kept = False
+
+    def is_left_behind(self, weight: Tensor) -> bool:
+        """Whether a weight was moved, as trainers do, and there is no state yet that would stay behind."""
+        moved = (self.dtype, self.device) != (moment_dtype(weight.dtype), weight.device)
+        return moved and not self.kept  # which torch.compile would guard on, were it read first
+
+    def follow(self, weight: Tensor) -> None:
+        """Be of the type and on the device of a weight."""
+        self.dtype, self.device = moment_dtype(weight.dtype), weight.device
+        if self.gram is not None:
+            self.close()
+            self.open()
 
     def open(self) -> None:
         """Make room; before forward, so that torch.compile finds it there."""
@@ -62,6 +75,15 @@ class Slot:
     def is_traced(self) -> bool:
         """Whether a compiled forward has added to it."""
         return self.changes() != len(self.calls)
+
+
+def follow_outside_graphs(slot: Slot, weight: Tensor) -> None:
+    """`Slot.follow`: what a graph has made is not there for the next operation of the graph to write to."""
+    torch.compiler.disable(slot.follow, reason=MOVED)(weight)
+
+
+MOVED = "consequentialism.optim.Emended follows a model that was moved since: for a full graph make it after that"
+_torch.never_inlined(follow_outside_graphs, MOVED)
 
 
 class Recorder:
@@ -181,6 +203,8 @@ class Hook:
             )
         if not weight.requires_grad:
             return
+        if self.slot.is_left_behind(weight):
+            (follow_outside_graphs if torch.compiler.is_compiling() else Slot.follow)(self.slot, weight)
         inputs = self.kind.inputs_of(args, kwargs)
         if torch.compiler.is_compiling():
             self._trace(inputs)
