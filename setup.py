@@ -28,7 +28,6 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "consequentialism/version.py").read_text())[1]  # type: ignore[index]
 REASON_FILE = "_C_missing.txt"  # in the package: why there are no compiled kernels
-TORCH_FILE = "_C_torch.txt"  # beside the extension: the torch that it was built for
 INTERFACE = runpy.run_path(str(ROOT / "consequentialism/backend/interface.py"))
 BUILD_IT = "`pip install --no-build-isolation .` in the source's folder"
 
@@ -275,10 +274,10 @@ def keep_objects(build_ext: type[Any]) -> type[Any]:
             super().run()
             import torch
 
-            built = Path(self.get_ext_fullpath("consequentialism._C")).parent
-            for package in {built, ROOT / "consequentialism"} if self.editable_mode else {built}:
-                (package / TORCH_FILE).write_text(torch.__version__ + "\n")
-                (package / INTERFACE["SOURCES_FILE"]).write_text(INTERFACE["interface_of"](ROOT / "csrc") + "\n")
+            built = Path(self.get_ext_fullpath("consequentialism._C"))
+            for package in {built.parent, ROOT / "consequentialism"} if self.editable_mode else {built.parent}:
+                stamp = INTERFACE["stamp_of"](package / built.name)
+                stamp.write_text(f"{torch.__version__}\n{INTERFACE['interface_of'](ROOT / 'csrc')}\n")
 
     return BuildExtension
 

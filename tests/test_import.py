@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from cases import F32, SAME_WAY, assert_close, needs_kernels, oracle, randn
 
 import consequentialism as cw
-from consequentialism.backend.interface import SOURCES_FILE, interface_of
+from consequentialism.backend.interface import interface_of, stamp_of
 
 PACKAGE = Path(cw.__file__).parent
 OPTIONAL = ("triton", "matplotlib", "numpy", "rich", "sklearn", "tqdm", "mlxtend", "isaac", "padasip", "hypothesis")
@@ -118,9 +119,12 @@ def test_with_kernels_of_another_state_of_the_checkout(pure: Path) -> None:
     (extension,) = PACKAGE.glob("_C.*.so")
     (pure / "consequentialism" / extension.name).symlink_to(extension)
     (pure / "csrc").mkdir()
-    source, stamp = pure / "csrc/linear_forward.cpp", pure / "consequentialism" / SOURCES_FILE
+    source, stamp = pure / "csrc/linear_forward.cpp", stamp_of(pure / "consequentialism" / extension.name)
     source.write_text("// as it was built\n")
-    stamp.write_text(interface_of(pure / "csrc") + "\n")
+    assert_falls_back(run(STEP, pure), pure, f"built from other sources than those in {pure / 'csrc'}")  # no stamp yet
+    stamp.write_text(f"{torch.__version__}\n{interface_of(pure / 'csrc')}\n")
+    of_another = stamp_of(pure / "consequentialism/_C.cpython-399-x86_64-linux-gnu.so")
+    of_another.write_text("2.1.0\n0123456789abcdef\n")  # and another Python's extension concerns nobody here
     assert result(run(STEP, pure, "-W", "error"))["backends"]["cpu"] == "available"
     source.write_text("// changed since\n")
     assert_falls_back(run(STEP, pure), pure, f"built from other sources than those in {pure / 'csrc'}")
@@ -135,25 +139,20 @@ def test_an_editors_lock_among_the_sources_is_none_of_them(tmp_path: Path) -> No
 
 
 @needs_kernels
-def test_the_build_writes_down_its_sources() -> None:
-    assert (PACKAGE / SOURCES_FILE).read_text().strip() == interface_of(PACKAGE.parent / "csrc")
+def test_the_build_writes_down_its_torch_and_its_sources() -> None:
+    (extension,) = PACKAGE.glob(f"_C{EXTENSION_SUFFIXES[0]}")
+    assert stamp_of(extension).read_text().split() == [torch.__version__, interface_of(PACKAGE.parent / "csrc")]
 
 
 @pytest.mark.parametrize("built_for", ["2.9.1", torch.__version__ + ".post1"])
 def test_with_kernels_for_another_torch(pure: Path, built_for: str) -> None:
-    import sysconfig
-
-    (pure / f"consequentialism/_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
-    (pure / "consequentialism/_C_torch.txt").write_text(built_for + "\n")
+    extension = pure / f"consequentialism/_C{EXTENSION_SUFFIXES[0]}"
+    extension.write_bytes(b"not a library")
+    stamp_of(extension).write_text(built_for + "\n")
     finished = run(STEP, pure)
     reason = f"built for torch {built_for}, but torch {torch.__version__} is here; `pip install --no-build-isolation"
     assert_falls_back(finished, pure, reason)
     assert "invalid ELF" not in finished.stderr + finished.stdout, "the loader's own words help nobody"
-
-
-@needs_kernels
-def test_the_build_writes_down_its_torch() -> None:
-    assert (PACKAGE / "_C_torch.txt").read_text().strip() == torch.__version__
 
 
 def test_naming_the_missing_backend_says_why(pure: Path) -> None:

@@ -5,6 +5,7 @@ They are kernels of `schemas.OPS` for each type of device; shapes and meanings a
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from ..options import DampingMode, Form, Scale
 from ..solve import cost
 from . import reference
 from .flops import count_ops_of
-from .interface import SOURCES_FILE, interface_of
+from .interface import interface_of, stamp_of
 from .protocol import CoordinateOps, Limits, Ops
 from .schemas import COORDINATE_OPS, OPS, STEP_OPS, add_fakes, coordinate_wrappers, wrappers
 
@@ -48,15 +49,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
     reason_file = package / "_C_missing.txt"
     if reason_file.exists():
         return None, reason_file.read_text().strip()
-    torch_file = package / "_C_torch.txt"
-    built_for = torch_file.read_text().strip() if torch_file.exists() else None
+    own = (package / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    extension = next((path for path in own if path.exists()), None)  # of several, that of this Python
+    stamp = None if extension is None else stamp_of(extension)
+    built_for, *built_of = stamp.read_text().split() if stamp is not None and stamp.exists() else [None]
     if built_for is not None and _release(built_for) != _release(torch.__version__):  # it might load, and crash
         return None, _moved(built_for)
     try:
         from .. import _C  # type: ignore[attr-defined]
     except ImportError as error:
-        if not any(package.glob("_C.*")):
-            return None, "not built; `pip install --no-build-isolation .` builds it"
+        if extension is None:
+            return None, "not built for this Python; `pip install --no-build-isolation .` builds it"
         if built_for is not None and built_for != torch.__version__:
             return None, _moved(built_for)
         return None, f"built, but it cannot be loaded with torch {torch.__version__}: {error}"
@@ -68,17 +71,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     ]
     if without:
         return None, f"built from older sources, without {', '.join(without)}; {BUILD_AGAIN}"
-    if _is_of_other_sources(package):
-        return None, f"built from other sources than those in {package.parent / 'csrc'}; {BUILD_IN_PLACE}"
+    sources = package.parent / "csrc"  # of a checkout; what was built before there were stamps has none
+    if extension is not None and (sources / "linear_forward.cpp").exists() and built_of != [interface_of(sources)]:
+        return None, f"built from other sources than those in {sources}; {BUILD_IN_PLACE}"
     return _C, None
-
-
-def _is_of_other_sources(package: Path) -> bool:
-    """Whether the extension in a checkout was built before something changed that Python relies on."""
-    stamp, sources = package / SOURCES_FILE, package.parent / "csrc"
-    if not (stamp.exists() and (sources / "linear_forward.cpp").exists()):  # installed, without its sources
-        return False
-    return stamp.read_text().strip() != interface_of(sources)
 
 
 def _moved(built_for: str) -> str:

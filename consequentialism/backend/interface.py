@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-SOURCES_FILE = "_C_sources.txt"  # beside the extension: `interface_of` the sources it was built from
+
+def stamp_of(extension: Path) -> Path:
+    """Beside an extension, one for each Python: the torch that it was built for, and `interface_of` its sources."""
+    return extension.with_name(extension.name.replace(".", "_built.", 1) + ".txt")
 
 
 def interface_of(sources: Path) -> str:
