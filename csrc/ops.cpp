@@ -41,18 +41,17 @@ TORCH_LIBRARY(consequentialism, m) {
   m.def("add_root_product_(Tensor(a!) weight, Tensor rows, Tensor root, float alpha) -> ()");
   // Whole steps in emended coordinates: csrc/cpu/coordinate_step.cpp says what the lists hold.
   m.def(
-      "sgd_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor[] roots, int[] kinds, "
-      "int[] members, float[] kept, float[] coupled, float[] rates, float momentum, float dampening, bool nesterov) "
-      "-> ()");
+      "sgd_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor[] roots, "
+      "Tensor[] output_roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates, "
+      "float momentum, float dampening, bool nesterov) -> ()");
   m.def(
       "rmsprop_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] squares, Tensor(c!)[] buffers, "
-      "Tensor(d!)[] counts, Tensor[] roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates, "
-      "float alpha, "
-      "float momentum, float epsilon) -> ()");
+      "Tensor(d!)[] counts, Tensor[] roots, Tensor[] output_roots, int[] kinds, int[] members, float[] kept, "
+      "float[] coupled, float[] rates, float alpha, float momentum, float epsilon) -> ()");
   m.def(
       "adam_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "
-      "Tensor(d!)[] counts, Tensor[] roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates, "
-      "float beta1, float beta2, float epsilon) -> ()");
+      "Tensor(d!)[] counts, Tensor[] roots, Tensor[] output_roots, int[] kinds, int[] members, float[] kept, "
+      "float[] coupled, float[] rates, float beta1, float beta2, float epsilon) -> ()");
 }
 
 // The derivative belongs to emended_linear and to the autograd Functions in Python; differentiating one of the others

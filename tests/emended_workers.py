@@ -34,9 +34,12 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"memory": 0.5, "refresh_every": REFRESH_EVERY, "damping": 0.1, **OPTIONS}
     if name == "Muon":
         return cw.optim.Muon(model, lr=0.02, aux={"lr": 0.01}, **options)
+    if name == "outputs":
+        options["output_exponent"] = 0.25
     inner = {
         "SGD": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "AdamW": lambda: torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1),
+        "outputs": lambda: torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1),
         "Adagrad": lambda: torch.optim.Adagrad(model.parameters(), lr=0.01),
     }[name]()
     return cw.optim.Emended(inner, model, **options)
@@ -378,9 +381,23 @@ def error_of_a_call(call: Any) -> str:
     """What it raises."""
     try:
         call()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return "nothing"
+
+
+def outputs_refused(x: Tensor, rank: int) -> dict[str, Any]:
+    """Roots of outputs where a rank has some outputs alone, and where roots are divided."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, shards = network(), fully_shard(network())
+    own = {"output_exponent": 0.25}
+    return {
+        "fsdp": error_of_a_call(lambda: cw.optim.Emended(torch.optim.SGD(shards.parameters()), shards, **own)),
+        "sharded": error_of_a_call(
+            lambda: cw.optim.Emended(torch.optim.SGD(model.parameters()), model, shard_state=True, **own)
+        ),
+    }
 
 
 def case(rank: int, name: str, x: Tensor, *arguments: Any) -> dict[str, Any]:

@@ -159,6 +159,13 @@ def test_an_optimizers_name_says_its_root(name: str, root: str) -> None:
     assert type(around.optimizer) is torch.optim.AdamW
 
 
+def test_an_optimizers_name_says_whether_outputs_have_roots() -> None:
+    model = nn.Linear(3, 4)
+    (own,) = recipes.optimizers(model, START["outputs-adamw"])
+    (without,) = recipes.optimizers(model, START["coordinates-adamw"])
+    assert (own.output_exponent, own.root, without.outputs) == (1 / 3, "cholesky", None)
+
+
 def test_other_refreshes_and_blocks_are_for_those_in_coordinates_alone() -> None:
     assert start(RECIPES["vit"], "coordinates-adamw", 25, 128).kind == ("coordinates-adamw", 25, 128)
     assert start(RECIPES["vit"], "coordinates-muon", block=64).kind == ("coordinates-muon", 25, 64)

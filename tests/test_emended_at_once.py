@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import consequentialism as cw
 from consequentialism.backend import compiled
+from consequentialism.optim import outputs
 from consequentialism.optim.at_once import AtOnce
 
 OPERATORS = torch.ops.consequentialism
@@ -81,10 +82,11 @@ def steps_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("name", "exponent"), [*((name, 0.0) for name in RULES), ("momentum", 0.25), ("AdamW", 0.25)])
 def test_numbers_are_those_of_the_steps_in_python(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, exponent: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(outputs, "BLOCK", 4)
     torch.manual_seed(0)
     model = Network().to(dtype)
     twin = copy.deepcopy(model)
@@ -97,11 +99,12 @@ def test_numbers_are_those_of_the_steps_in_python(
         found(self)
 
     monkeypatch.setattr(AtOnce, "take", take)
-    own = cw.optim.Emended(RULES[name](groups_of(model, 0.1)), model, block=5, refresh_every=3)
+    options: dict[str, Any] = {"block": 5, "refresh_every": 3, "output_exponent": exponent}
+    own = cw.optim.Emended(RULES[name](groups_of(model, 0.1)), model, **options)
     train(model, own, tokens, 6)
     assert left == ["one"]  # a single output
     steps_in_python(monkeypatch)
-    other = cw.optim.Emended(RULES[name](groups_of(twin, 0.1)), twin, block=5, refresh_every=3)
+    other = cw.optim.Emended(RULES[name](groups_of(twin, 0.1)), twin, **options)
     train(twin, other, tokens, 6)
     assert len(left) == 6
     for (key, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -178,8 +181,21 @@ def arguments(order: int = 6) -> list[Any]:
     shapes = ((4, 5), (4,), (3,))
     lists = [[randn(*shape, seed=i).abs() for shape in shapes] for i in range(4)]
     counts = [torch.tensor(2.0) for _ in shapes]
-    root = torch.eye(order, dtype=F64)[None, None]
-    return [*lists, counts, [root], [1, 0], [2, 1], [0.9, 1.0, 1.0], [0.0, 0.1, 0.0], [0.1] * 3, 0.9, 0.99, 1e-8]
+    root, left = (torch.eye(n, dtype=F64)[None, None] for n in (order, 2))
+    return [
+        *lists,
+        counts,
+        [root],
+        [left.expand(1, 2, 2, 2).contiguous()],
+        [1, 0],
+        [2, 1],
+        [0.9, 1.0, 1.0],
+        [0.0, 0.1, 0.0],
+        [0.1] * 3,
+        0.9,
+        0.99,
+        1e-8,
+    ]
 
 
 WRONG: dict[str, tuple[int, Any, str]] = {
@@ -188,10 +204,20 @@ WRONG: dict[str, tuple[int, Any, str]] = {
     "a root's order": (5, [torch.eye(5, dtype=F64)[None, None]], r"roots\[0\] of shape \[1, 1, 5, 5\]"),
     "no root": (5, [], "roots must have more than 0 entries"),
     "a root too many": (5, [torch.eye(6, dtype=F64)[None, None]] * 2, "roots must have 1 entries, got 2"),
-    "a kind": (6, [4, 0], "kinds must be from 0 to 3, got 4"),
-    "members of a plain one": (6, [0, 0], "members must be 1, or 2 for a weight and its bias, got 2"),
-    "members": (7, [1, 1], r"roots\[0\]"),
-    "rates": (10, [0.1], "rates must have 3 entries, got 1"),
+    "a root of outputs' order": (
+        6,
+        [torch.eye(3, dtype=F64)[None, None]],
+        r"output_roots\[0\] of shape \[1, 1, 3, 3\]",
+    ),
+    "a root of outputs too many": (
+        6,
+        [torch.eye(4, dtype=F64)[None, None]] * 2,
+        "output_roots must have 1 entries, got 2",
+    ),
+    "a kind": (7, [4, 0], "kinds must be from 0 to 3, got 4"),
+    "members of a plain one": (7, [0, 0], "members must be 1, or 2 for a weight and its bias, got 2"),
+    "members": (8, [1, 1], r"roots\[0\]"),
+    "rates": (11, [0.1], "rates must have 3 entries, got 1"),
     "a count": (4, [torch.tensor([1.0, 2.0])] * 3, "counts must have one number each"),
 }
 

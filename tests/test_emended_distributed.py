@@ -38,6 +38,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs: dict[str, workers.Job] = {
         f"{name} {wrap}": (emended_workers.job, (name, X, TARGET, COUNTS, wrap)) for wrap in WRAPS for name in NAMES
     }
+    jobs["outputs ddp"] = (emended_workers.job, ("outputs", X, TARGET, COUNTS, "ddp"))
+    jobs["outputs refused"] = (emended_workers.case, ("outputs_refused", X))
     jobs["tensor parallel"] = (compatibility_workers.tensor_parallel, (X,))
     jobs["spawned"] = (compatibility_workers.spawned, (cw.convert(compatibility_workers.network()), X))
     jobs.update({name: (emended_workers.case, (name, X, *arguments)) for name, arguments in CASES.items()})
@@ -132,6 +134,21 @@ def test_two_processes_train_as_one(found: list[dict[str, Any]], name: str, wrap
         assert "error" not in own, own["error"]
         for i, (parameter, one) in enumerate(zip(own["parameters"], expected["parameters"], strict=True)):
             assert_close(f"parameter {i} of rank {rank}", parameter, one, 1e-12)
+
+
+def test_roots_of_outputs_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+    """Under DDP; refused where a rank has not all outputs, or not all roots."""
+    expected = emended_workers.train("outputs", X, TARGET, COUNTS, 0, "one")
+    plain = emended_workers.train("AdamW", X, TARGET, COUNTS, 0, "one")
+    assert (expected["parameters"][0] - plain["parameters"][0]).abs().max() > 1e-3
+    for rank, results in enumerate(found):
+        own = results["outputs ddp"]
+        assert "error" not in own, own["error"]
+        for i, (parameter, one) in enumerate(zip(own["parameters"], expected["parameters"], strict=True)):
+            assert_close(f"parameter {i} of rank {rank}", parameter, one, 1e-11)
+        refused = results["outputs refused"]
+        assert "output_exponent must be 0 where a rank has some outputs alone" in refused["fsdp"]
+        assert "output_exponent must be 0 with shard_state=True" in refused["sharded"]
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

@@ -17,7 +17,7 @@ from .. import table
 from . import grid_report
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
 from .head_to_head import BASE, DAMPINGS, EXPONENTS, PLAIN
-from .methods import CHOLESKY, COORDINATES, METHODS, inside, is_own
+from .methods import CHOLESKY, COORDINATES, METHODS, OUTPUTS, inside, is_own
 from .recipes import LABELS, PLACINGS
 from .rows import CurveRow
 from .show import TASKS, Line, lines
@@ -43,7 +43,7 @@ def style(optimizer: str) -> dict[str, Any]:
     """A line's colour and label; this package's forms have the colour of the plain optimizer and a thick line, in
     coordinates a dotted one."""
     own = is_own(optimizer)
-    solid: Any = (0, (1, 1)) if optimizer.startswith((COORDINATES, CHOLESKY)) else "-"
+    solid: Any = (0, (1, 1)) if optimizer.startswith((COORDINATES, CHOLESKY, OUTPUTS)) else "-"
     return {
         "color": COLOURS[inside(optimizer)],
         "linestyle": solid if own else (0, (4, 2)),

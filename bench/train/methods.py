@@ -7,7 +7,7 @@ and K-FAC.
 
 Two forms of this package take part: ``emended-NAME`` converts the layers, ``coordinates-NAME`` steps a plain network in
 emended coordinates (`consequentialism.optim.Emended` and ``Muon``), with the package's defaults but for the damping;
-``cholesky-NAME`` does so with ``root="cholesky"``.
+``cholesky-NAME`` does so with ``root="cholesky"``, ``outputs-NAME`` with that and with ``output_exponent=1/3``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from consequentialism.optim import Emended, Muon
 
 COORDINATES = "coordinates-"
 CHOLESKY = "cholesky-"
+OUTPUTS = "outputs-"
 Factory = Callable[[nn.Module, float], list[torch.optim.Optimizer]]
 
 
@@ -69,17 +70,22 @@ def missing(method: Method, kinds: frozenset[str]) -> str | None:
 
 def is_own(name: str) -> bool:
     """Whether the optimizer is one of this package's forms."""
-    return name.startswith((PREFIX, COORDINATES, CHOLESKY))
+    return name.startswith((PREFIX, COORDINATES, CHOLESKY, OUTPUTS))
 
 
 def inside(name: str) -> str:
     """The plain optimizer that a form of this package has inside, or the optimizer itself."""
-    return name.removeprefix(PREFIX).removeprefix(COORDINATES).removeprefix(CHOLESKY)
+    return name.removeprefix(PREFIX).removeprefix(COORDINATES).removeprefix(CHOLESKY).removeprefix(OUTPUTS)
 
 
 def root_of(name: str) -> Literal["auto", "cholesky"]:
     """The root of an optimizer in coordinates."""
-    return "cholesky" if name.startswith(CHOLESKY) else "auto"
+    return "cholesky" if name.startswith((CHOLESKY, OUTPUTS)) else "auto"
+
+
+def output_exponent_of(name: str) -> float:
+    """The exponent of an optimizer's roots of outputs, 0 where it has none."""
+    return 1 / 3 if name.startswith(OUTPUTS) else 0.0
 
 
 def _torch(name: str) -> Factory:
@@ -129,7 +135,8 @@ def _coordinates(model: nn.Module, trial: Trial, loss: Loss) -> Step:
         muon = Muon(model, trial.lr, aux=aux, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", damping=trial.damping)
         return ordinary_step(model, muon, loss)
     (optimizer,) = FACTORY[name](model, trial.lr)
-    return ordinary_step(model, Emended(optimizer, model, damping=trial.damping, root=root_of(trial.optimizer)), loss)
+    beside: dict[str, Any] = {"root": root_of(trial.optimizer), "output_exponent": output_exponent_of(trial.optimizer)}
+    return ordinary_step(model, Emended(optimizer, model, damping=trial.damping, **beside), loss)
 
 
 def _isaac(model: nn.Module, trial: Trial, loss: Loss) -> Step:
@@ -313,6 +320,12 @@ METHODS: dict[str, Method] = {
                 _product(CHOLESKY + name, COORDINATES_RATES[name], COORDINATES_DAMPINGS),
             )
             for name in CHOLESKY_NAMES
+        ),
+        Method(
+            OUTPUTS + "adamw",
+            "AdamW in Cholesky's coordinates, outputs too",
+            _coordinates,
+            _product(OUTPUTS + "adamw", COORDINATES_RATES["adamw"], COORDINATES_DAMPINGS),
         ),
     )
 }

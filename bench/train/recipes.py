@@ -25,7 +25,7 @@ from consequentialism.experiments.train import Problem
 from consequentialism.optim import Emended, Muon
 
 from .images import cifar, find_cifar
-from .methods import inside, root_of
+from .methods import inside, output_exponent_of, root_of
 from .models import NanoGPT, ViT, cifar_resnet
 from .text import find_shakespeare, shakespeare
 
@@ -100,7 +100,7 @@ RECIPES: dict[str, Recipe] = {
             1120,
             flips=True,
             rates={
-                **dict.fromkeys(("adamw", "soap", "coordinates-adamw", "cholesky-adamw"), 0.001),
+                **dict.fromkeys(("adamw", "soap", "coordinates-adamw", "cholesky-adamw", "outputs-adamw"), 0.001),
                 **dict.fromkeys(("muon", "coordinates-muon"), 0.004),
             },
         ),
@@ -171,6 +171,7 @@ START: dict[str, Setting] = {
     "coordinates-nag": _coordinates("coordinates-nag", 0.1, 0.5, weight_decay=1e-3),
     "coordinates-adamw": _coordinates("coordinates-adamw", 0.004, 0.5),
     "cholesky-adamw": _coordinates("cholesky-adamw", 0.004, 0.5),
+    "outputs-adamw": _coordinates("outputs-adamw", 0.004, 0.5),
     "coordinates-muon": _coordinates("coordinates-muon", 0.008, 0.25, aux_lr=0.002, refresh_every=25, block=128),
 }
 LABELS = {
@@ -181,6 +182,7 @@ LABELS = {
     "coordinates-nag": "NAG in coordinates",
     "coordinates-adamw": "AdamW in coordinates",
     "cholesky-adamw": "AdamW in Cholesky's coordinates",
+    "outputs-adamw": "AdamW in Cholesky's coordinates, outputs too",
     "coordinates-muon": "Muon in coordinates",
 }
 # What is tried after the first setting, one knob after the other, as factors of what was best so far: seven trials for
@@ -207,6 +209,7 @@ KNOBS: dict[str, tuple[Knob, ...]] = {
     "coordinates-nag": (_RATE, _DAMPING, _DECAY, _BETWEEN),
     "coordinates-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
     "cholesky-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
+    "outputs-adamw": (_RATE, _DAMPING, _DECAY, _BETWEEN),
     "coordinates-muon": (_RATE, _AUX, _SQUARE_ROOT, _DECAY),
 }
 
@@ -273,7 +276,9 @@ _INNER: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
 def coordinates(setting: Setting) -> dict[str, Any]:
     """The keywords of `Emended`."""
     names = ("damping", "exponent", "refresh_every", "memory", "block")
-    return {name: getattr(setting, name) for name in names} | {"root": root_of(setting.optimizer)}
+    outputs = output_exponent_of(setting.optimizer)
+    beside = {"output_exponent": outputs} if outputs else {}
+    return {name: getattr(setting, name) for name in names} | {"root": root_of(setting.optimizer)} | beside
 
 
 class Before:

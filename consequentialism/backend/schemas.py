@@ -102,7 +102,9 @@ COORDINATE_OPS: dict[str, Op] = {
 
 # Whole steps in emended coordinates, of many parameters at once, which the host alone has; `optim.at_once` calls them.
 _PARAMETERS = "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[]"
-_PLACES = "Tensor[] roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates"
+_PLACES = (
+    "Tensor[] roots, Tensor[] output_roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates"
+)
 STEP_OPS: dict[str, Op] = {
     "sgd_step_": Op(
         f"({_PARAMETERS} buffers, {_PLACES}, float momentum, float dampening, bool nesterov) -> ()", _nothing

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .inside import Part
 
 OWN = (Tensor, nn.Parameter)
+Roots = tuple[Tensor | None, Tensor | None]  # S and L of a weight, those that it has
 PLAIN, ROWS, COLUMNS, DIAGONAL = range(4)  # how a weight lies beside its root, as in csrc/cpu/coordinate_step.cpp
 
 
@@ -89,15 +90,17 @@ class Call:
         self.keys, self.numbers = ("parameter", "gradient", *options.keys), options.numbers
         self.entries: list[tuple[Any, ...]] = []
         self.roots: list[Tensor] = []
+        self.output_roots: list[Tensor] = []
         self.kinds: list[int] = []
         self.members: list[int] = []
 
-    def add(self, kind: int, root: Tensor | None, entries: Sequence[tuple[Any, ...]]) -> None:
+    def add(self, kind: int, roots: Roots, entries: Sequence[tuple[Any, ...]]) -> None:
         """A weight, alone or with its bias."""
         self.kinds.append(kind)
         self.members.append(len(entries))
-        if root is not None:
-            self.roots.append(root)
+        for own, root in zip((self.roots, self.output_roots), roots, strict=True):
+            if root is not None:
+                own.append(root)
         self.entries += entries
 
     def take(self, operator: Operator) -> None:
@@ -106,7 +109,7 @@ class Call:
         by_key = dict(zip(self.keys, tensors, strict=True))
         lists = [by_key.get(key, ()) for key in ("parameter", "gradient", *operator.lists)]
         call = getattr(torch.ops.consequentialism, operator.name).default
-        call(*lists, self.roots, self.kinds, self.members, kept, coupled, rates, *self.numbers)
+        call(*lists, self.roots, self.output_roots, self.kinds, self.members, kept, coupled, rates, *self.numbers)
 
 
 class AtOnce:
@@ -145,7 +148,9 @@ class AtOnce:
             for parameter in group["params"]
             if id(parameter) not in inside and parameter.grad is not None
         ]
-        self.others = [parameter for parameter, group in waiting if self._takes(PLAIN, None, (parameter,), (group,))]
+        self.others = [
+            parameter for parameter, group in waiting if self._takes(PLAIN, (None, None), (parameter,), (group,))
+        ]
         self.all_others = len(self.others) == len(waiting)
 
     def _takes_part(self, part: Part) -> bool:
@@ -155,12 +160,14 @@ class AtOnce:
             return False
         if unit.with_bias and len(parameters) == 1:  # a column without a gradient
             return False
-        return self._takes(kind, part.root, parameters, part.groups)
+        return self._takes(kind, (part.root, part.left), parameters, part.groups)
 
-    def _takes(self, kind: int, root: Tensor | None, parameters: Sequence[Tensor], groups: Sequence[Group]) -> bool:
+    def _takes(self, kind: int, roots: Roots, parameters: Sequence[Tensor], groups: Sequence[Group]) -> bool:
         """Whether a weight, alone or with its bias, is served; it is then in one of the calls."""
         dtype = parameters[0].dtype
-        if dtype not in (torch.float32, torch.float64) or (root is not None and root.dtype != dtype):
+        if dtype not in (torch.float32, torch.float64) or any(
+            root is not None and root.dtype != dtype for root in roots
+        ):
             return False
         entries, numbers = [], None
         for parameter, group in zip(parameters, groups, strict=True):
@@ -176,7 +183,7 @@ class AtOnce:
         if call is None:
             assert options is not None
             call = self._calls[dtype, numbers] = Call(options)
-        call.add(kind, root, entries)
+        call.add(kind, roots, entries)
         return True
 
     def take(self) -> None:

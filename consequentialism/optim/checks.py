@@ -108,6 +108,26 @@ def check_shard_state(shard_state: Any, group: Any, optimizer: torch.optim.Optim
         )
 
 
+def checked_outputs(exponent: Any, damping: Any) -> tuple[float, float]:
+    """``output_exponent`` and ``output_damping`` as Python's own numbers."""
+    exponent, damping = as_number("output_exponent", exponent), as_number("output_damping", damping)
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"output_exponent must be at least 0 and at most 1, got {exponent!r}")
+    if not (damping > 0 and math.isfinite(damping)):
+        raise ValueError(f"output_damping must be above 0 and finite, got {damping!r}")
+    return exponent, damping
+
+
+def check_outputs(exponent: float, input_damping: float, shard_state: bool) -> None:
+    """Raise where roots of outputs are asked for that nothing makes."""
+    if exponent and math.isinf(input_damping):
+        raise ValueError(f"output_exponent must be 0 with damping=inf, the plain optimizer, got {exponent!r}")
+    if exponent and shard_state:
+        raise ValueError(
+            f"output_exponent must be 0 with shard_state=True, which divides no roots of outputs, got {exponent!r}"
+        )
+
+
 def check_weights(units: Sequence[Unit]) -> None:
     moved = [unit.name for unit in units if unit.weight is not unit.own]
     if moved:

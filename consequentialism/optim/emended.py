@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
 from ..options import check_choice
@@ -27,30 +26,34 @@ from .checks import (
     check_model,
     check_one_process,
     check_optimizer,
+    check_outputs,
     check_process_group,
     check_root,
     check_shard_state,
     check_weights,
     checked_numbers,
+    checked_outputs,
     warn_of_unseen,
 )
 from .inside import (
-    POSITION,
     Part,
     Rooted,
     hooks_around,
+    moved,
     parts_of,
-    standing_in,
+    root_outputs,
     step_all,
     step_weight_by_weight,
     turn,
     without_gradients,
 )
 from .join import JoinHook, notify
+from .outputs import KEYS as OUTPUT_KEYS
+from .outputs import Outputs
 from .record import Hook, Recorder
 from .rules import defaults_of, rule_of
-from .sharding import Sharding
-from .steps import local, rule_for
+from .sharding import Sharding, groups_of
+from .steps import rule_for
 from .units import Unit, find_units
 
 SCALES = ("auto", "gradient", "nlms")
@@ -118,6 +121,11 @@ class Emended(torch.optim.Optimizer):
             SGD and Muon without momentum, whose steps are the same. ``"auto"``: Cholesky's for those, on the CPU, else
             the symmetric. A loaded root of the other kind stays until the next refresh, moments remain as they were.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
+        output_exponent: ``q``; above 0, outputs get a root too, ``L = ((B + c I) / t)^-q`` of the second moment ``B``
+            of ``g S`` over blocks of 64 of a weight's outputs, embeddings excepted: the optimizer sees ``L g S``, and
+            ``W <- W + L u S^T``. 1/4 is Shampoo's (Gupta et al., 2018). ``B`` is taken and ``L`` made anew where ``S``
+            is, and in each of the first ``refresh_every`` steps. Not for sharded weights or ``shard_state``.
+        output_damping: ``c`` relative to the mean eigenvalue of ``B``, above 0.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -141,6 +149,8 @@ class Emended(torch.optim.Optimizer):
         shard_state: bool = False,
         root: Kind = "auto",
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        output_exponent: float = 0.0,
+        output_damping: float = 0.1,
     ) -> None:
         check_optimizer(optimizer)
         check_model(model, filter_fn)
@@ -149,6 +159,8 @@ class Emended(torch.optim.Optimizer):
         check_choice("scale", scale, SCALES)
         check_process_group(process_group)
         check_shard_state(shard_state, process_group, optimizer)
+        self.output_exponent, self.output_damping = checked_outputs(output_exponent, output_damping)
+        check_outputs(self.output_exponent, damping, shard_state)
         rule = rule_of(optimizer)
         default = defaults_of(rule)
         if scale == "auto":
@@ -159,6 +171,8 @@ class Emended(torch.optim.Optimizer):
         self.root: Kind = root
         self.refresh_every = default.refresh_every if refresh_every is None else refresh_every
         self.block = default.block if block is None else block
+        own = Outputs(self.output_exponent, self.output_damping, memory)
+        self.outputs = own if self.output_exponent else None
         self._rule, self._name = rule, type(optimizer).__name__
         self._model, self.filter_fn, self.shard_state = model, filter_fn, shard_state
         self._own_step = rule_for(optimizer)
@@ -217,22 +231,7 @@ class Emended(torch.optim.Optimizer):
         def move(*args: Any, **kwargs: Any) -> Any:
             if self._rule.reads != "position" or not self.units:
                 return method(*args, **kwargs)
-            pairs = [
-                (u, p) for u in self.units for p in (u.weight, u.bias) if p is not None and POSITION in self.state[p]
-            ]
-            states = self._states()
-            with standing_in(self.optimizer, [p for _, p in pairs], [], states, self._rule) as changes:
-                result = method(*args, **kwargs)
-                done = dict(zip((id(p) for _, p in pairs), changes(), strict=True))
-            for unit, state in zip(self.units, states, strict=True):
-                own = [p for u, p in pairs if u is unit]
-                if own:
-                    root = unit.transposed(state["root"].view(unit.slot.shape))
-                    moved = unit.multiply(root, done[id(own[0])], done[id(own[1])] if len(own) > 1 else None)
-                    for parameter, change in zip(own, moved, strict=False):
-                        if change is not None:
-                            local(parameter).add_(change)
-            return result
+            return moved(self.optimizer, self.units, self._states(), self._rule, lambda: method(*args, **kwargs))
 
         return move
 
@@ -252,6 +251,8 @@ class Emended(torch.optim.Optimizer):
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         check_decay(self.units, groups, self._rule, self._name)
         check_one_process(self.units, self._model, self.process_group)
+        if self.outputs is not None:
+            self.outputs.check(self.units)
         self._recorder.one_process = self.process_group is None
         self._hook()
         if self._is_due():
@@ -272,6 +273,9 @@ class Emended(torch.optim.Optimizer):
     def _is_due(self) -> bool:
         return memory.steps_to_refresh(int(self._steps), self.refresh_every) == 0
 
+    def _outputs_alone_due(self) -> bool:
+        return self.outputs is not None and int(self._steps) < self.refresh_every
+
     @property
     def is_recording(self) -> bool:
         """Whether forwards are recorded now, for the next step refreshes ``A`` and ``S``."""
@@ -285,7 +289,7 @@ class Emended(torch.optim.Optimizer):
         """
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps must be an integer of at least 1, got {steps!r} ({type(steps).__name__})")
-        left = memory.steps_to_refresh(int(self._steps), self.refresh_every)
+        left = 0 if self._outputs_alone_due() else memory.steps_to_refresh(int(self._steps), self.refresh_every)
         if self.units and not 1 <= steps <= left:
             raise ValueError(f"steps must be at least 1 and at most {left}, where a refresh is due, got {steps}")
         self._count(steps)
@@ -303,6 +307,8 @@ class Emended(torch.optim.Optimizer):
             if "emended_steps" not in state:
                 fresh = memory.fresh_state if self._sharding is None else self._sharding.fresh_state
                 state.update(fresh(unit), emended_steps=self._steps)
+            if self.outputs is not None:
+                self.outputs.complete(unit, state)
             states.append(state)
         return states
 
@@ -331,10 +337,11 @@ class Emended(torch.optim.Optimizer):
         notify(self, recorder.wrapper and recorder.wrapper())
         due, ran = recorder.recording, recorder.ran()
         capturing = _torch.is_capturing()
-        if due and capturing:
+        if (due or self._outputs_alone_due()) and capturing:
             raise RuntimeError(
                 "consequentialism.optim.Emended refreshes its roots in this step, which a CUDA graph cannot hold: take "
-                "it eagerly where is_recording says so, and capture one between refreshes"
+                "it eagerly where is_recording says so (with an output_exponent the first refresh_every ones too), and "
+                "capture one between refreshes"
             )
         unseen = self._unmet() if due and (ran or self._rates_count()) else []
         waiting = [] if due else self._unmet()
@@ -347,6 +354,9 @@ class Emended(torch.optim.Optimizer):
         with hooks_around(self.optimizer), without_gradients(waiting):
             groups = {id(p): group for group in self.param_groups for p in group["params"]}
             parts = parts_of(self.units, states, groups, self._rule, self._name)
+            if self.outputs is not None and (refreshes or self._outputs_alone_due()):
+                last = 1 if int(self._steps) <= self.refresh_every else self.refresh_every
+                root_outputs(self.optimizer, parts, self.outputs, last)
             rooted: Rooted = iter
             if self._sharding is not None:
                 parts, rooted = self._sharding.in_order(parts), self._rooted
@@ -421,21 +431,7 @@ class Emended(torch.optim.Optimizer):
         return memory.roots_of(units, moments, (self.damping, self.exponent, self.scale == "gradient"), method)
 
     def _process_groups(self) -> list[Any]:
-        """The groups over which Grams are summed, one after the other."""
-        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
-            return []
-        if self.process_group != "auto":
-            return [self.process_group]
-        weights: list[Any] = [unit.weight for unit in self.units]
-        meshes = {weight.device_mesh: None for weight in weights if _torch.is_dtensor(weight)}
-        if meshes:
-            (mesh, *others) = meshes
-            if others:
-                raise ValueError("process_group: the weights belong to several meshes; give the group that shares them")
-            return [group for group in mesh.get_all_groups() if dist.get_world_size(group) > 1]
-        wrapped = [m for m in self._model.modules() if isinstance(m, DistributedDataParallel)]
-        group = wrapped[0].process_group if wrapped else dist.group.WORLD
-        return [group] if dist.get_world_size(group) > 1 else []
+        return groups_of(self.process_group, self.units, self._model)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and forget the rows counted with them since the last step; `model.zero_grad()` cannot."""
@@ -517,7 +513,9 @@ class Emended(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         loaded = self._checked(state_dict)
         rest = {
-            key: {k: v for k, v in value.items() if k not in memory.KEYS} if isinstance(value, dict) else value
+            key: {k: v for k, v in value.items() if k not in (*memory.KEYS, *OUTPUT_KEYS)}
+            if isinstance(value, dict)
+            else value
             for key, value in state_dict["state"].items()
         }
         self.optimizer.load_state_dict({**state_dict, "state": rest})
@@ -536,6 +534,10 @@ class Emended(torch.optim.Optimizer):
             return None  # torch's own error
         numbers = {id(p): i for i, p in zip(saved, own, strict=True)}
         loaded = memory.loaded_states(self.units, numbers, state_dict["state"])
+        if self.outputs is not None and loaded:
+            saved_states = [state_dict["state"][numbers[id(unit.weight)]] for unit in self.units]
+            own_of = zip(self.units, loaded, saved_states, strict=True)
+            loaded = [state | self.outputs.checked_state(unit, before) for unit, state, before in own_of]
         plain = not any(isinstance(state, dict) and "root" in state for state in state_dict["state"].values())
         if state_dict["state"] and not loaded and plain == bool(self.units):
             what = "plain optimizer" if plain else "optimizer in coordinates"
@@ -563,7 +565,8 @@ class Emended(torch.optim.Optimizer):
             same = next((other for other in known if memory.same(state, other)), state)
             if same is state:
                 known.append(state)
-            self.state[unit.weight].update(same, emended_steps=self._steps)
+            shared = {key: same[key] for key in memory.KEYS}
+            self.state[unit.weight].update({**state, **shared, "emended_steps": self._steps})
             unit.met = float(state["gram_rows"]) > 0
         if self._sharding is not None:
             self._sharding.keep(self.units, self._states())

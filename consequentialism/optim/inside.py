@@ -13,6 +13,8 @@ from torch import Tensor
 from .. import _torch
 from .at_once import AtOnce
 from .memory import KEYS, State
+from .outputs import KEYS as OUTPUT_KEYS
+from .outputs import Outputs, left_multiplied
 from .rules import Rule, decay_of, kept_share
 from .steps import Entry, local, muon, rule_for, sgd
 from .steps import Rule as Step
@@ -29,14 +31,19 @@ class Part(NamedTuple):
     parameters: list[Any]  # the weight and, where it has a gradient, the bias
     groups: list[dict[str, Any]]
     decays: list[str]
+    left: Tensor | None = None  # L, where its outputs have a root too
 
     def gradients(self) -> list[Tensor]:
-        """``[g | g_bias] S`` in the gradients' type, coupled decay counted."""
+        """``L [g | g_bias] S`` in the gradients' type, coupled decay counted."""
         own = [local(parameter.grad) for parameter in self.parameters]
         if "coupled" in self.decays:
             own = [gradient + decay for gradient, decay in zip(own, self.coupled(), strict=True)]
-        multiplied = self.multiplied(own)
+        multiplied = self.left_multiplied(self.multiplied(own))
         return [product.to(gradient.dtype) for product, gradient in zip(multiplied, own, strict=True)]
+
+    def left_multiplied(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """``L [values]``, the values themselves where there is no L."""
+        return values if self.left is None else left_multiplied(self.unit, self.left, values)
 
     def coupled(self) -> list[Any]:
         """The decay that is added to each gradient, where it is coupled."""
@@ -58,8 +65,8 @@ class Part(NamedTuple):
         return [kept_share(group) if decay == "decoupled" else 1 for group, decay in pairs]
 
     def apply(self, changes: Sequence[Tensor], shares: Sequence[Any]) -> None:
-        """``W <- share * W + change S^T``."""
-        self.unit.add_product_(self.root, self.parameters, changes, shares)
+        """``W <- share * W + L change S^T``."""
+        self.unit.add_product_(self.root, self.parameters, self.left_multiplied(changes), shares)
 
 
 Rooted = Callable[[Sequence[Part]], Iterable[Part]]  # the parts, each with its root
@@ -85,8 +92,19 @@ def parts_of(
             parameters.append(bias)
         own = [groups[id(parameter)] for parameter in parameters]
         root = state["root"].view(unit.slot.shape) if "root" in state else None
-        parts.append(Part(unit, root, parameters, own, [decay_of(rule, group, name) for group in own]))
+        decays: list[str] = [decay_of(rule, group, name) for group in own]
+        parts.append(Part(unit, root, parameters, own, decays, state.get("output_root")))
     return parts
+
+
+def root_outputs(optimizer: torch.optim.Optimizer, parts: Sequence[Part], how: Outputs, steps: int) -> None:
+    """Take this step's gradients into every ``B``, ``steps`` after the last ones, and make every ``L`` anew."""
+    sides = [
+        (part.unit, optimizer.state[part.unit.weight], part.multiplied([local(p.grad) for p in part.parameters]))
+        for part in parts
+        if part.left is not None
+    ]
+    how.take(sides, steps)
 
 
 def turn(optimizer: torch.optim.Optimizer, units: Sequence[Unit], rule: Rule) -> bool:
@@ -211,6 +229,30 @@ def step_all(
         begin = end
 
 
+def moved(
+    optimizer: torch.optim.Optimizer,
+    units: Sequence[Unit],
+    states: Sequence[State],
+    rule: Rule,
+    method: Callable[[], Any],
+) -> Any:
+    """What ``method`` returns, which moves the parameters that keep a position: by its change in coordinates."""
+    state = optimizer.state
+    pairs = [(u, p) for u in units for p in (u.weight, u.bias) if p is not None and POSITION in state[p]]
+    with standing_in(optimizer, [p for _, p in pairs], [], states, rule) as changes:
+        result = method()
+        done = dict(zip((id(p) for _, p in pairs), changes(), strict=True))
+    for unit, own_state in zip(units, states, strict=True):
+        own = [p for u, p in pairs if u is unit]
+        if own:
+            root = unit.transposed(own_state["root"].view(unit.slot.shape))
+            part = Part(unit, root, own, [], [], own_state.get("output_root"))
+            changes = part.multiplied(part.left_multiplied([done[id(p)] for p in own]))
+            for parameter, change in zip(own, changes, strict=True):
+                local(parameter).add_(change)
+    return result
+
+
 class standing_in:
     """Parameters hold what the optimizer is to see, and the states nothing of ours; all as it was afterwards.
 
@@ -238,7 +280,7 @@ class standing_in:
         self.plain = [parameter.grad for parameter in parameters]
         self.weights = [local(parameter).clone() for parameter in parameters]
         self.positions = [self._position(parameter) for parameter in parameters] if rule.reads == "position" else []
-        self.ours = [{key: state.pop(key) for key in KEYS if key in state} for state in self.states]
+        self.ours = [{key: state.pop(key) for key in (*KEYS, *OUTPUT_KEYS) if key in state} for state in self.states]
         for parameter, gradient in zip(parameters, self.gradients, strict=False):
             parameter.grad = _like(parameter, gradient)
         for i, parameter in enumerate(parameters):

@@ -9,9 +9,15 @@ if TYPE_CHECKING:
 
 
 class JoinHook:
-    """The part of a rank without batches while others step: it enters no rows, and refreshes when they do."""
+    """The part of a rank without batches while others step: it enters no rows, and refreshes when they do.
+
+    Raises:
+        RuntimeError: The optimizer has roots of outputs, for which that rank has no gradients.
+    """
 
     def __init__(self, optimizer: Emended) -> None:
+        if optimizer.outputs is not None:
+            raise RuntimeError("output_exponent must be 0 under Join: a rank without batches has no gradients")
         self.optimizer = optimizer
 
     def main_hook(self) -> None:

@@ -12,13 +12,37 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from .. import _torch
 from . import memory
 from .inside import Part
 from .units import Unit
 
 KEPT = ("input_gram", "root")  # of a weight's state, by its owner alone; the rest is on every rank
+
+
+def groups_of(process_group: Any, units: Sequence[Unit], model: nn.Module) -> list[Any]:
+    """The groups over which Grams are summed, one after the other.
+
+    Args:
+        process_group: As `Emended`'s.
+    """
+    if process_group is None or not (dist.is_available() and dist.is_initialized()):
+        return []
+    if process_group != "auto":
+        return [process_group]
+    weights: list[Any] = [unit.weight for unit in units]
+    meshes = {weight.device_mesh: None for weight in weights if _torch.is_dtensor(weight)}
+    if meshes:
+        (mesh, *others) = meshes
+        if others:
+            raise ValueError("process_group: the weights belong to several meshes; give the group that shares them")
+        return [group for group in mesh.get_all_groups() if dist.get_world_size(group) > 1]
+    wrapped = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    group = wrapped[0].process_group if wrapped else dist.group.WORLD
+    return [group] if dist.get_world_size(group) > 1 else []
 
 
 class Place(NamedTuple):

@@ -1,6 +1,7 @@
 // Steps of SGD, RMSprop and Adam on many parameters, of a weight in emended coordinates with the bias beside it: for
 // one weight after the other [g | g_bias] S, what the rule wants to add, and [W | bias] <- kept [W | bias] + change
-// S^T, in room for the largest of them. consequentialism/optim/inside.py does the same in Python.
+// S^T, in room for the largest of them. With a root L of the outputs the rule sees L [g | g_bias] S, and L change S^T
+// is added. consequentialism/optim/inside.py does the same in Python.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "../block_spans.h"
@@ -27,9 +29,10 @@ constexpr int64_t kGrain = int64_t{1} << 15;  // entries that are worth a thread
 enum Kind : int64_t { kPlain, kRows, kColumns, kDiagonal };
 
 // Lists with an entry for each parameter, gradient, moment and count of steps, a bias behind its weight; roots has one
-// for each weight that is not plain; kinds and members, the number of its parameters, one for each weight.
+// for each weight that is not plain, output_roots one for each of kRows and kColumns, or none at all; kinds and
+// members, the number of its parameters, one for each weight.
 struct Arguments {
-  at::TensorList parameters, gradients, first, second, counts, roots;
+  at::TensorList parameters, gradients, first, second, counts, roots, output_roots;
   at::IntArrayRef kinds, members;
   at::ArrayRef<double> kept, coupled, rates;
 };
@@ -65,7 +68,7 @@ void check(const Arguments& given, int64_t moments, bool counted) {
   check_length("coupled", given.coupled.size(), count);
   check_length("rates", given.rates.size(), count);
   check_length("members", given.members.size(), given.kinds.size());
-  size_t p = 0, rooted = 0;
+  size_t p = 0, rooted = 0, squares = 0;
   for (size_t i = 0; i < given.kinds.size(); ++i) {
     const int64_t kind = given.kinds[i], members = given.members[i];
     TORCH_CHECK_VALUE(kind >= kPlain && kind <= kDiagonal, "kinds must be from 0 to 3, got ", kind);
@@ -92,11 +95,25 @@ void check(const Arguments& given, int64_t moments, bool counted) {
       TORCH_CHECK_VALUE(
           fits, "roots[", rooted - 1, "] of shape ", root.sizes(), " and ", root.scalar_type(),
           " does not fit a weight of shape ", weight.sizes(), " and ", weight.scalar_type());
+      if (kind != kDiagonal && !given.output_roots.empty()) {
+        TORCH_CHECK_VALUE(
+            squares < given.output_roots.size(), "output_roots must have more than ", squares, " entries");
+        const at::Tensor& left = given.output_roots[squares];
+        const int64_t outputs = weight.size(kind == kRows ? 0 : 1) / root.size(0);
+        TORCH_CHECK_VALUE(
+            left.dim() == 4 && left.size(0) == root.size(0) && left.size(1) > 0 && left.size(2) == left.size(3) &&
+                left.size(2) == block_order(outputs, left.size(1), false) && left.is_contiguous() &&
+                left.scalar_type() == weight.scalar_type() && left.device().is_cpu(),
+            "output_roots[", squares, "] of shape ", left.sizes(), " and ", left.scalar_type(),
+            " does not fit a weight of shape ", weight.sizes(), " and ", weight.scalar_type());
+        ++squares;
+      }
     }
     p += members;
   }
   TORCH_CHECK_VALUE(p == count, "members must add up to ", count, " parameters, got ", p);
   check_length("roots", given.roots.size(), rooted);
+  if (!given.output_roots.empty()) check_length("output_roots", given.output_roots.size(), squares);
 }
 
 // The gradient with the decay that is added to it.
@@ -154,11 +171,40 @@ class Coordinates {
     }
   }
 
+  // out <- L values, with columns as above; L [groups, n, b, b].
+  void left_product(
+      const at::Tensor& left, const at::Tensor& out, scalar_t* out_column, const at::Tensor& values,
+      const scalar_t* column) const {
+    const int64_t blocks = left.size(1), order = left.size(2);
+    for (int64_t group = 0; group < groups_; ++group) {
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t begin = block_begin(outputs_, blocks, i), size = block_begin(outputs_, blocks, i + 1) - begin;
+        const int64_t from = group * outputs_ * inputs_ + begin * (by_columns_ ? 1 : inputs_);
+        const int64_t corner = (group * blocks + i) * order * order;
+        at::Tensor part = rows(out, from, inputs_, size);
+        at::addmm_out(
+            part, part, left.as_strided({size, size}, {order, 1}, left.storage_offset() + corner),
+            rows(values, from, inputs_, size), 0, 1);
+        if (column == nullptr) continue;
+        const scalar_t* square = left.const_data_ptr<scalar_t>() + corner;
+        const int64_t first = group * outputs_ + begin;
+        for (int64_t row = 0; row < size; ++row) {
+          out_column[first + row] =
+              std::inner_product(square + row * order, square + row * order + size, column + first, scalar_t(0));
+        }
+      }
+    }
+  }
+
  private:
-  // So many inputs of all outputs [O, n], from an entry on.
+  // So many inputs of all outputs [O, n], or of so many [m, n], from an entry on.
   at::Tensor rows(const at::Tensor& value, int64_t from, int64_t size) const {
+    return rows(value, from, size, outputs_);
+  }
+
+  at::Tensor rows(const at::Tensor& value, int64_t from, int64_t size, int64_t outputs) const {
     return value.as_strided(
-        {outputs_, size}, {by_columns_ ? 1 : inputs_, by_columns_ ? outputs_ : 1}, value.storage_offset() + from);
+        {outputs, size}, {by_columns_ ? 1 : inputs_, by_columns_ ? outputs_ : 1}, value.storage_offset() + from);
   }
 
   at::Tensor square(int64_t block, int64_t size, bool transposed) const {
@@ -177,7 +223,9 @@ template <typename scalar_t, typename RuleOf>
 void step_each(const Arguments& given, int64_t moments, const RuleOf& rule_of) {
   int64_t most = 0;
   for (const at::Tensor& parameter : given.parameters) most = std::max(most, parameter.numel());
+  const bool two_sides = !given.output_roots.empty();
   const at::Tensor room = at::empty({most}, given.parameters[0].options());
+  const at::Tensor inner = two_sides ? at::empty({most}, room.options()) : room;
   scalar_t* const change = room.mutable_data_ptr<scalar_t>();
   const auto turn = [&](size_t p, scalar_t* own) {
     const auto rule = rule_of(p);
@@ -188,7 +236,7 @@ void step_each(const Arguments& given, int64_t moments, const RuleOf& rule_of) {
       apply(rule, end - begin, own + begin, from(first), from(second));
     });
   };
-  size_t p = 0, rooted = 0;
+  size_t p = 0, rooted = 0, squares = 0;
   for (size_t i = 0; i < given.kinds.size(); ++i) {
     const int64_t kind = given.kinds[i];
     const at::Tensor& weight = given.parameters[p];
@@ -201,8 +249,13 @@ void step_each(const Arguments& given, int64_t moments, const RuleOf& rule_of) {
       scalar_t* const column = bias ? bias_change.data() : nullptr;
       coordinates.add_product_(
           room, column, gradient, bias ? bias_gradient.const_data_ptr<scalar_t>() : nullptr, 0, 0, false);
-      turn(p, change);
-      if (bias) turn(p + 1, column);
+      std::vector<scalar_t> bias_inner(two_sides ? bias_change.size() : 0);
+      scalar_t* const inner_column = two_sides && bias ? bias_inner.data() : column;
+      const at::Tensor left = two_sides ? given.output_roots[squares++] : at::Tensor();
+      if (two_sides) coordinates.left_product(left, inner, inner_column, room, column);
+      turn(p, inner.mutable_data_ptr<scalar_t>());
+      if (bias) turn(p + 1, inner_column);
+      if (two_sides) coordinates.left_product(left, room, column, inner, inner_column);
       coordinates.add_product_(
           weight, bias ? given.parameters[p + 1].mutable_data_ptr<scalar_t>() : nullptr, room, column, given.kept[p],
           bias ? given.kept[p + 1] : 0, true);
@@ -248,27 +301,30 @@ void step_all(const Arguments& given, int64_t moments, bool counted, const RuleO
 
 void sgd_step_(
     at::TensorList parameters, at::TensorList gradients, at::TensorList buffers, at::TensorList roots,
-    at::IntArrayRef kinds, at::IntArrayRef members, at::ArrayRef<double> kept, at::ArrayRef<double> coupled,
-    at::ArrayRef<double> rates, double momentum, double dampening, bool nesterov) {
-  const Arguments given{parameters, gradients, buffers, {}, {}, roots, kinds, members, kept, coupled, rates};
+    at::TensorList output_roots, at::IntArrayRef kinds, at::IntArrayRef members, at::ArrayRef<double> kept,
+    at::ArrayRef<double> coupled, at::ArrayRef<double> rates, double momentum, double dampening, bool nesterov) {
+  const Arguments given{parameters,   gradients, buffers, {},   {},      roots,
+                        output_roots, kinds,     members, kept, coupled, rates};
   step_all(given, momentum != 0, false, [&](size_t p) { return Sgd{rates[p], momentum, dampening, nesterov}; });
 }
 
 void rmsprop_step_(
     at::TensorList parameters, at::TensorList gradients, at::TensorList squares, at::TensorList buffers,
-    at::TensorList counts, at::TensorList roots, at::IntArrayRef kinds, at::IntArrayRef members,
-    at::ArrayRef<double> kept, at::ArrayRef<double> coupled, at::ArrayRef<double> rates, double alpha, double momentum,
-    double epsilon) {
-  const Arguments given{parameters, gradients, squares, buffers, counts, roots, kinds, members, kept, coupled, rates};
+    at::TensorList counts, at::TensorList roots, at::TensorList output_roots, at::IntArrayRef kinds,
+    at::IntArrayRef members, at::ArrayRef<double> kept, at::ArrayRef<double> coupled, at::ArrayRef<double> rates,
+    double alpha, double momentum, double epsilon) {
+  const Arguments given{parameters,   gradients, squares, buffers, counts,  roots,
+                        output_roots, kinds,     members, kept,    coupled, rates};
   step_all(given, 1 + (momentum > 0), true, [&](size_t p) { return Rmsprop{rates[p], alpha, momentum, epsilon}; });
 }
 
 void adam_step_(
     at::TensorList parameters, at::TensorList gradients, at::TensorList means, at::TensorList squares,
-    at::TensorList counts, at::TensorList roots, at::IntArrayRef kinds, at::IntArrayRef members,
-    at::ArrayRef<double> kept, at::ArrayRef<double> coupled, at::ArrayRef<double> rates, double beta1, double beta2,
-    double epsilon) {
-  const Arguments given{parameters, gradients, means, squares, counts, roots, kinds, members, kept, coupled, rates};
+    at::TensorList counts, at::TensorList roots, at::TensorList output_roots, at::IntArrayRef kinds,
+    at::IntArrayRef members, at::ArrayRef<double> kept, at::ArrayRef<double> coupled, at::ArrayRef<double> rates,
+    double beta1, double beta2, double epsilon) {
+  const Arguments given{parameters,   gradients, means,   squares, counts,  roots,
+                        output_roots, kinds,     members, kept,    coupled, rates};
   step_all(given, 2, true, [&](size_t p) {
     const double steps = steps_after(counts[p]);
     const double first = 1 - std::pow(beta1, steps), second = 1 - std::pow(beta2, steps);
