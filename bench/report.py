@@ -258,10 +258,10 @@ def _training(folder: Path) -> list[str]:
         "Muon takes the weights of linear layers but the last, AdamW the rest: without such layers, as in the "
         "convolutional networks, it is AdamW. ISAAC has linear layers alone. K-FAC and SINGD leave other layers to SGD "
         "with momentum.",
-        "In coordinates Muon takes convolutions too; Cholesky's coordinates are those of `root='cholesky'`. Seconds "
-        "count what the first ten steps of a run take beyond the later ones, where that was timed: refreshes are more "
-        "frequent there. Those costs are in the process's own time, older ones in the wall's; both stand in one ratio "
-        "only where an optimizer was not timed again.",
+        "In coordinates Muon takes convolutions too; Cholesky's coordinates are those of `root='cholesky'`, of outputs "
+        "too those of `output_exponent=1/3` beside it. Seconds count what the first ten steps of a run take beyond the "
+        "later ones, where that was timed: refreshes are more frequent there. Those costs are in the process's own "
+        "time, older ones in the wall's; both stand in one ratio only where an optimizer was not timed again.",
         "### Summary",
         summary(tasks),
         "### Where emended updates win, tie and lose, in seconds",
