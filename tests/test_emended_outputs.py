@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from emended_helpers import EXACT, parameters_of, squares, train
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism.optim import outputs
+from consequentialism.optim import inside, outputs
 
 
 class Conv1D(nn.Module):
@@ -165,6 +166,63 @@ def test_embeddings_have_none() -> None:
     assert "output_root" in optimizer.state[model[1].weight]
 
 
+def test_weights_with_one_output_a_group_have_none() -> None:
+    """Their root would be a number, the same for all."""
+    x = randn(3, 4, 7, 7)
+    for inner in (torch.optim.SGD, torch.optim.AdamW):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, dtype=F64), nn.Flatten(), nn.Linear(100, 1, dtype=F64))
+        twin = copy.deepcopy(model)
+        optimizer = emended(model, inner)
+        train(model, optimizer, x, 3)
+        train(twin, emended(twin, inner, output_exponent=0.0), x, 3)
+        assert all("output_root" not in state for state in optimizer.state.values())
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert_identical("weight", mine, other)
+
+
+def test_older_moments_are_forgotten_by_the_steps_that_passed() -> None:
+    """A layer that is met late brings a refresh of its own."""
+    model, x = nn.ModuleList(nn.Linear(6, 5, dtype=F64) for _ in range(2)), randn(20, 6)
+    optimizer = emended(model, refresh_every=8, memory=0.5)
+    moments = []
+    for step in range(17):
+        optimizer.zero_grad()
+        loss = model[0](x).square().sum()
+        (loss + model[1](x).square().sum() if step > 10 else loss).backward()
+        before = local_copy(optimizer, model[0].weight)
+        optimizer.step()
+        after = local_copy(optimizer, model[0].weight)
+        if before is None or after["output_steps"] != before["output_steps"]:
+            moments.append((0 if before is None else int(before["output_steps"]), int(after["output_steps"])))
+    assert moments == [(step, step + 1) for step in range(8)] + [(8, 9), (9, 13), (13, 17)]
+
+
+def local_copy(optimizer: Any, weight: nn.Parameter) -> Any:
+    return copy.deepcopy(optimizer.state[weight]) if weight in optimizer.state else None
+
+
+def test_a_step_has_room_for_one_layer_alone() -> None:
+    """Also where roots of outputs are made: what is kept of a layer's gradient is a moment."""
+    model, x = nn.Sequential(*(nn.Linear(96, 96, bias=False) for _ in range(12))), torch.randn(32, 96)
+    optimizer = emended(model)
+    train(model, optimizer, x, 1)
+    model(x).square().sum().backward()
+    alive: list[int] = []
+    whole = outputs.moment_of
+
+    def counted(unit: Any, gradients: Any) -> Any:
+        alive.append(sum(own() is not None for own in seen))
+        seen.append(weakref.ref(gradients[0]))
+        return whole(unit, gradients)
+
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inside, "moment_of", counted)
+        optimizer.step()
+    assert len(alive) == 12
+    assert max(alive) <= 1
+
+
 def test_gradients_that_are_zero_or_not_finite_leave_the_root() -> None:
     layer, x = nn.Linear(6, 5, dtype=F64), randn(20, 6)
     optimizer = emended(layer, refresh_every=1)
@@ -239,21 +297,28 @@ def test_states_of_other_options_load() -> None:
     model, x = nn.Linear(6, 5, dtype=F64), randn(20, 6)
     with_roots, without = emended(model), emended(model, output_exponent=0.0)
     train(model, without, x, 2)
-    with_roots.load_state_dict(without.state_dict())
+    with pytest.warns(UserWarning, match=r"without an output_exponent saved this state, here it is 0\.25"):
+        with_roots.load_state_dict(without.state_dict())
     train(model, with_roots, x, 2)
     assert "output_root" in with_roots.state[model.weight]
-    without.load_state_dict(with_roots.state_dict())
+    with pytest.warns(UserWarning, match="with an output_exponent saved this state, here it is 0"):
+        without.load_state_dict(with_roots.state_dict())
     assert "output_root" not in without.state[model.weight]
 
 
-@pytest.mark.parametrize("spoiled", ["shape", "finite"])
+def spoiled_root(how: str, root: Any) -> Any:
+    return {"shape": root[..., :2, :2], "finite": root * math.nan, "number": 5, "complex": root * 1j}[how]
+
+
+@pytest.mark.parametrize("spoiled", ["shape", "finite", "number", "complex", "missing"])
 def test_states_that_do_not_fit_are_refused(spoiled: str) -> None:
     model = nn.Linear(6, 5, dtype=F64)
     optimizer = emended(model)
     train(model, optimizer, randn(20, 6), 2)
     saved = copy.deepcopy(optimizer.state_dict())
-    root = saved["state"][0]["output_root"]
-    saved["state"][0]["output_root"] = root[..., :2, :2] if spoiled == "shape" else root * math.nan
+    root = saved["state"][0].pop("output_root")
+    if spoiled != "missing":
+        saved["state"][0]["output_root"] = spoiled_root(spoiled, root)
     before = optimizer.state[model.weight]["output_root"].clone()
     with pytest.raises(ValueError, match="output_root of layer"):
         optimizer.load_state_dict(saved)

@@ -178,6 +178,32 @@ def check_one_process(units: Sequence[Unit], model: nn.Module, process_group: An
         )
 
 
+def warn_of_other_coordinates(saved: Mapping[Any, Any], loaded: bool, rooted: bool, output_exponent: float) -> None:
+    """Announce a state whose moments are in other coordinates than the optimizer that loads it.
+
+    Args:
+        saved: Each parameter's state.
+        loaded: Whether there are coordinates in it that are taken.
+        rooted: Whether the optimizer has layers in coordinates.
+        output_exponent: Its own.
+    """
+    states = [state for state in saved.values() if isinstance(state, dict)]
+    plain = not any("root" in state for state in states)
+    with_outputs = any("output_root" in state for state in states)
+    if saved and not loaded and plain == rooted:
+        what = "plain optimizer" if plain else "optimizer in coordinates"
+        now = "the coordinates begin anew" if plain else "moments in its coordinates are taken for plain ones"
+        message = f"the {what} saved this state; {now}"
+    elif loaded and with_outputs != (output_exponent != 0):
+        message = (
+            f"an optimizer {'with' if with_outputs else 'without'} an output_exponent saved this state, here it is "
+            f"{output_exponent}; moments in its coordinates are taken for those in ours"
+        )
+    else:
+        return
+    warnings.warn(f"consequentialism.optim.Emended: {message}", UserWarning, stacklevel=4)
+
+
 def warn_of_unseen(names: Sequence[str], stacklevel: int) -> None:
     """Warn of the layers named, of which no rank has recorded an input."""
     if names:

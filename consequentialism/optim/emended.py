@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from .checks import (
     check_weights,
     checked_numbers,
     checked_outputs,
+    warn_of_other_coordinates,
     warn_of_unseen,
 )
 from .inside import (
@@ -122,9 +122,10 @@ class Emended(torch.optim.Optimizer):
             the symmetric. A loaded root of the other kind stays until the next refresh, moments remain as they were.
         filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
         output_exponent: ``q``; above 0, outputs get a root too, ``L = ((B + c I) / t)^-q`` of the second moment ``B``
-            of ``g S`` over blocks of 64 of a weight's outputs, embeddings excepted: the optimizer sees ``L g S``, and
-            ``W <- W + L u S^T``. 1/4 is Shampoo's (Gupta et al., 2018). ``B`` is taken and ``L`` made anew where ``S``
-            is, and in each of the first ``refresh_every`` steps. Not for sharded weights or ``shard_state``.
+            of ``g S`` over blocks of 64 of a weight's outputs, not of embeddings and depthwise weights: the optimizer
+            sees ``L g S``, and ``W <- W + L u S^T``. 1/4 is Shampoo's (Gupta et al., 2018). ``B`` is taken and ``L``
+            made anew where ``S`` is, and in each of the first ``refresh_every`` steps. Not for sharded weights or
+            ``shard_state``.
         output_damping: ``c`` relative to the mean eigenvalue of ``B``, above 0.
 
     Raises:
@@ -355,8 +356,7 @@ class Emended(torch.optim.Optimizer):
             groups = {id(p): group for group in self.param_groups for p in group["params"]}
             parts = parts_of(self.units, states, groups, self._rule, self._name)
             if self.outputs is not None and (refreshes or self._outputs_alone_due()):
-                last = 1 if int(self._steps) <= self.refresh_every else self.refresh_every
-                root_outputs(self.optimizer, parts, self.outputs, last)
+                root_outputs(self.optimizer, parts, self.outputs, int(self._steps) + 1)
             rooted: Rooted = iter
             if self._sharding is not None:
                 parts, rooted = self._sharding.in_order(parts), self._rooted
@@ -502,7 +502,8 @@ class Emended(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, also with another ``refresh_every``, ``damping`` or ``memory``.
 
-        A state of the plain optimizer is taken with a warning: the coordinates then begin anew.
+        A state of the plain optimizer is taken with a warning: the coordinates then begin anew. So is one with outputs'
+        roots where there are none here, or without them.
 
         Raises:
             ValueError: A state that does not fit, or with NaN or infinity in the memory; nothing is then changed.
@@ -535,16 +536,10 @@ class Emended(torch.optim.Optimizer):
         numbers = {id(p): i for i, p in zip(saved, own, strict=True)}
         loaded = memory.loaded_states(self.units, numbers, state_dict["state"])
         if self.outputs is not None and loaded:
-            saved_states = [state_dict["state"][numbers[id(unit.weight)]] for unit in self.units]
-            own_of = zip(self.units, loaded, saved_states, strict=True)
+            theirs = [state_dict["state"][numbers[id(unit.weight)]] for unit in self.units]
+            own_of = zip(self.units, loaded, theirs, strict=True)
             loaded = [state | self.outputs.checked_state(unit, before) for unit, state, before in own_of]
-        plain = not any(isinstance(state, dict) and "root" in state for state in state_dict["state"].values())
-        if state_dict["state"] and not loaded and plain == bool(self.units):
-            what = "plain optimizer" if plain else "optimizer in coordinates"
-            now = "the coordinates begin anew" if plain else "moments in its coordinates are taken for plain ones"
-            warnings.warn(
-                f"consequentialism.optim.Emended: the {what} saved this state; {now}", UserWarning, stacklevel=3
-            )
+        warn_of_other_coordinates(state_dict["state"], bool(loaded), bool(self.units), self.output_exponent)
         return loaded or None
 
     def _begin_anew(self) -> None:

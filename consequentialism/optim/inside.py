@@ -14,7 +14,7 @@ from .. import _torch
 from .at_once import AtOnce
 from .memory import KEYS, State
 from .outputs import KEYS as OUTPUT_KEYS
-from .outputs import Outputs, left_multiplied
+from .outputs import Outputs, left_multiplied, moment_of
 from .rules import Rule, decay_of, kept_share
 from .steps import Entry, local, muon, rule_for, sgd
 from .steps import Rule as Step
@@ -98,9 +98,13 @@ def parts_of(
 
 
 def root_outputs(optimizer: torch.optim.Optimizer, parts: Sequence[Part], how: Outputs, steps: int) -> None:
-    """Take this step's gradients into every ``B``, ``steps`` after the last ones, and make every ``L`` anew."""
+    """Take this step's gradients, of the ``steps``-th one, into every ``B``, and make every ``L`` anew."""
     sides = [
-        (part.unit, optimizer.state[part.unit.weight], part.multiplied([local(p.grad) for p in part.parameters]))
+        (
+            part.unit,
+            optimizer.state[part.unit.weight],
+            moment_of(part.unit, part.multiplied([local(p.grad) for p in part.parameters])),
+        )
         for part in parts
         if part.left is not None
     ]

@@ -258,35 +258,52 @@ def loaded_states(units: Sequence[Unit], numbers: dict[int, Any], saved: dict[An
     return loaded
 
 
-def _number(state: State, key: str, unit: Unit, allowed: str) -> float:
-    """A number of a state, at least 0; of steps, whole."""
+def _number(unit: Unit, state: State, key: str, allowed: str, whole: bool) -> float:
+    """A number of a state, at least 0."""
     value = state[key]
     if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
         raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be {allowed}, got {value!r}")
     number = float(local(value))
-    if not 0 <= number < math.inf or (key == "emended_steps" and not number.is_integer()):
+    if not 0 <= number < math.inf or (whole and not number.is_integer()):
         raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be {allowed}, got {number}")
     return number
 
 
+def checked_count(unit: Unit, state: State, key: str) -> int:
+    """A count of a saved state."""
+    return int(_number(unit, state, key, "a whole number of at least 0", whole=True))
+
+
+def checked_tensor(unit: Unit, state: State, key: str, shape: tuple[int, ...], other: str) -> Tensor:
+    """A copy of a saved state's tensor in the unit's type on its device.
+
+    Args:
+        other: What of it another shape would come from.
+
+    Raises:
+        ValueError: No tensor of real numbers, another shape, NaN or infinity.
+    """
+    value = local(state[key])
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        found = value.dtype if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
+        raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be a tensor of real numbers, got {found}")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"state_dict: {key} of layer {unit.name!r} must have the shape {list(shape)}, got "
+            f"{list(value.shape)}: it was saved with another {other}"
+        )
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
+    return value.detach().to(unit.slot.device, unit.slot.dtype, copy=True)
+
+
 def checked_state(unit: Unit, state: State) -> State:
     """Copies in the unit's type on its device."""
-    slot, own = unit.slot, {}
-    for key in ("input_gram", "root"):
-        value = local(state[key])
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            found = value.dtype if isinstance(value, Tensor) else f"{value!r} ({type(value).__name__})"
-            raise ValueError(f"state_dict: {key} of layer {unit.name!r} must be a tensor of real numbers, got {found}")
-        if tuple(value.shape) != unit.stored_shape():
-            raise ValueError(
-                f"state_dict: {key} of layer {unit.name!r} must have the shape {list(unit.stored_shape())}, got "
-                f"{list(value.shape)}: it was saved with another block, bias or layer"
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
-        own[key] = value.detach().to(slot.device, slot.dtype, copy=True)
-    rows = _number(state, "gram_rows", unit, "finite and at least 0")
+    slot = unit.slot
+    keys = ("input_gram", "root")
+    own: State = {key: checked_tensor(unit, state, key, unit.stored_shape(), "block, bias or layer") for key in keys}
+    rows = _number(unit, state, "gram_rows", "finite and at least 0", whole=False)
     own["gram_rows"] = torch.tensor(rows, dtype=widest_dtype(slot.device.type), device=slot.device)
-    own["emended_steps"] = torch.as_tensor(int(_number(state, "emended_steps", unit, "a whole number of at least 0")))
+    own["emended_steps"] = torch.as_tensor(checked_count(unit, state, "emended_steps"))
     slot.kept = True
     return own

@@ -1,10 +1,12 @@
 """The side of the outputs: a root ``L`` of the second moment of a weight's gradient, beside ``S`` of its inputs'.
 
-In ``optimizer.state[weight]``, where `Emended` has an ``output_exponent``; of embeddings there is neither:
+In ``optimizer.state[weight]``, where `Emended` has an ``output_exponent``; of embeddings there are none, nor of weights
+with one output a group, whose ``L`` would be a number:
 
 - ``output_gram``: ``B [groups, n, b, b]``, the sum of ``(g S)(g S)^T`` over the steps in which ``L`` was made, older
   ones forgotten by the factor ``memory`` a step; diagonal blocks of at most `BLOCK` outputs each.
 - ``output_root``: ``L``, of the same shape.
+- ``output_steps``: how many steps there were when they were made.
 
 Only ratios of ``B`` count, for ``L`` is relative to its trace: gradients need no unit, and no number of rows.
 """
@@ -22,15 +24,14 @@ from ..backend import dispatch
 from ..backend.reference.coordinates import block_spans
 from ..solve.root import eigen_power, method, power
 from .blocks import Blocks
-from .memory import ROOM, State
-from .steps import local
+from .memory import ROOM, State, checked_count, checked_tensor
 from .units import Unit
 
-KEYS = ("output_gram", "output_root")
+KEYS = ("output_gram", "output_root", "output_steps")
+TENSORS = KEYS[:2]
 BLOCK = 64  # outputs of a block: one step's gradient says little of more
 
-
-Side = tuple[Unit, State, Sequence[Tensor]]  # a weight, its state, and [g | g_bias] S, the bias's beside the weight's
+Side = tuple[Unit, State, Tensor]  # a weight, its state, and the moment of this step's gradient
 
 
 class Outputs(NamedTuple):
@@ -57,76 +58,84 @@ class Outputs(NamedTuple):
 
     def complete(self, unit: Unit, state: dict[str, Any]) -> None:
         """Put what a weight's state lacks into it: no gradients seen, and the identity."""
-        if unit.diagonal or KEYS[1] in state:
+        if not has_root(unit) or "output_root" in state:
             return
         shape, slot = _shape(unit), unit.slot
         eye = torch.eye(shape[-1], dtype=slot.dtype, device=slot.device)
         moment = torch.zeros(shape, dtype=slot.dtype, device=slot.device)
-        state.update(output_gram=moment, output_root=eye.expand(shape).clone())
+        steps = torch.zeros((), dtype=torch.int64)
+        state.update(output_gram=moment, output_root=eye.expand(shape).clone(), output_steps=steps)
 
-    def checked_state(self, unit: Unit, state: dict[str, Any]) -> dict[str, Any]:
+    def checked_state(self, unit: Unit, state: State) -> State:
         """Copies of a saved state's in the unit's type on its device; nothing where it has none.
 
         Raises:
-            ValueError: Another shape, NaN or infinity.
+            ValueError: Some of them alone, another shape, NaN or infinity.
         """
-        if unit.diagonal or any(key not in state for key in KEYS):
+        missing = [key for key in KEYS if key not in state]
+        if not has_root(unit) or len(missing) == len(KEYS):
             return {}
-        own = {}
-        for key in KEYS:
-            value = local(state[key])
-            if tuple(value.shape) != _shape(unit):
-                raise ValueError(
-                    f"state_dict: {key} of layer {unit.name!r} must have the shape {list(_shape(unit))}, got "
-                    f"{list(value.shape)}: it was saved with another layer"
-                )
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
-            own[key] = value.detach().to(unit.slot.device, unit.slot.dtype, copy=True)
+        if missing:
+            raise ValueError(f"state_dict has no {', '.join(missing)} of layer {unit.name!r}")
+        own: State = {key: checked_tensor(unit, state, key, _shape(unit), "layer") for key in TENSORS}
+        own["output_steps"] = torch.as_tensor(checked_count(unit, state, "output_steps"))
         return own
 
     def take(self, sides: Sequence[Side], steps: int) -> None:
-        """Take a step's gradients into every ``B``, and make every ``L`` anew; in place.
+        """Take a step's moments into every ``B``, and make every ``L`` anew; in place.
 
         Nothing of a gradient that is not finite enters; where all were zero, ``L`` stays as it was.
 
         Args:
-            steps: How many there were since ``B`` was taken last, this one counted.
+            steps: How many there were, this one counted.
         """
         for alike in _batches(sides):
-            self._take_alike(alike, self.memory**steps)
+            self._take_alike(alike, steps)
+            for _, state, _ in alike:
+                state["output_steps"].fill_(steps)
 
-    def _take_alike(self, sides: Sequence[Side], kept: float) -> None:
+    def _take_alike(self, sides: Sequence[Side], steps: int) -> None:
         """`take` of blocks ``[k, b, b]`` of one order, those of a weight's group one after the other."""
-        fresh = torch.cat([_moment(unit, gradients).flatten(0, 1) for unit, _, gradients in sides])
-        before, roots = (torch.cat([state[key].flatten(0, 1) for _, state, _ in sides]) for key in KEYS)
-        sizes = [(unit.groups, _blocks(unit)) for unit, _, _ in sides]
-        lengths = [blocks.count for groups, blocks in sizes for _ in range(groups)]
-        outputs = torch.tensor([float(blocks.inputs) for groups, blocks in sizes for _ in range(groups * blocks.count)])
-        owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        together = (owner == owner[:, None]).to(fresh.device)
+        fresh = torch.cat([moment.flatten(0, 1) for *_, moment in sides])
+        before, roots = (torch.cat([state[key].flatten(0, 1) for _, state, _ in sides]) for key in TENSORS)
+        sizes = [(unit.groups, _blocks(unit)) for unit, *_ in sides]
+        counts = [groups * blocks.count for groups, blocks in sizes]
+        lengths = torch.tensor([blocks.count for groups, blocks in sizes for _ in range(groups)])
+        owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(fresh.device)
+
+        def of_blocks(values: Sequence[float]) -> Tensor:
+            """A number of each weight as one ``[k, 1, 1]`` of its blocks."""
+            spread = torch.tensor(values, dtype=fresh.dtype).repeat_interleave(torch.tensor(counts))
+            return spread.to(fresh.device)[:, None, None]
 
         def traces(moments: Tensor) -> Tensor:
             """Of each block's group."""
-            return torch.where(together, moments.diagonal(dim1=-2, dim2=-1).sum(-1), 0).sum(1)[:, None, None]
+            each = moments.diagonal(dim1=-2, dim2=-1).sum(-1)
+            return each.new_zeros(len(lengths)).index_add_(0, owner, each)[owner][:, None, None]
 
-        moments = torch.where(traces(fresh).isfinite(), torch.add(fresh, before, alpha=kept), before)
-        mean = traces(moments) / outputs.to(fresh)[:, None, None]
+        kept = of_blocks([self.memory ** (steps - int(state["output_steps"])) for _, state, _ in sides])
+        moments = torch.where(traces(fresh).isfinite(), torch.addcmul(fresh, before, kept), before)
+        mean = traces(moments) / of_blocks([float(blocks.inputs) for _, blocks in sizes])
         alive = mean > 0
         scaled = moments / torch.where(alive, mean, 1)
         made = self._roots_of(scaled, max(blocks.inputs for _, blocks in sizes))
         roots = torch.where(alive & made.sum((1, 2), keepdim=True).isfinite(), made, roots)
-        counts = [groups * blocks.count for groups, blocks in sizes]
         for (_, state, _), *values in zip(sides, moments.split(counts), roots.split(counts), strict=True):
-            for key, value in zip(KEYS, values, strict=True):
+            for key, value in zip(TENSORS, values, strict=True):
                 state[key].copy_(value.view(state[key].shape))
 
     def _roots_of(self, scaled: Tensor, outputs: int) -> Tensor:
         """``(B + damping I)^-q`` of blocks ``[k, b, b]`` with traces of at most ``outputs``."""
         if method(self.exponent, scaled.device.type) == "eigenvalues":
-            # In float32 too: what rounding does to an eigenvalue is far below a ridge that is no smaller than 1e-3.
-            return eigen_power(scaled, self.damping, self.exponent, scaled.dtype if self.damping >= 1e-3 else None)
+            # In float32 where the ridge is far above what rounding does to an eigenvalue, 1e-7 of the largest.
+            narrow = self.damping >= 1e-5 * outputs
+            return eigen_power(scaled, self.damping, self.exponent, scaled.dtype if narrow else None)
         return power(dispatch.for_coordinates(scaled), scaled, self.damping, self.exponent, outputs)
+
+
+def has_root(unit: Unit) -> bool:
+    """Whether a weight's outputs have a root."""
+    return not unit.diagonal and unit.kind.view(unit.weight).shape[1] > 1
 
 
 def left_multiplied(unit: Unit, root: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
@@ -143,7 +152,6 @@ def left_multiplied(unit: Unit, root: Tensor, values: Sequence[Tensor]) -> list[
         product[:, begin:end] = torch.bmm(square, rows[:, begin:end])
         if column is not None and beside is not None:
             beside[:, begin:end] = torch.bmm(square, column[:, begin:end, None])[..., 0]
-    result = product
     if unit.kind.outputs_first and values[0].is_contiguous():
         result = product.view(values[0].shape)
     else:
@@ -167,16 +175,16 @@ def _batches(sides: Sequence[Side]) -> list[list[Side]]:
     """Those whose blocks are made together: of one order, and not too many."""
     batches: dict[Any, list[list[Side]]] = {}
     for side in sides:
-        moment = side[1][KEYS[0]]
+        moment = side[1]["output_gram"]
         alike = batches.setdefault((moment.shape[-1], moment.dtype, moment.device), [[]])
-        if alike[-1] and sum(state[KEYS[0]].numel() for _, state, _ in alike[-1]) + moment.numel() > ROOM:
+        if alike[-1] and sum(state["output_gram"].numel() for _, state, _ in alike[-1]) + moment.numel() > ROOM:
             alike.append([])
         alike[-1].append(side)
     return [batch for alike in batches.values() for batch in alike]
 
 
-def _moment(unit: Unit, gradients: Sequence[Tensor]) -> Tensor:
-    """The diagonal blocks ``[groups, n, b, b]`` of ``G G^T``, a bias's gradient a column of ``G``."""
+def moment_of(unit: Unit, gradients: Sequence[Tensor]) -> Tensor:
+    """The diagonal blocks ``[groups, n, b, b]`` of ``G G^T`` with ``G = [g | g_bias] S``, the bias's a column."""
     rows, column = _as_rows(unit, gradients)
     whole = rows if column is None else torch.cat([rows, column[..., None]], -1)
     blocks = _blocks(unit)
