@@ -155,6 +155,14 @@ def test_with_kernels_for_another_torch(pure: Path, built_for: str) -> None:
     assert "invalid ELF" not in finished.stderr + finished.stdout, "the loader's own words help nobody"
 
 
+def test_with_kernels_whose_stamp_is_empty(pure: Path) -> None:
+    """As a full disk leaves it."""
+    extension = pure / f"consequentialism/_C{EXTENSION_SUFFIXES[0]}"
+    extension.write_bytes(b"not a library")
+    stamp_of(extension).touch()
+    assert_falls_back(run(STEP, pure), pure, f"{stamp_of(extension)} is empty and does not say for which torch; `pip")
+
+
 def test_naming_the_missing_backend_says_why(pure: Path) -> None:
     code = "import torch, consequentialism as cw; cw.Linear(5, 3, backend='cpu')(torch.ones(2, 5))"
     finished = run(code, pure)

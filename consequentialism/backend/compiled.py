@@ -52,7 +52,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     own = (package / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     extension = next((path for path in own if path.exists()), None)  # of several, that of this Python
     stamp = None if extension is None else stamp_of(extension)
-    built_for, *built_of = stamp.read_text().split() if stamp is not None and stamp.exists() else [None]
+    words = stamp.read_text().split() if stamp is not None and stamp.exists() else [None]
+    if not words:
+        return None, f"built, but {stamp} is empty and does not say for which torch; {BUILD_AGAIN}"
+    built_for, *built_of = words
     if built_for is not None and _release(built_for) != _release(torch.__version__):  # it might load, and crash
         return None, _moved(built_for)
     try:
