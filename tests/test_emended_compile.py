@@ -173,6 +173,8 @@ def test_between_refreshes_the_host_reads_nothing(name: str, monkeypatch: pytest
     optimizer.replayed()
     optimizer.replayed(7)
     assert optimizer.is_recording
+    with pytest.raises(ValueError, match="steps must be taken eagerly now, where a refresh is due, got 1"):
+        optimizer.replayed()
     squares(model(x + 1)).backward()
     with pytest.raises(RuntimeError, match="a CUDA graph cannot hold: take it eagerly"):
         optimizer.step()

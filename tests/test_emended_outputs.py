@@ -271,7 +271,7 @@ def test_replays_wait_for_the_first_interval() -> None:
     optimizer = emended(layer, refresh_every=4)
     train(layer, optimizer, x, 3)
     assert not optimizer.is_recording
-    with pytest.raises(ValueError, match="steps must be at least 1 and at most 0, where a refresh is due, got 1"):
+    with pytest.raises(ValueError, match="steps must be taken eagerly now, where the outputs' roots are due, got 1"):
         optimizer.replayed()
     train(layer, optimizer, x, 2)
     optimizer.replayed(3)

@@ -85,7 +85,8 @@ class Emended(torch.optim.Optimizer):
 
     Make it before `torch.compile` sees a forward, for its hooks. A compiled forward counts its batch at once, an eager
     one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold steps between refreshes,
-    which the host does not read: capture while `is_recording` is False, and call `replayed` after each replay.
+    which the host does not read: capture while `is_recording` is False, with an ``output_exponent`` not before
+    ``refresh_every`` steps, and call `replayed` after each replay.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` that takes dense gradients and calls no closure within its step. It
@@ -292,7 +293,9 @@ class Emended(torch.optim.Optimizer):
             raise TypeError(f"steps must be an integer of at least 1, got {steps!r} ({type(steps).__name__})")
         left = 0 if self._outputs_alone_due() else memory.steps_to_refresh(int(self._steps), self.refresh_every)
         if self.units and not 1 <= steps <= left:
-            raise ValueError(f"steps must be at least 1 and at most {left}, where a refresh is due, got {steps}")
+            due = "a refresh is due" if left or self.is_recording else "the outputs' roots are due"
+            allowed = f"at least 1 and at most {left}, where {due}" if left else f"taken eagerly now, where {due}"
+            raise ValueError(f"steps must be {allowed}, got {steps}")
         self._count(steps)
 
     def _count(self, steps: int) -> None:
