@@ -67,6 +67,73 @@ def test_biases_added_later_begin_their_layers_anew() -> None:
     assert float(optimizer.state[model[0].weight]["gram_rows"]) == 20 * (1 - 0.95)
 
 
+@pytest.mark.parametrize("first", ["group", "move"])
+def test_a_model_that_is_moved_near_a_group_keeps_its_moments(first: str) -> None:
+    model, x = mlp(torch.float32), randn(20, 6)
+    optimizer = cw.optim.Emended(torch.optim.SGD(model[0].parameters(), 0.1), model, refresh_every=4)
+    train(model, optimizer, x.float(), 5)
+    before = optimizer.state[model[0].weight]["input_gram"].clone()
+    if first == "move":
+        model.double()
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    model.double()
+    losses = train(model, optimizer, x, 4)
+    assert losses[-1] < losses[0]
+    types = [optimizer.state[model[i].weight]["root"].dtype for i in (0, 2)]
+    assert types == [torch.float32, F64], "the second layer has had no state that would stay behind"
+    moment = optimizer.state[model[0].weight]["input_gram"]
+    assert (moment - before).norm() < 1e-5 * before.norm(), "the same batch: it was neither lost nor begun anew"
+
+
+def test_a_group_without_layers_costs_the_known_ones_no_step() -> None:
+    model = nn.Sequential(nn.Linear(6, 5, dtype=F64), nn.LayerNorm(5, dtype=F64))
+    optimizer = cw.optim.Emended(torch.optim.SGD(model[0].parameters(), 0.1), model, refresh_every=4)
+    train(model, optimizer, randn(20, 6), 6)
+    before = model[0].weight.detach().clone()
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    train(model, optimizer, randn(20, 6), 1)
+    assert (model[0].weight != before).any()
+
+
+@pytest.mark.parametrize("fits", [False, True])
+def test_a_model_moved_after_a_load_is_followed_where_it_was_refused(fits: bool) -> None:
+    model, x = mlp(torch.float32), randn(20, 6)
+    donor = copy.deepcopy(model)
+    of_donor, optimizer = emended(donor), emended(model)
+    train(donor, of_donor, x.float(), 1)
+    saved = of_donor.state_dict()
+    if fits:
+        optimizer.load_state_dict(saved)
+    else:
+        saved["state"][2]["root"].fill_(float("nan"))  # of the second layer, once the first was looked at
+        with pytest.raises(ValueError, match="root of layer '2' has NaN"):
+            optimizer.load_state_dict(saved)
+    model.double()
+    train(model, optimizer, x, 3)
+    types = [optimizer.state[model[i].weight]["root"].dtype for i in (0, 2)]
+    assert types == [torch.float32 if fits else F64] * 2
+
+
+def test_a_model_moved_after_a_plain_load_is_followed() -> None:
+    model, x = mlp(torch.float32), randn(20, 6)
+    optimizer = emended(model)
+    train(model, optimizer, x.float(), 2)
+    with pytest.warns(UserWarning, match="begin anew"):
+        optimizer.load_state_dict(plain_state(model))
+    model.double()
+    train(model, optimizer, x, 2)
+    assert optimizer.state[model[0].weight]["root"].dtype == F64
+
+
+def plain_state(model: nn.Module) -> dict[str, Any]:
+    """What SGD with momentum saves after a step."""
+    plain = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    plain.step()
+    return plain.state_dict()
+
+
 def test_a_group_that_is_refused_changes_nothing() -> None:
     class Unknown(torch.optim.Optimizer):
         def step(self, closure: Any = None) -> None:

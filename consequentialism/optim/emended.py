@@ -244,11 +244,13 @@ class Emended(torch.optim.Optimizer):
             raise ValueError("model: the optimizer has none of its parameters; give both the same model")
         if math.isinf(self.damping):
             return
-        with_biases = not self._rule.orthogonalises
+        with_biases, before = not self._rule.orthogonalises, {id(unit.own): unit for unit in self.units}
         self.units, self.left_alone = find_units(self._model, owned, self.filter_fn, self.block, with_biases)
         if not self.units:
             why = "; ".join(f"{name or '(the model itself)'}: {reason}" for name, reason in self.left_alone.items())
             raise ValueError(f"model: it has no layer that can be stepped in coordinates. {why}".rstrip())
+        for unit in self.units:
+            unit.succeed(before.get(id(unit.own)))
         check_converted(self.units)
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         check_decay(self.units, groups, self._rule, self._name)
@@ -311,6 +313,7 @@ class Emended(torch.optim.Optimizer):
             if "emended_steps" not in state:
                 fresh = memory.fresh_state if self._sharding is None else self._sharding.fresh_state
                 state.update(fresh(unit), emended_steps=self._steps)
+                unit.slot.kept = True
             if self.outputs is not None:
                 self.outputs.complete(unit, state)
             states.append(state)
@@ -549,7 +552,7 @@ class Emended(torch.optim.Optimizer):
         """Forget the coordinates: the next step refreshes them, as the first one does."""
         self._steps = torch.zeros((), dtype=torch.int64)
         for unit in self.units:
-            unit.met = False
+            unit.met = unit.slot.kept = False
         if self._sharding is not None:
             self._sharding.forget(self.units)
         self._recorder.end()
@@ -565,7 +568,7 @@ class Emended(torch.optim.Optimizer):
                 known.append(state)
             shared = {key: same[key] for key in memory.KEYS}
             self.state[unit.weight].update({**state, **shared, "emended_steps": self._steps})
-            unit.met = float(state["gram_rows"]) > 0
+            unit.met, unit.slot.kept = float(state["gram_rows"]) > 0, True
         if self._sharding is not None:
             self._sharding.keep(self.units, self._states())
         self._recorder.end()

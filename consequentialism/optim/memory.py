@@ -42,9 +42,7 @@ def steps_to_refresh(steps: int, every: int) -> int:
 
 def fresh_state(unit: Unit) -> State:
     """Before the first refresh: no rows, and the identity for a root."""
-    slot = unit.slot
-    slot.kept = True
-    shape = unit.stored_shape()
+    slot, shape = unit.slot, unit.stored_shape()
     moment = torch.zeros(shape, dtype=slot.dtype, device=slot.device)
     if unit.diagonal:
         root = torch.ones_like(moment)
@@ -305,5 +303,4 @@ def checked_state(unit: Unit, state: State) -> State:
     rows = _number(unit, state, "gram_rows", "finite and at least 0", whole=False)
     own["gram_rows"] = torch.tensor(rows, dtype=widest_dtype(slot.device.type), device=slot.device)
     own["emended_steps"] = torch.as_tensor(checked_count(unit, state, "emended_steps"))
-    slot.kept = True
     return own

@@ -53,6 +53,11 @@ class Unit:
         self.slot = Slot(shape, moment_dtype(weight.dtype), device)
         self.check_sharding()
 
+    def succeed(self, former: Unit | None) -> None:
+        """Go on where an earlier unit of the weight, if any, left off, unless its coordinates were others."""
+        if former is not None and former.slot.shape == self.slot.shape:
+            self.slot, self.met = former.slot, former.met
+
     @property
     def weight(self) -> Tensor:
         return self.kind.weight(self.module)
