@@ -424,3 +424,27 @@ def test_clusters_only_where_they_were_compiled_and_fit(
     assert answer.tolist() == [expected, resident]
     assert (plan(shim, 400, F32, clusters=expected).team == CLUSTER) == expected
     assert (plan(shim, 400, F32, clusters=expected, resident=resident).team == RESIDENT) == (resident >= 8)
+
+
+OUT_OF_MEMORY, INVALID_CLUSTER_SIZE = 2, 912
+
+
+@pytest.mark.parametrize("queries_right", [0, 1])
+def test_only_an_error_that_speaks_of_clusters_means_that_none_fit(shim: cuda_shim.Library, queries_right: int) -> None:
+    # The answer is kept for the life of the process: no other error may become one.
+    fail_query = shim.call.shim_fail_query
+
+    def asked() -> list[int]:
+        (answer,) = shim.run("call_clusters_run", shim.empty(2, dtype=torch.int64), seeds=(0,))
+        numbers: list[int] = answer.tolist()
+        return numbers
+
+    try:
+        fail_query(*map(ctypes.c_int64, (queries_right, OUT_OF_MEMORY)))
+        with pytest.raises(cuda_shim.ShimError, match=f"error {OUT_OF_MEMORY}"):
+            asked()
+        fail_query(*map(ctypes.c_int64, (queries_right, INVALID_CLUSTER_SIZE)))
+        assert asked() == [[0, 16], [1, 8]][queries_right]
+    finally:
+        fail_query(*map(ctypes.c_int64, (-1, 0)))
+    assert asked() == [1, 16]

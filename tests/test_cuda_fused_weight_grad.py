@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 from pathlib import Path
@@ -406,7 +407,7 @@ def stream_slots(shim: cuda_shim.Library, streams: int, captures: int = 0, destr
 
 
 def test_a_capture_takes_no_slot_of_a_stream(shim: cuda_shim.Library) -> None:
-    # A graph that is captured again and again would use them up, and later launches would change their bits.
+    # A graph that is captured again and again would use them up, and each later launch would need memory of its own.
     slots, streams = 1024, 1026
     own = stream_slots(shim, streams, captures=3 * slots)
     assert own == [[*range(slots), -1, -1]] * 2
@@ -415,3 +416,12 @@ def test_a_capture_takes_no_slot_of_a_stream(shim: cuda_shim.Library) -> None:
 def test_a_streams_handle_that_is_used_again_has_another_slot(shim: cuda_shim.Library) -> None:
     # A stream may be destroyed while its launches run; their counters are not the next one's.
     assert stream_slots(shim, 3, destroyed=True) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_stream_whose_id_is_not_told_takes_no_slot(shim: cuda_shim.Library) -> None:
+    invalid_value = 1
+    shim.call.shim_fail_query(*map(ctypes.c_int64, (1, invalid_value)))
+    try:
+        assert stream_slots(shim, 3) == [[0, -1, 1], [0, 2, 1]]
+    finally:
+        shim.call.shim_fail_query(*map(ctypes.c_int64, (-1, 0)))

@@ -84,16 +84,22 @@ cudaError_t clusters_run(bool* run, int* resident_blocks) {
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   const size_t tile = inverse_tile_bytes(sizeof(double));
-  *run = cluster_fits(kernel, kInverseClusterBlocks, kInverseClusterThreads, tile);
+  error = cluster_fits(run, kernel, kInverseClusterBlocks, kInverseClusterThreads, tile);
+  if (error != cudaSuccess) return error;
   // With a processor's whole shared memory a block has it to itself: where so many have, those of any kernel fit.
   const auto* resident = reinterpret_cast<const void*>(damped_inverse_resident_kernel<double>);
   const auto fit = [&](int blocks) {
-    return cluster_fits(resident, static_cast<unsigned>(blocks), kInverseClusterThreads, static_cast<size_t>(most));
+    bool fits = false;
+    const auto cluster = static_cast<unsigned>(blocks);
+    if (error == cudaSuccess) {
+      error = cluster_fits(&fits, resident, cluster, kInverseClusterThreads, static_cast<size_t>(most));
+    }
+    return fits;
   };
   int blocks = fit(kInverseLargeCluster) ? kInverseLargeCluster : kInverseClusterBlocks;
   while (blocks > 1 && !fit(blocks)) --blocks;
   *resident_blocks = blocks > 1 ? blocks : 0;
-  return cudaSuccess;
+  return error;
 }
 
 template <class T>

@@ -19,9 +19,7 @@ class Counters {
   // like: a tensor of the device.
   Counters(cudaStream_t stream, const at::Tensor& like) {
     const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-    int64_t slot;
-    C10_CUDA_CHECK(slots().of(stream, captured, &slot));
-    if (slot >= 0) {
+    if (const int64_t slot = slots().of(stream, captured); slot >= 0) {
       address_ = first_launch_counter() + kLaunchCounters * slot;
       return;
     }

@@ -191,8 +191,16 @@ inline cudaError_t allow(const void* kernel, size_t shared_bytes, unsigned clust
 
 }  // namespace detail
 
+// Whether an error of a query means that no chip of this kind takes such a cluster; others say nothing of the chip.
+inline bool refuses_cluster(cudaError_t error) {
+  return error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+}
+
 // Whether the current device has room for a cluster of so many blocks of the kernel.
-inline bool cluster_fits(const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes) {
+inline cudaError_t cluster_fits(
+    bool* fits, const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes) {
+  *fits = false;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;
@@ -206,8 +214,12 @@ inline bool cluster_fits(const void* kernel, unsigned cluster, unsigned threads,
   int active = 0;
   cudaError_t error = detail::allow(kernel, shared_bytes, cluster);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&active, kernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();  // a cluster that no chip of this kind takes: no error of ours
-  return error == cudaSuccess && active > 0;
+  if (refuses_cluster(error)) {
+    cudaGetLastError();  // or the next check would take it for its own
+    return cudaSuccess;
+  }
+  *fits = error == cudaSuccess && active > 0;
+  return error;
 }
 
 #ifdef CONSEQUENTIALISM_HOST_SHIM

@@ -94,14 +94,11 @@ extern "C" int call_stream_slots(int64_t* slots, int64_t captures, int64_t strea
   StreamSlots all;
   const auto stream = [](int64_t i) { return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(i)); };
   for (int64_t i = 0; i < captures; ++i) {
-    int64_t slot;
-    if (all.of(stream(i), true, &slot) != cudaSuccess || slot >= 0) return cudaErrorInvalidValue;
+    if (all.of(stream(i), true) >= 0) return cudaErrorInvalidValue;
   }
   for (int64_t launch = 0; launch < 2 * streams; ++launch) {
     if (destroyed && launch == streams) shim_destroy_streams();
-    if (const cudaError_t error = all.of(stream(launch % streams), false, slots + launch); error != cudaSuccess) {
-      return error;
-    }
+    slots[launch] = all.of(stream(launch % streams), false);
   }
   return 0;
 }

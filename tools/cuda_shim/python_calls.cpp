@@ -74,6 +74,12 @@ void shim_set_resident_blocks(uint64_t count) {
   shim::state.resident_blocks = count;
 }
 
+// The query of clusters or of a stream after so many right ones fails, once.
+void shim_fail_query(int64_t queries_right, int64_t error) {
+  shim::state.queries_right = queries_right;
+  shim::state.query_error = static_cast<cudaError_t>(error);
+}
+
 // What the kernels were compiled from, and of how many processors are how many groups, of one of which a cluster's are.
 void shim_set_device(int64_t ptx_version, int64_t groups, int64_t group_processors) {
   shim::state.ptx_version = static_cast<int>(ptx_version);

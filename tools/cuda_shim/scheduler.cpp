@@ -380,6 +380,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   consequentialism::cuda::shim::State& state = consequentialism::cuda::shim::state;
+  if (state.queries_right-- == 0) return state.query_error;
   const auto [found, is_new] = state.stream_ids.try_emplace(stream, state.next_stream_id);
   if (is_new) ++state.next_stream_id;
   *id = found->second;
@@ -394,6 +395,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const cudaLaunchConfig_t* config) {
   using namespace consequentialism::cuda::shim;
   *count = 0;
+  if (state.queries_right-- == 0) return state.query_error;
   const unsigned cluster = config->numAttrs == 1 ? config->attrs->val.clusterDim.x : 1;
   const auto allowed = state.allowed_shared.find(kernel);
   const bool asked = cluster <= kClusterWithoutAsking || state.allowed_clusters.contains(kernel);

@@ -128,6 +128,8 @@ struct State {
   uint64_t launches = 0, shared_bytes = 0, switches = 0, attributes_set = 0;
   int ptx_version = 90, groups = 1;
   unsigned group_processors = kMaxCluster;
+  int64_t queries_right = -1;  // of clusters and of streams, before one that fails; less than 0: none does
+  cudaError_t query_error = cudaSuccess;
   uint64_t resident_blocks = kResidentBlocks;
   std::map<const void*, unsigned long long> stream_ids;
   unsigned long long next_stream_id = 1;
