@@ -7,6 +7,10 @@
 # Results: at most 8 files in $OUT, by default out/gpu, written as they come. A line for each part as soon as it is over;
 # exit code 1 if a part failed or had no time. DEVICE=cpu rehearses the script without a GPU. Where `make gpu-pack` has
 # put an extension in the checkout, nothing is compiled.
+#
+# SECONDS_ALLOWED=N cuts a call short: parts that come when its time is over are named and counted as failed. A machine
+# that is to be had for 900 s in all is enough for `first` whole, 580 s, and, with 50 s for its start, for
+# `SECONDS_ALLOWED=270 tools/gpu.sh bench`: its first two parts.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-out/gpu} PYTHONPATH=$PWD PYTHONUNBUFFERED=1 FORCE_CUDA=1
@@ -17,15 +21,19 @@ log=$OUT/log.txt
 failed=0
 mkdir -p "$OUT"
 
+allot() { # allot NAME SECONDS LEAST: `limit` is SECONDS or what is left of the call; a failure where that is below LEAST
+  limit=$2
+  [ "$limit" -le $((whole - SECONDS)) ] || limit=$((whole - SECONDS))
+  [ "$limit" -lt "$3" ] || return 0
+  echo "gpu: FAIL  $1: no time was left for it"
+  failed=1
+  return 1
+}
+
 part() { # part NAME SECONDS COMMAND...: its output goes to the log
-  local name=$1 limit=$2 start=$SECONDS left=$((whole - SECONDS)) code verdict=ok
+  local name=$1 limit start=$SECONDS code verdict=ok
+  allot "$name" "$2" 5 || return
   shift 2
-  [ "$limit" -le "$left" ] || limit=$left
-  if [ "$limit" -lt 5 ]; then
-    echo "gpu: FAIL  $name: no time was left for it"
-    failed=1
-    return 1
-  fi
   printf '\n== %s\n' "$name" >> "$log"
   timeout -k 5 "$limit" "$@" >> "$log" 2>&1
   code=$?
@@ -43,9 +51,9 @@ finish() {
 # Our own kernels alone, a process a kind; without torch's cache every tensor is an allocation whose ends are watched.
 # A capture needs that cache, and a free without it waits for all streams: graph, streams and side_stream keep it.
 sanitize() { # sanitize TOOL SECONDS KIND...
-  local tool=$1 limit=$2 start=$SECONDS folder kind uncached pids=() bad=0
+  local tool=$1 limit start=$SECONDS folder kind uncached pids=() bad=0
+  allot "$tool" "$2" 5 || return
   shift 2
-  [ "$limit" -le $((whole - SECONDS)) ] || limit=$((whole - SECONDS))
   folder=$(mktemp -d)
   for kind; do
     uncached=(PYTORCH_NO_CUDA_MEMORY_CACHING=1)
@@ -65,10 +73,18 @@ sanitize() { # sanitize TOOL SECONDS KIND...
   echo "gpu: $([ $bad = 0 ] && echo 'ok   ' || echo 'FAIL ') $tool: $bad bad of $# kinds after $((SECONDS - start)) s"
 }
 
+first_contact() { # first_contact SECONDS: a line for each call as soon as it is known
+  local limit
+  allot "first contact" "$1" 5 || return
+  timeout -k 5 "$limit" "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
+  [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+}
+
 bench() { # bench NAME SECONDS ARGUMENT...: rows to $OUT/NAME.csv
-  local name=$1 limit=$2
+  local name=$1 limit start_and_end=20
+  allot "bench $name" "$2" $((start_and_end + 5)) || return
   shift 2
-  part "bench $name" "$limit" "$python" -m consequentialism bench --device "$device" --seconds $((limit - 20)) \
+  part "bench $name" "$limit" "$python" -m consequentialism bench --device "$device" --seconds $((limit - start_and_end)) \
     --out "$OUT/$name.csv" "$@"
 }
 
@@ -85,9 +101,8 @@ fi
 
 case ${1:-} in
   first)
-    part info 30 "$python" -m consequentialism info
-    timeout -k 5 150 "$python" tools/gpu_first.py --device "$device" --seconds 45 2>&1 | tee "$OUT/first.txt"
-    [ "${PIPESTATUS[0]}" -eq 0 ] || failed=1
+    part info 15 "$python" -m consequentialism info
+    first_contact 150
     sanitize memcheck 75 gram_primal gram_split gram_warpgroups_primal conv_gram conv_gram_pieces \
       conv_gram_displaced_pieces inverse_block_big inverse_cluster inverse_cluster_large apply_dual apply_primal \
       bias_poison recompute cooperative repeat graph streams side_stream
