@@ -188,7 +188,9 @@ def _streams_beside(main: torch.cuda.Stream) -> tuple[Any, ...]:
 def _draw(main: torch.cuda.Stream, kept: tuple[Any, ...] = ()) -> tuple[Any, ...]:
     """`STREAMS` for work beside ``main``, those kept among them; fewer where torch has no more that are free.
 
-    None is shared: in the capture of one stream, the other's work beside it would be an error.
+    None is shared: in the capture of one stream, the other's work beside it would be an error. A lane of
+    an open scope keeps the streams that it began with, also where torch meanwhile hands one of them out as another
+    thread's main stream.
     """
     taken = {main, *kept, *_streams, *(side for sides in _streams.values() for side in sides)}
     drawn = dict.fromkeys(kept)

@@ -13,7 +13,8 @@ constexpr int64_t kMinStages = 4;  // of a split: less does not pay for the seco
 // Predicted: a stage is some 300 cycles, a launch with its partial Grams 2,500 to 3,500.
 constexpr int64_t kMaxStagesOfCluster = 12;
 
-// A cluster's processors are of one group, which has at least so many.
+// Processors of a group, from which a cluster's all come, as Hopper has them. Where a chip's groups are smaller, which
+// resident_blocks shows, more clusters are counted than run at once: that costs time, no result.
 constexpr int64_t kGroup = 16;
 
 // Predicted cycles: of a stage of a processor's tile (small tiles: of each of those that share a processor), and of a
