@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, assert_close, assert_identical, randn
+from cases import F64, TOLERANCE, assert_close, assert_identical, randn
 from emended_helpers import EXACT, parameters_of, squares, train
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import consequentialism as cw
 from consequentialism.optim import inside, outputs
+from consequentialism.solve.root import eigen_power
 
 
 class Conv1D(nn.Module):
@@ -201,6 +204,38 @@ def local_copy(optimizer: Any, weight: nn.Parameter) -> Any:
     return copy.deepcopy(optimizer.state[weight]) if weight in optimizer.state else None
 
 
+@pytest.mark.parametrize("damping", [0.1, 0.01, 0.001])
+def test_wide_outputs_lose_nothing_to_rounding(damping: float) -> None:
+    """Few outputs of many hold the trace: the largest eigenvalue is then far above the ridge."""
+    blocks = torch.diag_embed(torch.full((2, 64), 1e-6)).float()
+    generator = torch.Generator().manual_seed(0)
+    g, turn = torch.randn(8, 8, generator=generator), torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
+    blocks[0, :8, :8] += 4096 * (g @ g.T) / (g @ g.T).trace()
+    blocks = turn @ blocks @ turn.T
+    made = outputs.Outputs(0.25, damping, 0.95)._roots_of(blocks, 4096)
+    assert_close("root", made, eigen_power(blocks.double(), damping, 0.25), TOLERANCE[torch.float32])
+
+
+def test_many_groups_take_linear_room() -> None:
+    unit = cw.optim.Emended(torch.optim.SGD((layer := nn.Conv2d(512, 1024, 1, groups=512)).parameters()), layer).units[
+        0
+    ]
+    how, state = outputs.Outputs(0.25, 0.1, 0.95), {}
+    how.complete(unit, state)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(own.numel() for own in tree_leaves(result) if isinstance(own, Tensor))])
+            return result
+
+    with Watch():
+        how.take([(unit, state, torch.rand_like(state["output_gram"]))], 1)
+    assert largest <= 2 * state["output_gram"].numel()
+
+
 def test_a_step_has_room_for_one_layer_alone() -> None:
     """Also where roots of outputs are made: what is kept of a layer's gradient is a moment."""
     model, x = nn.Sequential(*(nn.Linear(96, 96, bias=False) for _ in range(12))), torch.randn(32, 96)
@@ -310,17 +345,19 @@ def spoiled_root(how: str, root: Any) -> Any:
     return {"shape": root[..., :2, :2], "finite": root * math.nan, "number": 5, "complex": root * 1j}[how]
 
 
-@pytest.mark.parametrize("spoiled", ["shape", "finite", "number", "complex", "missing"])
+@pytest.mark.parametrize("spoiled", ["shape", "finite", "number", "complex", "missing", "later"])
 def test_states_that_do_not_fit_are_refused(spoiled: str) -> None:
     model = nn.Linear(6, 5, dtype=F64)
     optimizer = emended(model)
     train(model, optimizer, randn(20, 6), 2)
     saved = copy.deepcopy(optimizer.state_dict())
     root = saved["state"][0].pop("output_root")
-    if spoiled != "missing":
+    if spoiled == "later":
+        saved["state"][0].update(output_root=root, output_steps=torch.tensor(9))
+    elif spoiled != "missing":
         saved["state"][0]["output_root"] = spoiled_root(spoiled, root)
     before = optimizer.state[model.weight]["output_root"].clone()
-    with pytest.raises(ValueError, match="output_root of layer"):
+    with pytest.raises(ValueError, match=r"output_(root|steps) of layer"):
         optimizer.load_state_dict(saved)
     assert_identical("root", optimizer.state[model.weight]["output_root"], before)
 

@@ -70,7 +70,7 @@ class Outputs(NamedTuple):
         """Copies of a saved state's in the unit's type on its device; nothing where it has none.
 
         Raises:
-            ValueError: Some of them alone, another shape, NaN or infinity.
+            ValueError: Some of them alone, another shape, NaN or infinity, steps that were not taken.
         """
         missing = [key for key in KEYS if key not in state]
         if not has_root(unit) or len(missing) == len(KEYS):
@@ -78,7 +78,12 @@ class Outputs(NamedTuple):
         if missing:
             raise ValueError(f"state_dict has no {', '.join(missing)} of layer {unit.name!r}")
         own: State = {key: checked_tensor(unit, state, key, _shape(unit), "layer") for key in TENSORS}
-        own["output_steps"] = torch.as_tensor(checked_count(unit, state, "output_steps"))
+        steps, most = (checked_count(unit, state, key) for key in ("output_steps", "emended_steps"))
+        if steps > most:
+            raise ValueError(
+                f"state_dict: output_steps of layer {unit.name!r} must be at most emended_steps, {most}, got {steps}"
+            )
+        own["output_steps"] = torch.as_tensor(steps)
         return own
 
     def take(self, sides: Sequence[Side], steps: int) -> None:
@@ -127,8 +132,8 @@ class Outputs(NamedTuple):
     def _roots_of(self, scaled: Tensor, outputs: int) -> Tensor:
         """``(B + damping I)^-q`` of blocks ``[k, b, b]`` with traces of at most ``outputs``."""
         if method(self.exponent, scaled.device.type) == "eigenvalues":
-            # In float32 where the ridge is far above what rounding does to an eigenvalue, 1e-7 of the largest.
-            narrow = self.damping >= 1e-5 * outputs
+            # In float32 where the ridge is far above what rounding does to eigenvalues: L then errs by up to 7e-5.
+            narrow = self.damping >= 1e-4 * outputs
             return eigen_power(scaled, self.damping, self.exponent, scaled.dtype if narrow else None)
         return power(dispatch.for_coordinates(scaled), scaled, self.damping, self.exponent, outputs)
 
