@@ -13,7 +13,7 @@ from consequentialism.backend.schemas import COORDINATE_OPS, OPS
 from consequentialism.options import OPTION_NAMES
 
 ROOT = Path(__file__).parent.parent
-README, GPU = (ROOT / "README.md").read_text(), (ROOT / "docs" / "gpu.md").read_text()
+README, STATUS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "hardware.md").read_text()
 FORMULA, EXAMPLE = (
     next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if mark in block)
     for mark in ("gram.trace()", "cw.convert(model)")
@@ -29,7 +29,7 @@ def test_formula_in_stock_pytorch() -> None:
 
 
 def test_the_table_of_what_has_run_on_hardware_leaves_nothing_out() -> None:
-    rows = [line.split("|") for line in GPU.splitlines() if line.startswith("| ")]
+    rows = [line.split("|") for line in STATUS.splitlines() if line.startswith("| ")]
     table = [row for row in rows if "nothing yet" in row[-2]]
     named = set(re.findall(r"`(?:optim\.)?(\w+)`", "".join(row[1] for row in table)))
     compiled = (path.stem.removesuffix("_binding") for path in (ROOT / "csrc" / "cuda").glob("*_binding.cpp"))
