@@ -18,6 +18,10 @@ def emended(model: nn.Module, lr: float = 0.5, **options: Any) -> cw.optim.Emend
     return cw.optim.Emended(torch.optim.SGD(model.parameters(), lr), model, **options)
 
 
+def adamw(model: nn.Module) -> cw.optim.Emended:
+    return cw.optim.Emended(torch.optim.AdamW(model.parameters(), 0.01), model)
+
+
 def test_a_layer_unfrozen_between_refreshes_waits_for_one() -> None:
     model = mlp(F64)
     model[0].requires_grad_(False)
@@ -123,6 +127,48 @@ def test_a_model_moved_after_a_plain_load_is_followed() -> None:
     model.double()
     train(model, optimizer, x, 2)
     assert optimizer.state[model[0].weight]["root"].dtype == F64
+
+
+@pytest.mark.parametrize("make", [adamw, cw.optim.Muon], ids=["AdamW", "Muon"])
+@pytest.mark.parametrize("target", [F64, torch.bfloat16])
+def test_a_model_moved_between_steps_is_told_how_its_state_follows(make: Any, target: torch.dtype) -> None:
+    model, x = mlp(torch.float32), randn(20, 6)
+    optimizer = make(model, lr=0.01, aux={"lr": 0.01}) if make is cw.optim.Muon else make(model)
+    train(model, optimizer, x.float(), 3)
+    model.to(target)
+    squares(model(x.to(target))).backward()
+    before, steps = parameters_of(model), int(optimizer._steps)
+    saying = rf"layer '0' was torch.float32 on cpu at its last step and is {target} on cpu now.*load_state_dict\(opt"
+    with pytest.raises(RuntimeError, match=saying):
+        optimizer.step()
+    for own, expected in zip(parameters_of(model), before, strict=True):
+        assert_identical("weight", own, expected)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert int(optimizer._steps) == steps
+    losses = train(model, optimizer, x.to(target), 30)
+    assert losses[-1] < losses[0]
+    root = optimizer.state[model[0].weight]["root"]
+    assert root.dtype == (F64 if target == F64 else torch.float32)
+
+
+def test_a_model_on_another_device_is_told_so_in_forward() -> None:
+    model = mlp(F64)
+    optimizer = emended(model)
+    train(model, optimizer, randn(20, 6), 1)
+    model.to("meta")
+    saying = r"Linear's weight is on meta now.* on cpu: optimizer\.load_state_dict\(optimizer\.state_dict\(\)\) takes"
+    with pytest.raises(RuntimeError, match=saying):
+        model(randn(20, 6).to("meta"))
+
+
+def test_steps_of_a_graph_are_not_counted_where_a_new_layer_waits_for_a_refresh() -> None:
+    model = mlp(F64)
+    optimizer = cw.optim.Emended(torch.optim.SGD(model[0].parameters(), 0.1), model)
+    train(model, optimizer, randn(20, 6), 3)
+    optimizer.replayed()
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    with pytest.raises(ValueError, match="steps must be taken eagerly now, where a refresh is due, got 1"):
+        optimizer.replayed()
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:

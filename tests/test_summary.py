@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from torch import nn
 
 import consequentialism as cw
@@ -62,6 +65,35 @@ def test_a_tied_parameter_counts_once() -> None:
     table = cw.summary(made)
     assert [row.parameters for row in table.rows] == [21, 0]
     assert table.parameters == 21
+
+
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_layers_that_an_optimizer_steps_in_coordinates() -> None:
+    made = model()
+    cw.convert(made, filter_fn=lambda module, name: name == "conv")
+    made["lstm"] = nn.LSTM(2, 1)
+    plain, adamw = rows(made), torch.optim.AdamW([p for name, p in made.named_parameters() if name[:5] != "later"])
+    optimizer = cw.optim.Emended(adamw, made, filter_fn=lambda module, name: name in ("a", "lstm"))
+    by = "stepped in coordinates by Emended(AdamW)"
+    partly = f"{by}, without LSTM's recurrent weights and upper layers: their inputs arise inside"
+    assert rows(made) == {
+        ("Conv2d", "emended"): (1, 27, "conv"),
+        ("Linear", by): (1, 18, "a"),
+        ("LSTM", partly): (1, 20, "lstm"),
+        ("Linear", "not converted"): (1, 6, "b"),
+        ("Bilinear", "Bilinear has no emended form"): (1, 28, "odd"),
+        ("LazyLinear", "LazyLinear has no shape yet; convert after its first forward"): (1, 0, "later"),
+    }
+    table = cw.summary(made)
+    assert (table.layers_in_coordinates, table.parameters_in_coordinates, table.emended_layers) == (2, 38, 1)
+    assert "layers in coordinates: 2 || params in coordinates: 38\nemended layers: 1 ||" in str(table)
+    assert rows(copy.deepcopy(made)) == plain, "a copy belongs to no optimizer"
+    del optimizer, adamw
+    assert rows(made) == plain
+    three = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    muon = cw.optim.Muon(three, 0.1, aux={"lr": 0.1})
+    assert set(rows(three)) == {("Linear", "stepped in coordinates by Muon"), ("Linear", "not converted")}
+    del muon
 
 
 def test_a_model_without_layers_and_what_is_no_model() -> None:

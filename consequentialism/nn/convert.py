@@ -23,6 +23,7 @@ from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
 
 NOT_CONVERTED = "not converted"
+IN_COORDINATES = "stepped in coordinates"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -72,7 +73,7 @@ def convert(
         candidate = emended or form_of(type(module)) is not None or like_name(type(module)) is not None
         if filter_fn is not None and candidate and not filter_fn(module, name):
             continue
-        if candidate and any(getattr(hook, "steps_in_coordinates", False) for hook in module._forward_hooks.values()):
+        if candidate and _stepped_by(module) is not None:
             raise ValueError(
                 f"model: consequentialism.optim.Emended steps layer {name!r} in coordinates already, and a gradient is "
                 "emended once; leave the layer out by a filter_fn, there or here"
@@ -101,6 +102,12 @@ def convert(
         said += ["consequentialism.convert left alone " + "; ".join(left_alone)] if left_alone else []
         warnings.warn(": ".join(said), UserWarning, stacklevel=2)
     return model
+
+
+def _stepped_by(module: nn.Module) -> str | None:
+    """The optimizer that steps a layer in coordinates, if one does; its hooks say so."""
+    names = (getattr(hook, "steps_in_coordinates", None) for hook in module._forward_hooks.values())
+    return next((name for name in names if name is not None), None)
 
 
 def _class_obstacle(cls: type[nn.Module]) -> str | None:
@@ -192,7 +199,8 @@ def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list
 
 
 def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.Parameter]]]:
-    """Every module with a matrix of its own: its name, itself, whether it is emended or why not, and its parameters.
+    """Every module with a matrix of its own: its name, itself, whether it is emended, what steps it in coordinates, or
+    why neither, and its parameters.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -206,7 +214,9 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.
             yield name, module, "emended", module.emended_parameters()
         else:
             whole = isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
-            yield name, module, _obstacle(module, tied) or NOT_CONVERTED, module.parameters(recurse=whole)
+            by = _stepped_by(module)
+            state = _obstacle(module, tied) or NOT_CONVERTED if by is None else f"{IN_COORDINATES} by {by}"
+            yield name, module, state, module.parameters(recurse=whole)
 
 
 def _added_since(model: nn.Module) -> Callable[[], list[str]]:

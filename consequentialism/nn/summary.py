@@ -1,4 +1,4 @@
-"""`summary`: which layers of a model are emended, and why the others are not."""
+"""`summary`: which layers of a model are emended or stepped in coordinates, and why the others are not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .convert import survey
+from .convert import IN_COORDINATES, survey
 
 
 class Row(NamedTuple):
@@ -37,6 +37,16 @@ class Summary:
         """How many parameters the emended layers have."""
         return sum(row.parameters for row in self.rows if row.state == EMENDED)
 
+    @property
+    def layers_in_coordinates(self) -> int:
+        """How many layers an optimizer steps in coordinates."""
+        return sum(row.layers for row in self.rows if _in_coordinates(row))
+
+    @property
+    def parameters_in_coordinates(self) -> int:
+        """How many parameters those layers have."""
+        return sum(row.parameters for row in self.rows if _in_coordinates(row))
+
     def __repr__(self) -> str:
         head = ("kind", "layers", "parameters", "state", "first")
         cells = [(row.kind, f"{row.layers:,}", f"{row.parameters:,}", row.state, row.first) for row in self.rows]
@@ -45,6 +55,9 @@ class Summary:
             f"{kind:<{widths[0]}}  {layers:>{widths[1]}}  {count:>{widths[2]}}  {state:<{widths[3]}}  {first}".rstrip()
             for kind, layers, count, state, first in (head, *cells)
         ]
+        if self.layers_in_coordinates:
+            count = self.parameters_in_coordinates
+            lines.append(f"layers in coordinates: {self.layers_in_coordinates:,} || params in coordinates: {count:,}")
         percent = 100 * self.emended_parameters / self.parameters if self.parameters else 0.0
         lines.append(
             f"emended layers: {self.emended_layers:,} || emended params: {self.emended_parameters:,} || "
@@ -56,8 +69,14 @@ class Summary:
 EMENDED = "emended"
 
 
+def _in_coordinates(row: Row) -> bool:
+    return row.state.startswith(IN_COORDINATES)
+
+
 def summary(model: nn.Module) -> Summary:
-    """Which layers of ``model`` are emended, and why the others are not: a table with one line a kind.
+    """Which layers of ``model`` are emended, which are stepped in coordinates and by what, and why the others are not.
+
+    A table with one line a kind.
 
     Layers are those with a matrix of their own. The last line counts all parameters; one that two modules share counts
     once, for the first of them, and one without a shape yet counts as none. Class and weight are looked at, not what
@@ -66,8 +85,9 @@ def summary(model: nn.Module) -> Summary:
         print(cw.summary(model))
 
     Returns:
-        The table as its ``str``; ``rows``, each with ``kind``, ``state`` (``"emended"``, or why not), ``layers``,
-        ``parameters`` and the ``first`` layer's name; ``emended_layers``, ``emended_parameters``, ``parameters``.
+        The table as its ``str``; ``rows``, each with ``kind``, ``state`` (``"emended"``, what steps it in
+        coordinates, or why neither), ``layers``, ``parameters`` and the ``first`` layer's name; ``emended_layers``,
+        ``emended_parameters``, ``layers_in_coordinates``, ``parameters_in_coordinates``, ``parameters``.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -80,5 +100,5 @@ def summary(model: nn.Module) -> Summary:
         counted.update(new)
         row = found.get((kind, state), Row(kind, state, 0, 0, name or type(module).__name__))
         found[kind, state] = row._replace(layers=row.layers + 1, parameters=row.parameters + sum(new.values()))
-    rows = sorted(found.values(), key=lambda row: (row.state != EMENDED, -row.parameters))
+    rows = sorted(found.values(), key=lambda row: (row.state != EMENDED, not _in_coordinates(row), -row.parameters))
     return Summary(rows, sum(p.numel() for p in model.parameters() if not is_lazy(p)))

@@ -16,6 +16,8 @@ from .. import _torch
 from ..nn.module import EmendedModule
 from ..options import as_count, as_number, check_choice
 from ..solve.root import KINDS
+from .memory import KEYS
+from .record import FOLLOW
 from .rules import UNKNOWN, Rule, decay_of, rule_of
 from .units import Unit
 
@@ -135,6 +137,28 @@ def check_weights(units: Sequence[Unit]) -> None:
             f"consequentialism.optim.Emended: the weights of {', '.join(map(repr, moved[:5]))} were replaced or tied "
             "after it was made; make the optimizer then"
         )
+
+
+def check_moved(units: Sequence[Unit], states: Mapping[Any, Any]) -> None:
+    """Raise where a weight has another type or device than at its last step, and state was left behind.
+
+    Roots of another type alone serve on: products are in their type.
+    """
+    for unit in units:
+        before, now = unit.stepped_as, (unit.weight.dtype, unit.weight.device)
+        if before is None or before == now:
+            continue
+        left = [
+            value
+            for key, value in states.get(unit.weight, {}).items()
+            if isinstance(value, Tensor) and value.shape == unit.weight.shape and key not in KEYS
+            if (value.dtype, value.device) == before
+        ]
+        if left or before[1] != now[1]:
+            raise RuntimeError(
+                f"consequentialism.optim.Emended: layer {unit.name!r} was {before[0]} on {before[1]} at its last step "
+                f"and is {now[0]} on {now[1]} now, where the optimizer's state did not follow: {FOLLOW}"
+            )
 
 
 def check_converted(units: Sequence[Unit]) -> None:

@@ -23,6 +23,7 @@ from .checks import (
     check_converted,
     check_decay,
     check_model,
+    check_moved,
     check_one_process,
     check_optimizer,
     check_outputs,
@@ -50,7 +51,7 @@ from .inside import (
 from .join import JoinHook, notify
 from .outputs import KEYS as OUTPUT_KEYS
 from .outputs import Outputs
-from .record import Hook, Recorder
+from .record import Recorder
 from .rules import defaults_of, rule_of
 from .sharding import Sharding, groups_of
 from .steps import rule_for
@@ -264,15 +265,9 @@ class Emended(torch.optim.Optimizer):
 
     def _hook(self) -> None:
         """Put hooks on the layers of all units, and on no others."""
-        self._recorder.detach()
-        self._recorder.end()
-        self._recorder.slots = []
-        per_sample = self.scale == "nlms"
-        for unit in self.units:
-            self._recorder.slots.append(unit.slot)
-            for module, kind in unit.uses:
-                hook = Hook(self._recorder, unit.slot, kind, unit.blocks, per_sample)
-                self._recorder.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        own = type(self).__name__
+        name = f"{own}({self._name})" if type(self) is Emended else own
+        self._recorder.attach(self.units, self.scale == "nlms", name)
 
     def _is_due(self) -> bool:
         return memory.steps_to_refresh(int(self._steps), self.refresh_every) == 0
@@ -293,7 +288,8 @@ class Emended(torch.optim.Optimizer):
         """
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"steps must be an integer of at least 1, got {steps!r} ({type(steps).__name__})")
-        left = 0 if self._outputs_alone_due() else memory.steps_to_refresh(int(self._steps), self.refresh_every)
+        eagerly = self._outputs_alone_due() or self.is_recording  # as for layers that are new
+        left = 0 if eagerly else memory.steps_to_refresh(int(self._steps), self.refresh_every)
         if self.units and not 1 <= steps <= left:
             due = "a refresh is due" if left or self.is_recording else "the outputs' roots are due"
             allowed = f"at least 1 and at most {left}, where {due}" if left else f"taken eagerly now, where {due}"
@@ -339,6 +335,7 @@ class Emended(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_weights(self.units)
+        check_moved(self.units, self.state)
         states = self._states()
         recorder = self._recorder
         notify(self, recorder.wrapper and recorder.wrapper())
@@ -370,6 +367,8 @@ class Emended(torch.optim.Optimizer):
                 step_weight_by_weight(self.optimizer, parts, self._own_step, rooted)
             else:
                 step_all(self.optimizer, parts, states, self._rule, rooted)
+        for part in parts:
+            part.unit.stepped_as = part.unit.weight.dtype, part.unit.weight.device
         if waiting and not self._process_groups():  # over several, ranks might not agree
             recorder.begin()
         # Where a checkpoint's place is made there was no forward yet, and the refresh is still due.
@@ -553,6 +552,7 @@ class Emended(torch.optim.Optimizer):
         self._steps = torch.zeros((), dtype=torch.int64)
         for unit in self.units:
             unit.met = unit.slot.kept = False
+            unit.stepped_as = None
         if self._sharding is not None:
             self._sharding.forget(self.units)
         self._recorder.end()
@@ -568,7 +568,8 @@ class Emended(torch.optim.Optimizer):
                 known.append(state)
             shared = {key: same[key] for key in memory.KEYS}
             self.state[unit.weight].update({**state, **shared, "emended_steps": self._steps})
-            unit.met, unit.slot.kept = float(state["gram_rows"]) > 0, True
+            unit.slot.follow(unit.weight)
+            unit.met, unit.slot.kept, unit.stepped_as = float(state["gram_rows"]) > 0, True, None
         if self._sharding is not None:
             self._sharding.keep(self.units, self._states())
         self._recorder.end()

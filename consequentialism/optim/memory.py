@@ -292,15 +292,16 @@ def checked_tensor(unit: Unit, state: State, key: str, shape: tuple[int, ...], o
         )
     if not bool(value.isfinite().all()):
         raise ValueError(f"state_dict: {key} of layer {unit.name!r} has NaN or infinity")
-    return value.detach().to(unit.slot.device, unit.slot.dtype, copy=True)
+    dtype, device = unit.place()
+    return value.detach().to(device, dtype, copy=True)
 
 
 def checked_state(unit: Unit, state: State) -> State:
     """Copies in the unit's type on its device."""
-    slot = unit.slot
+    _, device = unit.place()
     keys = ("input_gram", "root")
     own: State = {key: checked_tensor(unit, state, key, unit.stored_shape(), "block, bias or layer") for key in keys}
     rows = _number(unit, state, "gram_rows", "finite and at least 0", whole=False)
-    own["gram_rows"] = torch.tensor(rows, dtype=widest_dtype(slot.device.type), device=slot.device)
+    own["gram_rows"] = torch.tensor(rows, dtype=widest_dtype(device.type), device=device)
     own["emended_steps"] = torch.as_tensor(checked_count(unit, state, "emended_steps"))
     return own

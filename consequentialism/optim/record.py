@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,11 @@ from ..autograd.linear import full_precision
 from ..precision import moment_dtype, widest_dtype
 from ..solve.gram import Gram
 from .blocks import Blocks
+from .composite import composite_kinds
 from .layers import Kind
+
+if TYPE_CHECKING:
+    from .units import Unit
 
 
 class Slot:
@@ -82,6 +86,7 @@ def follow_outside_graphs(slot: Slot, weight: Tensor) -> None:
     torch.compiler.disable(slot.follow, reason=MOVED)(weight)
 
 
+FOLLOW = "optimizer.load_state_dict(optimizer.state_dict()) takes it there"
 MOVED = "consequentialism.optim.Emended follows a model that was moved since: for a full graph make it after that"
 _torch.never_inlined(follow_outside_graphs, MOVED)
 
@@ -125,6 +130,23 @@ class Recorder:
         if self.recording:
             for slot in self.slots:
                 slot.clear()
+
+    def attach(self, units: Sequence[Unit], per_sample: bool, optimizer: str) -> None:
+        """Put hooks on the layers of these units, and on no others, and record nothing yet.
+
+        Args:
+            per_sample: Whether a convolution's Gram is divided by its samples.
+            optimizer: What steps them, for people.
+        """
+        self.detach()
+        self.end()
+        self.slots = [unit.slot for unit in units]
+        for unit in units:
+            for module, kind in unit.uses:
+                _, rest = composite_kinds(module)
+                by = optimizer if rest is None else f"{optimizer}, without {rest}"
+                hook = Hook(self, unit.slot, kind, unit.blocks, per_sample, by)
+                self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the hooks off the layers."""
@@ -175,11 +197,17 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 class Hook:
-    """A layer's forward hook. Copied or pickled it does nothing: a copy of a model belongs to no optimizer."""
+    """A layer's forward hook. Copied or pickled it does nothing: a copy of a model belongs to no optimizer.
 
-    steps_in_coordinates = True  # what `convert` looks for
+    Attributes:
+        steps_in_coordinates: What `convert` and `summary` look for: the optimizer's name, and what of the layer it
+            leaves alone.
+    """
 
-    def __init__(self, recorder: Recorder, slot: Slot, kind: Kind, blocks: Blocks, per_sample: bool) -> None:
+    def __init__(
+        self, recorder: Recorder, slot: Slot, kind: Kind, blocks: Blocks, per_sample: bool, optimizer: str
+    ) -> None:
+        self.steps_in_coordinates = optimizer
         self.recorder = recorder
         self.slot = slot
         self.kind = kind
@@ -209,6 +237,11 @@ class Hook:
         if torch.compiler.is_compiling():
             self._trace(inputs)
         elif not _torch.transforms_active():
+            if self.slot.device != weight.device:
+                raise RuntimeError(
+                    f"consequentialism.optim.Emended: a {type(module).__name__}'s weight is on {weight.device} now, "
+                    f"and its state stayed on {self.slot.device}: {FOLLOW}"
+                )
             self._note(inputs, tensors_of(output))
 
     def _trace(self, inputs: Sequence[Tensor]) -> None:

@@ -33,6 +33,7 @@ class Unit:
         blocks: How the inputs are cut.
         own: The weight as it was found.
         met: Whether a refresh has seen its gradients.
+        stepped_as: The weight's type and device at its last step, whose state the optimizer has; None before that.
     """
 
     def __init__(self, names: list[str], uses: list[tuple[nn.Module, Kind]], with_bias: bool, block: int) -> None:
@@ -47,16 +48,20 @@ class Unit:
         self.blocks = Blocks(self.kind.inputs(weight), with_bias, size, self.kind.inputs_together)
         square = (self.groups, self.blocks.count, self.blocks.order, self.blocks.order)
         shape = (self.blocks.inputs,) if self.diagonal else square
-        device = weight.to_local().device if _torch.is_dtensor(weight) else weight.device
         self.own = weight
         self.met = False
-        self.slot = Slot(shape, moment_dtype(weight.dtype), device)
+        self.stepped_as: tuple[torch.dtype, torch.device] | None = None
+        self.slot = Slot(shape, *self.place())
         self.check_sharding()
 
     def succeed(self, former: Unit | None) -> None:
         """Go on where an earlier unit of the weight, if any, left off, unless its coordinates were others."""
         if former is not None and former.slot.shape == self.slot.shape:
-            self.slot, self.met = former.slot, former.met
+            self.slot, self.met, self.stepped_as = former.slot, former.met, former.stepped_as
+
+    def place(self) -> tuple[torch.dtype, torch.device]:
+        """The type and device of moments and roots beside the weight as it is now."""
+        return moment_dtype(self.weight.dtype), local(self.weight).device
 
     @property
     def weight(self) -> Tensor:
