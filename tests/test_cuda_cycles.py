@@ -119,6 +119,7 @@ PIECES = (
     "substitute_backward",
     "product_of_rows",
     "product_of_columns",
+    "half_product_of_rows",
 )
 
 
@@ -127,10 +128,10 @@ def test_the_budget_of_a_block() -> None:
     # One tile: factored, scaled, its triangle inverted, that one squared.
     assert inverse_budget.block(32, costs) == (4, 40 + 4000, 400000)
     # Two tiles, and four warps: the second is solved beside the first one's factor, then the last takes its share.
-    assert inverse_budget.block(33, costs) == (400 + 40000 + 4, 40 + 2 * 4000 + 400000, 2 * 400000)
+    assert inverse_budget.block(33, costs) == (400 + 4000000 + 4, 40 + 2 * 4000 + 400000, 2 * 400000)
     # Where the factor takes longer, the substitution ends a quarter of it later.
     costs["factor_tile_piece<float>"] = Count(1000, 0)
-    assert inverse_budget.block(33, costs).factor == 1000 + 400 / 4 + 40000 + 1000
+    assert inverse_budget.block(33, costs).factor == 1000 + 400 / 4 + 4000000 + 1000
 
 
 def test_shared_memory_bounds_the_budget() -> None:
@@ -158,6 +159,7 @@ def test_the_page_says_what_the_table_does() -> None:
     ):
         float32, float64 = (table[f"{piece}_piece<{kind}>"].cycles for kind in ("float", "double"))
         assert f"| {title} | {float32} | {float64} |" in page
+    assert f"| half of it, for a tile of the diagonal | {table['half_product_of_rows_piece<float>'].cycles} | |" in page
     for order in (64, 128, 256):
         microseconds = inverse_budget.block(order, table).microseconds
         assert re.search(rf"^\| {order} \| .* \| {microseconds:.0f} us \|$", page, re.MULTILINE)

@@ -48,11 +48,12 @@ class Pieces(NamedTuple):
     backward: int
     of_rows: int
     of_columns: int
+    half_of_rows: int
 
     @classmethod
     def of(cls, counts: Counts) -> Pieces:
         names = ("factor_tile", "scale_factor", "substitute_forward", "substitute_backward")
-        products = ("product_of_rows", "product_of_columns")
+        products = ("product_of_rows", "product_of_columns", "half_product_of_rows")
         return cls(*(counts[f"{name}_piece<float>"].cycles for name in (*names, *products)))
 
 
@@ -67,12 +68,17 @@ def products(count: int, warps: int, latency: int) -> int:
 
 def row_of_factor(one: Pieces, first: bool, updates: int, panels: int, warps: int) -> float:
     """A step of the factor in a block that factors its tile: the first warp's chain, beside it the others' products of
-    the row before, and their solutions of the row, which end a group of rows after the factor at the earliest."""
-    chain = one.factor + (0 if first else one.of_rows)
+    the row before, and their solutions of the row, which end a group of rows after the factor at the earliest. The
+    tile's own product is half the last warp's, who comes to the others, of which it has the fewest, later."""
+    others = max(warps - 1, 1)
+    half = 0 if first else one.half_of_rows
+    chain = half + one.factor
+    rest = products(updates, others, one.of_rows)
+    helper = half + updates // others * one.of_rows
     if panels == 0:
-        return max(chain, products(updates, warps - 1, one.of_rows))
-    rest = products(updates, warps - 1, one.of_rows) + one.forward
-    return max(chain + one.forward / FOLLOWED, rest) + (rounds(panels, warps - 1) - 1) * one.forward
+        return max(chain, rest, helper)
+    ends = max(chain + one.forward / FOLLOWED, rest + one.forward, helper + panels // others * one.forward)
+    return ends + max(rounds(panels, others) - 1, 0) * one.forward
 
 
 def block(order: int, counts: Counts) -> Budget:

@@ -91,6 +91,40 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
   }
 }
 
+// As subtract_product of A^T B, for 16 columns of the tile and of B: the first for half = 0, else the last.
+__device__ __forceinline__ void subtract_half(float* tile, const float* a, const float* b, int half, int lane) {
+  float sums[4][4];
+  const auto pack = [&](int q) {
+    const int column = 16 * half + fragment_column<float, Inner::kRows, 4>(lane, 0);
+    return tile + fragment_row<float, Inner::kRows>(lane, q) * TileTraits<float>::kStride + column;
+  };
+#pragma unroll
+  for (int q = 0; q < 4; ++q) load_pack(pack(q), sums[q]);
+  tile_product<Inner::kRows, Inner::kRows, Sum::kSubtractUp>(sums, a, b + 16 * half, lane);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) store_pack(pack(q), sums[q]);
+}
+
+// A tile of the diagonal -= A^T A: half 0 by a block's first warp, which factors the tile next and returns when both
+// halves are there, half 1 by its last, which has the fewest other products to make. In float64, whose products tensor
+// cores make, by the first warp alone.
+template <class T>
+__device__ __forceinline__ void update_diagonal(T* tile, const T* a, int half, int lane) {
+  if constexpr (sizeof(T) == 4) {
+    constexpr int kBarrier = 1 + kFactorGroups;  // those before are FactorRows'
+    constexpr int kThreads = 2 * static_cast<int>(kWarpSize);
+    subtract_half(tile, a, a, half, lane);
+    if (half == 0) {
+      named_barrier_wait(kBarrier, kThreads);
+    } else {
+      named_barrier_arrive(kBarrier, kThreads);
+    }
+  } else if (half == 0) {
+    subtract_product<Inner::kRows>(tile, a, a, lane);
+    __syncwarp();
+  }
+}
+
 // The power of two that brings a positive number near 1, and a factor times it is still finite. Exact, so it changes no
 // digit, but every pivot is then far from where reciprocals overflow or lose theirs.
 __device__ __forceinline__ float unit_of(float value) {
@@ -185,13 +219,21 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* sc
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
   const bool first = is_first_warp(team.warp);
   const int others = max(team.warps - 1, 1), own = team.warp - 1;  // more than one tile has more than one warp
+  const auto update_tile_of_diagonal = [&](int k, int half) {
+    if constexpr (kFollow) {
+      update_diagonal(at(k, k), at(k - 1, k), half, lane);
+    } else {
+      subtract_product<Inner::kRows>(at(k, k), at(k - 1, k), at(k - 1, k), lane);
+      __syncwarp();
+    }
+  };
   for (int k = 0; k < along; ++k) {
     const FactorRows rows(kFollow ? min(along - 1 - k, others) : 0);
     if (first) {
-      if (k > 0) subtract_product<Inner::kRows>(at(k, k), at(k - 1, k), at(k - 1, k), lane);
-      __syncwarp();
+      if (k > 0) update_tile_of_diagonal(k, 0);
       if (!factor_tile_of<kTeam>(at(k, k), scratch, lane, rows) && lane == 0) state->broken = 1 + k;
     } else if (k > 0) {
+      if (kFollow && own == others - 1) update_tile_of_diagonal(k, 1);
       // Row k first, each tile by the warp that will solve it.
       int index = 0;
       for (int i = k; i < along; ++i) {

@@ -74,6 +74,7 @@ class ResidentTiles {
           factor_diagonal(next, rows, state);
         } else {
           if (k >= 0) {
+            if (own == others - 1) update_diagonal(diagonal(), row_tile(next), 1, lane_);
             update_rows(k, next, next + 1, own, others);  // first, each tile by the warp that will solve it
             update_rows(k, next + 1, along_, (own + others - solved % others) % others, others);
             __syncwarp();
@@ -276,10 +277,7 @@ class ResidentTiles {
 
   __device__ __forceinline__ void factor_diagonal(int next, const FactorRows& rows, InverseState<T>* state) const {
     T* tile = diagonal();
-    if (next > 0) {
-      subtract<Inner::kRows>(tile, row_tile(next), row_tile(next), false);
-      __syncwarp();
-    }
+    if (next > 0) update_diagonal(tile, row_tile(next), 0, lane_);
     const bool works = factor_tile(tile, lane_, [&](int group) { rows.publish(group); });
     if (!works && lane_ == 0) state->broken = 1 + next;
     if (column_ == next % columns_) scale_factor(tile, at(next, next), lane_);

@@ -71,18 +71,19 @@ __device__ __forceinline__ int fragment_row(int lane, int q) {
   return kNeighbours ? lane / 4 * 4 + q % 4 + q / 4 * kTile : lane / 4 + 8 * q;
 }
 
-template <class T, Inner kInnerB>
+template <class T, Inner kInnerB, int kColumns = 8>
 __device__ __forceinline__ int fragment_column(int lane, int p) {
-  if constexpr (sizeof(T) == 4) return kInnerB == Inner::kRows ? lane % 4 * 8 + p : lane % 4 + 4 * p;
+  if constexpr (sizeof(T) == 4) return kInnerB == Inner::kRows ? lane % 4 * kColumns + p : lane % 4 + 4 * p;
   return kInnerB == Inner::kRows ? lane % 4 * 2 + p % 2 + p / 2 * 8 : lane % 4 * 8 + p;
 }
 
 // sums -= A B or += A B, where A[r, k] = a[r, k] (inner index along columns) or a[k, r] (along rows), B[k,
 // c] = b[k, c] (along rows) or b[c, k] (along columns). With kRows = 8 for two tiles a, the second behind the first,
-// which read two thirds as much for each product. By fused multiply and add: of terms of TF32 on tensor cores,
-// which cut sums off at float32's digits instead of rounding them, inverses come out up to three times as far off.
-template <Inner kInnerA, Inner kInnerB, Sum kSum, int kRows>
-__device__ __forceinline__ void tile_product(float (&sums)[kRows][8], const float* a, const float* b, int lane) {
+// which read two thirds as much for each product; with kColumns = 4 for 16 columns of B, where its inner index is along
+// rows. By fused multiply and add: of terms of TF32 on tensor cores, which cut sums off at float32's digits instead of
+// rounding them, inverses come out up to three times as far off.
+template <Inner kInnerA, Inner kInnerB, Sum kSum, int kRows, int kColumns>
+__device__ __forceinline__ void tile_product(float (&sums)[kRows][kColumns], const float* a, const float* b, int lane) {
   using T = float;
   using Traits = TileTraits<T>;
   constexpr int kPack = Traits::kPack;
@@ -90,7 +91,7 @@ __device__ __forceinline__ void tile_product(float (&sums)[kRows][8], const floa
 #pragma unroll 1
   for (int step = 0; step < kTile; step += kPack) {
     const int k = kSum == Sum::kAddDown ? kTile - kPack - step : step;
-    T left[kRows][kPack], right[8][kPack];
+    T left[kRows][kPack], right[kColumns][kPack];
     if constexpr (kInnerA == Inner::kColumns) {
 #pragma unroll
       for (int q = 0; q < kRows; ++q) load_pack(a + fragment_row<T, kInnerA>(lane, q) * kStride + k, left[q]);
@@ -108,14 +109,15 @@ __device__ __forceinline__ void tile_product(float (&sums)[kRows][8], const floa
     }
     if constexpr (kInnerB == Inner::kColumns) {
 #pragma unroll
-      for (int p = 0; p < 8; ++p) load_pack(b + fragment_column<T, kInnerB>(lane, p) * kStride + k, right[p]);
+      for (int p = 0; p < kColumns; ++p)
+        load_pack(b + fragment_column<T, kInnerB, kColumns>(lane, p) * kStride + k, right[p]);
     } else {
 #pragma unroll
       for (int kk = 0; kk < kPack; ++kk) {
 #pragma unroll
-        for (int p = 0; p < 8; p += kPack) {
+        for (int p = 0; p < kColumns; p += kPack) {
           T pack[kPack];
-          load_pack(b + (k + kk) * kStride + fragment_column<T, kInnerB>(lane, p), pack);
+          load_pack(b + (k + kk) * kStride + fragment_column<T, kInnerB, kColumns>(lane, p), pack);
 #pragma unroll
           for (int i = 0; i < kPack; ++i) right[p + i][kk] = pack[i];
         }
@@ -128,7 +130,7 @@ __device__ __forceinline__ void tile_product(float (&sums)[kRows][8], const floa
       for (int q = 0; q < kRows; ++q) {
         const T factor = kSum == Sum::kAddDown ? left[q][kk] : -left[q][kk];
 #pragma unroll
-        for (int p = 0; p < 8; ++p) sums[q][p] = fma(factor, right[p][kk], sums[q][p]);
+        for (int p = 0; p < kColumns; ++p) sums[q][p] = fma(factor, right[p][kk], sums[q][p]);
       }
     }
   }

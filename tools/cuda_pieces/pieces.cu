@@ -67,6 +67,11 @@ __global__ void __launch_bounds__(32) product_of_rows_piece(T* tiles, unsigned* 
 }
 
 template <class T>
+__global__ void __launch_bounds__(32) half_product_of_rows_piece(T* tiles, unsigned* cycles) {
+  measure(tiles, cycles, [](T* a, T* b, T* c, int lane) { subtract_half(c, a, b, 0, lane); });
+}
+
+template <class T>
 __global__ void __launch_bounds__(32) product_of_columns_piece(T* tiles, unsigned* cycles) {
   measure(tiles, cycles, [](T* a, T* b, T* c, int lane) { subtract_product<Inner::kColumns>(c, a, b, lane); });
 }
@@ -116,5 +121,6 @@ int main() {
   CONSEQUENTIALISM_RUN(scale_factor_piece);
   CONSEQUENTIALISM_RUN(product_of_rows_piece);
   CONSEQUENTIALISM_RUN(product_of_columns_piece);
+  run<float>("half_product_of_rows_piece", "float", half_product_of_rows_piece<float>);
 #undef CONSEQUENTIALISM_RUN
 }
