@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 
 from .case import Row
 from .environment import Environment
@@ -13,6 +14,20 @@ def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table; the first column is text, the others are figures."""
     rule = ["---", *("---:" for _ in headings[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines))
+
+
+def document(parts: Iterable[str]) -> str:
+    """The parts as paragraphs, prose and items of lists in lines of at most 140 characters."""
+    blocks = "\n\n".join(parts).split("\n\n")
+    return "\n\n".join(
+        block if block.startswith(("|", "#", "![")) else "\n".join(map(_wrapped, block.splitlines()))
+        for block in blocks
+    )
+
+
+def _wrapped(line: str) -> str:
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def number(value: float, form: str) -> str:

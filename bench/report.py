@@ -17,7 +17,7 @@ from consequentialism.experiments.settings import PREFIX
 
 from . import table
 from .case import OK, Row
-from .markdown import markdown, number, where
+from .markdown import document, markdown, number, where
 from .train import defaults, draw, recipe_report, show, starts
 from .train.claims import (
     BATCH_SIZES,
@@ -57,8 +57,8 @@ def fewest(lines: Sequence[Line], key: Callable[[Line], float]) -> Line:
 def summary(tasks: dict[str, list[Line]]) -> str:
     """One line a task: Adam, the best of the others, and the best emended optimizer, in seconds and in steps."""
     headings = (
-        "task", "to", "Adam, s (steps)", "best other, s (steps)", "fewest steps of others", "best emended, s (steps)",
-        "fewest steps of emended", "time: emended / best other",
+        "task", "target", "Adam, s (steps)", "fastest other, s (steps)", "fewest steps, others",
+        "fastest emended, s (steps)", "fewest steps, emended", "seconds: emended / best other",
     )  # fmt: skip
     rows = []
     for name, lines in tasks.items():
@@ -88,7 +88,7 @@ def _both(line: Line) -> str:
 
 
 def verdicts(tasks: dict[str, list[Line]]) -> str:
-    """Where the best emended optimizer wins, ties and loses in seconds, and what that hangs on."""
+    """Where the best emended optimizer wins, ties and loses in seconds, and why."""
     found = []
     for name, lines in tasks.items():
         others, emended = [line for line in lines if not is_emended(line)], [line for line in lines if is_emended(line)]
@@ -100,8 +100,8 @@ def verdicts(tasks: dict[str, list[Line]]) -> str:
         if soap is not None and math.isfinite(soap.steps):
             steps = fewest(emended, lambda line: line.steps)
             text += (
-                f" SOAP takes {soap.steps:g} steps, {METHODS[steps.optimizer].label} {number(steps.steps, 'g')}, "
-                f"at {soap.ms / steps.ms:.1f} times the cost of a step."
+                f" SOAP takes {soap.steps:g} steps, {METHODS[steps.optimizer].label} {number(steps.steps, 'g')}; "
+                f"a step of SOAP costs {soap.ms / steps.ms:.1f} times as much."
             )
         found.append(text)
     return "\n".join(found)
@@ -120,14 +120,14 @@ def _why(own: Line, other: Line) -> str:
     text = ""
     if math.isfinite(own.seconds) and math.isfinite(other.seconds) and own.steps and other.steps:
         text = (
-            f"{names[0]} takes {own.steps / other.steps:.2f} of {names[1]}'s steps, {own.steps:g} and {other.steps:g}, "
-            f"each of them at {own.ms / other.ms:.2f} times the cost, {own.seconds / other.seconds:.2f} of the time. "
+            f"{names[0]} takes {own.steps:g} steps and {names[1]} {other.steps:g}; a step costs "
+            f"{own.ms / other.ms:.2f} times as much, and the ratio of seconds is {own.seconds / other.seconds:.2f}. "
         )
     score = (
         (lambda line: f"{line.score:.3f}") if TASKS[own.task].by_loss else (lambda line: f"{100 * line.score:.1f} %")
     )
     return text + (
-        f"At the end of the budget the training loss is {own.train_loss:.2g} and {other.train_loss:.2g}, the test "
+        f"At the end of the budget their training losses are {own.train_loss:.2g} and {other.train_loss:.2g}, the test "
         f"{'loss' if TASKS[own.task].by_loss else 'accuracy'} {score(own)} and {score(other)}."
     )
 
@@ -159,7 +159,7 @@ def step_costs(rows: Sequence[Row], ops: Sequence[str] | None = None) -> str:
                 )
             )
         headings = (
-            f"`{op}`", f"{own[0].baseline}, ms", "floor", *(f"`{name}`" for name in providers), "aimed at",
+            f"`{op}`", f"{own[0].baseline}, ms", "floor", *(f"`{name}`" for name in providers), "target",
             f"peak MB, {own[0].baseline}", "peak MB, this package",
         )  # fmt: skip
         parts.append(markdown(headings, lines))
@@ -217,14 +217,15 @@ def report(results: Path) -> str:
             rows = table.read(folder / "step_cost.csv", Row)
             parts += [
                 "## The cost of a step",
-                f"`make bench`; {where(rows)}. Ratios to the baseline in one run, in which providers take turns. "
-                "The floor is that of the ratio, from bytes and operations at the speeds that the device reached: "
+                f"Measured by `make bench`; {where(rows)}.",
+                "Figures are ratios to the baseline (the column in ms) in one run, in which the providers take turns. "
+                "The floor is the lowest ratio that bytes and operations allow at the speeds that the device reached: "
                 f"{_speeds(rows)}.",
                 step_costs(rows),
             ]
         if (folder / "train").is_dir():
             parts += _training(folder / "train")
-    return "\n\n".join(parts) + "\n"
+    return document(parts) + "\n"
 
 
 def _speeds(rows: Sequence[Row]) -> str:
@@ -250,21 +251,23 @@ def _training(folder: Path) -> list[str]:
     pictures = f"benchmarks/{folder.parent.name}"
     parts = [
         "## Training",
-        f"`make bench-train`; {where(runs)}. Every optimizer was tuned on the same grid of {TRIALS} trials, on "
-        f"{VALIDATION:.0%} of the training samples held out and with another seed; then {_seeds(runs)}, the target "
-        "asked for on the test samples, medians shown. A target is reached at the first of two evaluations in a row "
-        "that are as good. Seconds are steps times the cost of a step, measured on one thread for all optimizers of a "
-        "task in turns. The grid search's cost is given the same way; a trial that was beaten stopped there.",
-        "Muon takes the weights of linear layers but the last, AdamW the rest: without such layers, as in the "
-        "convolutional networks, it is AdamW. ISAAC has linear layers alone. K-FAC and SINGD leave other layers to SGD "
-        "with momentum.",
-        "In coordinates Muon takes convolutions too; Cholesky's coordinates are those of `root='cholesky'`, of outputs "
-        "too those of `output_exponent=1/3` beside it. Seconds count what the first ten steps of a run take beyond the "
-        "later ones, where that was timed: refreshes are more frequent there. Those costs are in the process's own "
-        "time, older ones in the wall's; both stand in one ratio only where an optimizer was not timed again.",
+        f"Measured by `make bench-train`; {where(runs)}.",
+        f"Every optimizer was tuned on the same grid of {TRIALS} trials, with another seed and {VALIDATION:.0%} of the "
+        f"training samples held out for it. The best trial was then run with {_seeds(runs)}, and the tables show the "
+        "medians of the steps to the target on the test samples. A target is reached at the first of two evaluations "
+        "in a row that are as good. Seconds are steps times the cost of a step, which was measured on one thread for "
+        "all optimizers of a task in turns. The cost of the grid search is given the same way; a trial that was beaten "
+        "stopped there.",
+        "Muon steps the weights of all linear layers but the last, and AdamW the rest. Without such layers, as in the "
+        "convolutional networks, Muon is AdamW. ISAAC has linear layers only. K-FAC and SINGD leave other layers to "
+        "SGD with momentum.",
+        "In coordinates Muon steps convolutions too. *Cholesky's coordinates* are those of `root='cholesky'`; *outputs "
+        "too* adds `output_exponent=1/3`. Refreshes are more frequent in the first ten steps of a run; where their "
+        "extra cost was timed, seconds include it. These costs are in processor time, older ones in wall time; a ratio "
+        "mixes the two only where an optimizer was not timed again.",
         "### Summary",
         summary(tasks),
-        "### Where emended updates win, tie and lose, in seconds",
+        "### Where emended updates win, tie and lose in seconds",
         verdicts(tasks),
         f"![Test accuracy or loss over steps]({pictures}/curves.png)",
         f"![Seconds to the target]({pictures}/seconds.png)",
@@ -284,8 +287,9 @@ def _training(folder: Path) -> list[str]:
         parts += [
             "### The paper's other claims",
             f"Scikit-learn's digits, {STEPS} steps of the demo's network, {len(sweep)} runs; {where(sweep)}. "
-            f"Where losses are compared, those below {LEARNT:g} count as that.",
+            f"In comparisons a loss below {LEARNT:g} counts as {LEARNT:g}.",
             claims(sweep),
+            "Medians over batch sizes:",
             _claims_text(sweep),
             f"The loss after every step at batch size {SHOWN_BATCH}, each optimizer with the demo's tuned settings; "
             f"the median and the range of {SMOOTH_SEEDS} seeds:",
@@ -310,28 +314,26 @@ def _claims_text(rows: Sequence[SweepRow]) -> str:
         return median(best_loss(every, prefix + "sgd", s) / best_loss(every, prefix + "nag", s) for s in sizes)
 
     pairs = [name for base in bases for name in (base, PREFIX + base)]
-    return "\n".join(
-        (
-            "Medians over batch sizes:",
-            "",
-            "- Smoother convergence. Steps after which the training loss rose: "
-            + each(lambda name, size: best(every, name, size).rises, pairs, ".0%")
-            + ".",
-            "- Less dependence on hyper-parameters. Settings whose final loss is within twice the optimizer's best: "
-            + each(lambda name, size: within_twice(every, name, size, (name,)), pairs, ".0%")
-            + "; within twice the best of the plain optimizers: "
-            + each(lambda name, size: within_twice(every, name, size, PLAIN), pairs, ".0%")
-            + ".",
-            "- Less need for momentum. The best final loss without momentum over that with it: "
-            + f"plain {momentum(''):.2g}, emended {momentum(PREFIX):.2g}.",
-        )
+    items = (
+        "- Smoother convergence. The share of steps after which the training loss rose: "
+        + each(lambda name, size: best(every, name, size).rises, pairs, ".0%")
+        + ".",
+        "- Less dependence on hyper-parameters. The share of settings whose final loss is within twice the optimizer's "
+        + "best: "
+        + each(lambda name, size: within_twice(every, name, size, (name,)), pairs, ".0%")
+        + "; within twice the best of the plain optimizers: "
+        + each(lambda name, size: within_twice(every, name, size, PLAIN), pairs, ".0%")
+        + ".",
+        "- Less need for momentum. The best final loss without momentum, as a multiple of that with it: "
+        + f"plain {momentum(''):.2g}, emended {momentum(PREFIX):.2g}.",
     )
+    return "\n".join(items)
 
 
 def overview(tasks: dict[str, list[Line]]) -> str:
     """One line a task for README: steps of Adam, of the best other and of the best emended optimizer, and the time."""
     headings = (
-        "task", "to", "Adam's steps", "fewest steps of others", "fewest steps of emended",
+        "task", "target", "steps of Adam", "fewest steps, others", "fewest steps, emended",
         "seconds: emended / best other",
     )  # fmt: skip
     rows, fewest_steps, fewest_seconds = [], 0, 0
@@ -355,8 +357,8 @@ def overview(tasks: dict[str, list[Line]]) -> str:
             )
         )
     return (
-        f"Fewer steps than every other optimizer on {fewest_steps} of {len(rows)} tasks, fewer seconds on "
-        f"{fewest_seconds}.\n\n{markdown(headings, rows)}"
+        f"The best emended optimizer takes fewer steps than every other one on {fewest_steps} of {len(rows)} tasks, "
+        f"and fewer seconds on {fewest_seconds}.\n\n{markdown(headings, rows)}"
     )
 
 
@@ -366,8 +368,10 @@ def step_range(rows: Sequence[Row]) -> str:
     for op, what in (("linear", "linear layers"), ("conv2d", "convolutions")):
         ratios = [r.ratio for r in rows if r.op == op and r.provider == SHOWN and r.state == OK and r.ratio is not None]
         if ratios:
-            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} for the {what}")
-    return f"The whole training step of a layer, in those of torch's own: {', '.join(parts)} that were measured."
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as long for the {what}")
+    return (
+        f"The whole training step of a layer takes, compared with torch's own, {', '.join(parts)} that were measured."
+    )
 
 
 def readme_figures(results: Path) -> str:
@@ -377,12 +381,12 @@ def readme_figures(results: Path) -> str:
         train = folder / "train"
         if train.is_dir():
             runs = table.read(train / "runs.csv", RunRow)
-            parts += [f"{overview(show.lines(train))}\n\n({where(runs)})"]
+            parts += [overview(show.lines(train)), f"({where(runs)})"]
             parts += filter(None, (recipe_report.overview(train), recipe_report.step_costs(train)))
         if (folder / "step_cost.csv").exists():
             rows = table.read(folder / "step_cost.csv", Row)
             parts += [f"{step_range(rows)} ({where(rows)})"]
-    return "\n\n".join(parts)
+    return document(parts)
 
 
 def with_figures(readme: str, figures: str) -> str:

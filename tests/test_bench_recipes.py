@@ -480,7 +480,7 @@ def test_the_cost_of_a_step_counts_dear_steps_as_often_as_they_come(tmp_path: Pa
     assert "N = 64, width 16" in "\n".join(recipe_report.text(tmp_path, ""))
     of = {row.optimizer: f"{row.ratio:.2f}" for row in rows}
     adamw, muon = of["coordinates-adamw"], of["coordinates-muon"]
-    assert f" costs {adamw} of AdamW's and {muon} of Muon's at 64 rows and width 16." in recipe_report.step_costs(
+    assert f" costs {adamw} times AdamW's and {muon} times Muon's at 64 rows and width 16." in recipe_report.step_costs(
         tmp_path
     )
     step_cost.measure(tmp_path, 1, "cpu", ((64, 16), (64, 8)))

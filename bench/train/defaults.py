@@ -85,10 +85,11 @@ def text(folder: Path) -> list[str]:
         return []
     return [
         "### The default damping",
-        f'`make bench-train ARGS="--stage defaults"`; {where(own)}. Steps of the grid search to the target with the '
-        f"default damping, {DAMPING:g}, at the best of the grid's rates; in brackets those of the grid's winner and "
-        f"its damping. In {no_more} of {pairs} cases the default takes no more steps, in {missed} it misses a target "
-        "that the grid's winner reaches.",
+        f'Measured by `make bench-train ARGS="--stage defaults"`; {where(own)}.',
+        f"The table shows the steps to the target in the grid search with the default damping of {DAMPING:g}, at the "
+        "best of the grid's rates; in brackets the steps of the grid's winner and its damping. In "
+        f"{no_more} of {pairs} cases the default takes no more steps, and in {missed} it misses a target that the "
+        "grid's winner reaches.",
         markdown((f"damping {DAMPING:g}", *(TASKS[task].title for task in tasks)), lines),
     ]
 

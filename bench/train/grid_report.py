@@ -54,18 +54,21 @@ def text(folder: Path, pictures: str) -> list[str]:
         return []
     walks = head_to_head.walked(whole.rows_in(folder, head_to_head.FILE))
     steps, seeds, base = found[0].steps, len({row.seed for row in found}), BASE[OPTIMIZERS[0]]
+    asked = f"--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"
     parts = [
         "## Exponent, damping and placing, head to head",
-        f'`make bench-train ARGS="--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"`; '
-        f"{RECIPES[TASK].title}, a schedule of {steps:,} steps; {where(found)}. Final validation loss, "
-        f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}; empty: not run. Diverged: a loss was not finite. "
-        "Around: `g S` goes in and the answer is multiplied by `S`; before: `g S` goes in and the answer is applied "
-        "as it is. The rate of each optimizer, placing and exponent comes from a walk over octaves, with a seed of its "
-        f"own, at damping {head_to_head.TUNED_DAMPING:g}, that of the plain optimizer from the same walk; where steps "
-        "stand beside it, on a shorter schedule, whose best rate need not be the whole's. The auxiliary "
-        "rate and weight decay are those that the searches above begin with. But for the tables of their own, both "
-        f"optimizers are refreshed every {base.refresh_every} steps, in blocks of {base.block}, with a memory of "
-        f"{base.memory:g}.",
+        f'Measured by `make bench-train ARGS="{asked}"`; {RECIPES[TASK].title}, a schedule of {steps:,} steps; '
+        f"{where(found)}.",
+        "The tables show the final validation loss, "
+        f"{'of one seed' if seeds == 1 else f'the mean of {seeds} seeds'}. An empty cell was not run; *diverged* means "
+        "that a loss was not finite. With the placing *around*, the optimizer gets `g S` and its answer is multiplied "
+        "by `S`; with *before*, it gets `g S` and its answer is applied as it is.",
+        "The rate of each optimizer, placing and exponent comes from a walk over octaves, with a seed of its own, at "
+        f"damping {head_to_head.TUNED_DAMPING:g}; the plain optimizer's rate comes from the same walk. Where a number "
+        "of steps is given beside a rate, the walk had a shorter schedule, whose best rate need not be the best of the "
+        "whole one. The auxiliary rate and weight decay are those that the searches above begin with. Except in the "
+        f"tables about these settings, both optimizers are refreshed every {base.refresh_every} steps, in blocks of "
+        f"{base.block}, with a memory of {base.memory:g}.",
     ]
     for name in shown(found):
         headings = (f"{LABELS[name]}: placing, exponent", "lr", *(f"damping {damping:g}" for damping in DAMPINGS))

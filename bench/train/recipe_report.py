@@ -24,17 +24,18 @@ def text(folder: Path, pictures: str) -> list[str]:
     times = _times(folder)
     if found:
         parts += [
-            "## Tasks that outsiders know",
-            '`make bench-train ARGS="--data FOLDER"`; cosine schedules with warm-up, clipping to a norm of 1. '
-            "Everybody may have eight trials, with a seed of their own, one knob after the other: the rate, the "
-            "auxiliary rate of Muon's AdamW, in coordinates the damping, Muon's together with the exponent, and weight "
-            "decay; so many as the column says were made. In coordinates each refresh (steps from one to the next) and "
-            "block (the most inputs taken together) is searched apart. "
-            "Steps to another's end are those where the straight lines between a run's twenty evaluations are first "
-            "as good, each on the schedule of its own, medians over the seeds; a shorter one would get there sooner. "
-            "The cost of a step is measured for all optimizers in turns, on one thread in the process's own time. "
-            "CIFAR-10 is 12,000 of "
-            "its training images, as JPEG, whose pixels differ slightly from the binary release.",
+            "## Well-known tasks",
+            'Measured by `make bench-train ARGS="--data FOLDER"`, with cosine schedules with warm-up, and gradients '
+            "clipped to a norm of 1.",
+            "Every optimizer may have eight trials. They have a seed of their own and search one knob after the other: "
+            "the learning rate, the auxiliary rate of Muon's AdamW, in coordinates the damping (Muon's together with "
+            "the exponent), and weight decay. The column *trials* says how many were made. In coordinates each pair of "
+            "refresh (steps from one to the next) and block (the most inputs taken together) has a search of its own.",
+            "*Steps to AdamW's end* is the share of the schedule after which a run is as good as AdamW is at its end: "
+            "the first such point on the straight lines between the run's twenty evaluations, median over the seeds. "
+            "Each run has the whole schedule; a shorter one would get there sooner. The cost of a step is measured for "
+            "all optimizers in turns, on one thread, in processor time. CIFAR-10 is 12,000 of its training images, as "
+            "JPEG, whose pixels differ slightly from the binary release.",
         ]
     for task in dict.fromkeys(row.task for row in found):
         for steps in sorted({row.steps for row in found if row.task == task}):
@@ -50,9 +51,11 @@ FORMS = {COORDINATES: "", CHOLESKY: ', `root="cholesky"`'}  # of the optimizers 
 
 
 def overview(folder: Path) -> str:
-    """README's table: how soon an optimizer in coordinates, refreshed and cut into blocks by the package's defaults, is
-    where the same one ends, on each task's longest schedule that several seeds ran; nothing where there is none. A line
-    of their own have those in Cholesky's coordinates."""
+    """README's table: when an optimizer in coordinates is as good as the plain one is at its end.
+
+    Optimizers in coordinates have the package's default refresh and blocks; those in Cholesky's coordinates have lines
+    of their own. Each task is shown with the longest schedule that several seeds ran; nothing where there is none.
+    """
     found = whole.rows_in(folder)
     times = _times(folder)
     lines, shown = [], []
@@ -82,10 +85,15 @@ def overview(folder: Path) -> str:
     if not lines:
         return ""
     headings = (
-        "trained to the end of a schedule", "AdamW / in coordinates", "its end after, of its steps (seconds)",
-        "Muon / in coordinates", "its end after, of its steps (seconds)",
+        "trained to the end of a schedule", "AdamW / in coordinates", "as good after: steps (seconds)",
+        "Muon / in coordinates", "as good after: steps (seconds)",
     )  # fmt: skip
-    return f"{markdown(headings, lines)}\n\n(Validation loss or test accuracy, medians over seeds; {where(shown)})"
+    note = (
+        "Validation loss or test accuracy at the end, plain / in coordinates. *As good after* is when the optimizer in "
+        "coordinates is as good as the plain one is at its end, as a share of the plain one's steps and, in brackets, "
+        f"of its seconds. Medians over seeds. ({where(shown)})"
+    )
+    return f"{markdown(headings, lines)}\n\n{note}"
 
 
 def _times(folder: Path) -> dict[tuple[str, Kind], RecipeTimeRow]:
@@ -135,7 +143,7 @@ def _task(
     headings = (
         "optimizer", "refresh, block", "lr", "auxiliary lr", "weight decay", "damping", "exponent", "trials",
         "validation loss" if recipe.by_loss else "test accuracy", "of the seeds", "training loss",
-        "steps to AdamW's end", "to Muon's", "ms a step, to AdamW's",
+        "steps to AdamW's end", "to Muon's end", "ms a step / AdamW's",
     )  # fmt: skip
     trials = {kind: sum(row.setting.kind == kind and row.seed == SEARCH_SEED for row in own) for kind in runs}
     plain = START["adamw"].kind, START["muon"].kind
@@ -170,10 +178,10 @@ def _task(
         notes.append(f"Published: {recipe.mark[0]:g} ({recipe.mark[1]}).")
     fewer = [f"{_label(kind)} {trials[kind]}" for kind in runs if trials[kind] < max(trials.values())]
     if fewer:
-        notes.append(f"With fewer trials than the others' {max(trials.values())}: {', '.join(fewer)}.")
+        notes.append(f"Fewer trials than the others' {max(trials.values())} had: {', '.join(fewer)}.")
     at_border = [f"{which} of {_label(kind)}" for kind in runs for which in borders(own, kind)]
     if at_border:
-        notes.append(f"At the border of what was tried: {', '.join(at_border)}.")
+        notes.append(f"The best value is at the border of what was tried: {', '.join(at_border)}.")
     return [f"### {recipe.title}, {steps:,} steps", " ".join(notes), markdown(headings, lines)]
 
 
@@ -214,26 +222,27 @@ def _costs(found: Sequence[StepCostRow]) -> list[str]:
     period, of_muon = (step_cost.PERIODS[name] for name in ("coordinates-adamw", "coordinates-muon"))
     return [
         "## What a step in coordinates costs",
-        f'`make bench-train ARGS="--stage step-cost"`; forward, backward and step of a transformer\'s block and a '
-        f"head, one step in {period} refreshing, of Muon in {of_muon}; medians of {found[0].rounds} rounds in which "
-        f"the optimizers take turns; {where(found)}. In brackets: to the optimizer inside, AdamW or Muon, as a sum of "
-        "a step without refresh and of what the refreshes add.",
+        f'Measured by `make bench-train ARGS="--stage step-cost"`; {where(found)}.',
+        f"A step is forward, backward and optimizer step of a transformer's block and a head. One step in {period} "
+        f"refreshes the coordinates, with Muon one in {of_muon}. Figures are medians of {found[0].rounds} rounds in "
+        "which the optimizers take turns. In brackets: the ratio to the optimizer inside, AdamW or Muon, as the sum of "
+        "a step without refresh and what the refreshes add.",
         markdown(headings, lines),
     ]
 
 
 def step_costs(folder: Path) -> str:
-    """README's sentence: what a step in coordinates costs, to the optimizer's inside; nothing where none was timed."""
+    """README's sentence: what a step in coordinates costs, as a multiple of the plain optimizer's; empty if untimed."""
     path = folder / step_cost.FILE
     found = table.read(path, StepCostRow) if path.exists() else []
     parts = []
     for rows, width in dict.fromkeys((row.rows, row.width) for row in found):
         ratios = {row.optimizer: row.ratio for row in found if (row.rows, row.width) == (rows, width)}
-        shown = [f"{ratios[f'coordinates-{name}']:.2f} of {LABELS[name]}'s" for name in ("adamw", "muon")]
+        shown = [f"{ratios[f'coordinates-{name}']:.2f} times {LABELS[name]}'s" for name in ("adamw", "muon")]
         parts.append(f"{' and '.join(shown)} at {rows:,} rows and width {width}")
     if not parts:
         return ""
-    return f"A transformer block's whole step in coordinates costs {', '.join(parts)}. ({where(found)})"
+    return f"A transformer block's whole step in coordinates costs {'; '.join(parts)}. ({where(found)})"
 
 
 def _cost(row: StepCostRow) -> str:

@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..markdown import document
 from . import show
 from .methods import METHODS, is_own
 from .show import TASKS, Line
 
 INTRODUCTION = (
-    "What won the benchmark's grid for each optimizer and kind of network, and so where to begin. Rates are those of "
-    'the grid, an octave apart; `cw.find_damping` looks around them on your own network. With `scale="nlms"`, the '
-    "default, rates do not depend on the batch size. Where nothing is known: SGD 1, SGD with a momentum of 0.9 0.1, "
-    "and the usual rates of RMSProp and Adam; damping 1, and 0.03 to 0.3 for convolutions, whose patches are alike."
+    "These learning rates and dampings won the benchmark's grid for each optimizer and kind of network, so they are "
+    "where to begin. The rates of the grid are an octave apart; `cw.find_damping` searches around them on your own "
+    'network. With the default `scale="nlms"`, rates do not depend on the batch size.',
+    "If nothing is known about a network, begin with a rate of 1 for SGD, 0.1 for SGD with a momentum of 0.9, and the "
+    "usual rates for RMSProp and Adam; with a damping of 1, or 0.03 to 0.3 for convolutions, whose patches are alike.",
 )
 HEADINGS = ("optimizer", "task", "learning rate", "damping", "steps to the target")
 
@@ -23,12 +25,12 @@ def text(results: Path) -> str:
     """The page, from the results of every device."""
     parts = [
         "# Starting rates and dampings",
-        INTRODUCTION,
+        *INTRODUCTION,
     ]
     for folder in sorted(path for path in results.iterdir() if (path / "train" / "runs.csv").exists()):
         parts += [f"## {folder.name}", table(show.lines(folder / "train"))]
     parts.append("Written by `make report`.")
-    return "\n\n".join(parts) + "\n"
+    return document(parts) + "\n"
 
 
 def table(tasks: Mapping[str, Sequence[Line]]) -> str:
