@@ -87,7 +87,6 @@ __global__ void arrives_too_early(Arguments a) {
     return;
   }
   if (!a.right) named_barrier_arrive(1, 64);
-  __syncwarp();
   shared[lane] = a.in[lane];
   if (a.right) named_barrier_arrive(1, 64);
 }

@@ -315,7 +315,8 @@ void block_barrier(const Where& where) {
   arrive(block.waiting, block.live, "__syncthreads", where);
 }
 
-// The running thread comes to a barrier of so many threads of its block, and waits there or goes on.
+// The running thread comes to a barrier of so many threads of its block, and waits there or goes on. Whoever is ready
+// may overtake it then too: what it writes only now is not there for those that the barrier lets through.
 void named_barrier(const char* name, int id, int threads, bool waits, const Where& where) {
   Fiber& self = *state.current;
   if (id < 1 || id >= static_cast<int>(kNamedBarriers) || threads <= 0 || threads % 32 != 0) {
@@ -341,7 +342,8 @@ void named_barrier(const char* name, int id, int threads, bool waits, const Wher
     named.arrived.clear();
     release(named.waiting);
   }
-  if (waits) suspend();
+  if (!waits) make_ready(self);
+  suspend();
 }
 
 void wait_for_change(const char* name, const unsigned* address, unsigned mask, unsigned before, Where where) {
