@@ -246,7 +246,8 @@ def _stock_inverse(gram: Tensor, eye: Tensor) -> Tensor:
 
 
 def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) -> Case:
-    """Factor and inverse of one Gram ``[n, n]``, as forward does it, by torch's ``cholesky_ex`` and its solve.
+    """Factor and inverse of one Gram ``[n, n]``, as forward does it, by torch's ``cholesky_ex`` and its solve; on
+    Hopper by one block and by a cluster too, where they have room for it, ``consequentialism`` as planned.
 
     ``cholesky_ex`` alone is torch's factor without an inverse.
     """
@@ -286,7 +287,19 @@ def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) 
 
         return Work(run, error)
 
+    def build(variant: str) -> Work:
+        (given,) = gram()
+        by = torch.ops.consequentialism.damped_inverse.by
+        return Work(
+            lambda: by(given, *RAW, n, n, variant),
+            lambda: relative_error([by(given, *RAW, n, n, variant)], [_inverse64(given)]),
+        )
+
     case.providers["cholesky_ex"] = alone
+    if device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        for variant, most in (("block", 192 if dtype_name == "float64" else 288), ("cluster", 1056)):
+            if n <= most:
+                case.providers[variant] = functools.partial(build, variant)
     return case
 
 

@@ -16,6 +16,9 @@ TORCH_LIBRARY(consequentialism, m) {
       "damped_inverse(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows) "
       "-> Tensor");
   m.def(
+      "damped_inverse.by(Tensor gram, float damping, str damping_mode, str scale, SymInt rank, SymInt rows, "
+      "str variant) -> Tensor");
+  m.def(
       "gram_inverse(Tensor x, bool bias, str form, float damping, str damping_mode, str scale, "
       "ScalarType? gram_dtype=None, float narrow_up_to=0) -> Tensor");
   m.def(

@@ -163,6 +163,10 @@ def test_the_page_says_what_the_table_does() -> None:
     for order in (64, 128, 256):
         microseconds = inverse_budget.block(order, table).microseconds
         assert re.search(rf"^\| {order} \| .* \| {microseconds:.0f} us \|$", page, re.MULTILINE)
+    for order in (160, 192, 224, 256, 288):
+        ways = inverse_budget.block(order, table), inverse_budget.cluster(order, 8, table)
+        one, eight = (made.microseconds for made in ways)
+        assert f"| {order} | {one:.0f} us | {eight:.0f} us |" in page
     for order in (320, 384, 512, 1024, 1025):
         eight, sixteen = (inverse_budget.cluster(order, blocks, table).microseconds for blocks in (8, 16))
         assert re.search(rf"^\| {order} \| .* \| {eight:.0f} us \| {sixteen:.0f} us \|$", page, re.MULTILINE)

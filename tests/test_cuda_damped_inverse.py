@@ -8,7 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_cycles
 import cuda_shim
+import inverse_budget
 import pytest
 import torch
 from cases import F32, F64, FACTOR, FLOOR, KINDS, assert_close, error_of, make_input, randn
@@ -57,9 +59,10 @@ def plan(
     clusters: bool = True,
     resident: int = 0,
     forced: bool = False,
+    count: int = 1,
 ) -> Plan:
     size = torch.empty((), dtype=dtype).element_size()
-    arguments = (shim.empty(6, dtype=torch.int64), n, size, shared, clusters, resident, forced)
+    arguments = (shim.empty(6, dtype=torch.int64), n, count, size, shared, clusters, resident, forced)
     (made,) = shim.run("call_plan_damped_inverse", *arguments, seeds=(0,))
     return Plan(*map(int, made))
 
@@ -345,7 +348,7 @@ def test_resident_plan(shim: cuda_shim.Library, dtype: torch.dtype, shared: int,
             assert made == without
             assert made.team != CLUSTER or max(panels, 16) > shared // tile_bytes(dtype)
             continue
-        assert without.team == CLUSTER
+        assert without.team == CLUSTER or (without.team, dtype) == (BLOCK, F32)
         assert (made.threads, made.blocks) == (256, blocks)
         tiles = made.shared // tile_bytes(dtype)
         assert made.shared <= shared
@@ -381,6 +384,43 @@ def test_capacity_of_a_block(shim: cuda_shim.Library) -> None:
     assert plan(shim, 192, F64)[0] == BLOCK
     assert plan(shim, 1024, F32)[0] == plan(shim, 1024, F64)[0] == CLUSTER
     assert plan(shim, 1025, F32)[0] == CLUSTER  # 1024 inputs and their bias
+
+
+def test_a_cluster_where_it_is_predicted_to_be_clearly_faster_than_a_block(shim: cuda_shim.Library) -> None:
+    counts, _ = cuda_cycles.read_table(cuda_cycles.TABLE.read_text())
+    taken = []
+    for n in range(1, 289):
+        faster = 10 * sum(inverse_budget.cluster(n, 8, counts)) < 9 * sum(inverse_budget.block(n, counts))
+        made = plan(shim, n, F32, resident=16)
+        assert made[::2][:2] == ((RESIDENT, 8) if faster else (BLOCK, 1)), n
+        taken.append(faster)
+        assert plan(shim, n, F32).team == plan(shim, n, F32, resident=6).team == BLOCK  # a chip without such clusters
+    assert set(taken) == {False, True}
+    assert all(plan(shim, n, F64, resident=16).team == BLOCK for n in range(1, 193))  # no sums are made of float64
+
+
+def test_clusters_take_several_matrices_where_all_run_at_once(shim: cuda_shim.Library) -> None:
+    # Of 132 processors.
+    assert [plan(shim, 256, F32, resident=16, count=count).team for count in (1, 16, 17, 32)] == [
+        *(RESIDENT, RESIDENT),
+        *(BLOCK, BLOCK),
+    ]
+    assert plan(shim, 512, F32, resident=16, count=32).team == RESIDENT  # a block has no room
+
+
+def test_a_team_that_is_named_serves_or_has_no_room(shim: cuda_shim.Library) -> None:
+    def named(n: int, element_bytes: int, cluster: bool) -> tuple[int, int]:
+        arguments = (shim.empty(2, dtype=torch.int64), n, element_bytes, cluster)
+        (made,) = shim.run("call_plan_damped_inverse_by", *arguments, seeds=(0,))
+        return int(made[0]), int(made[1])
+
+    assert [named(n, 4, False) for n in (0, 1, 288, 289)] == [(NONE, 0), (BLOCK, 1), (BLOCK, 1), (NONE, 0)]
+    assert [named(n, 4, True) for n in (0, 1, 448, 449, 1056, 1057)] == [
+        (NONE, 0),
+        *((RESIDENT, blocks) for blocks in (8, 8, 16, 16)),
+        (NONE, 0),
+    ]
+    assert [named(n, 8, False) for n in (192, 193)] == [(BLOCK, 1), (NONE, 0)]
 
 
 def test_refusals(shim: cuda_shim.Library) -> None:

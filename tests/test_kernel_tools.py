@@ -180,7 +180,7 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
             [
                 "ok    build",
                 "right gram_dual",
-                "ok    memcheck: 0 bad of 18",
+                "ok    memcheck: 0 bad of 19",
                 "ok    synccheck: 0 bad of 3",
                 "ok    tests",
                 "ok    bench inverse",
@@ -189,12 +189,12 @@ def run_gpu_script(folder: Path, call: str, **settings: str) -> subprocess.Compl
         ("first", {"PREBUILT": "0", "TESTS": "1"}, 1, ["FAIL  tests: exit 1", "FAILED tests/a.py", "ok    check"]),
         ("first", {"REPEATS": "7"}, 0, ["ok    synccheck: 0 bad of 3", "all passed"]),
         ("first", {"FIRST": "1"}, 1, ["right gram_dual", "ok    racecheck: 0 bad of 12", "FAILED in"]),
-        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 18"]),
+        ("first", {"SPOILT": "apply_dual"}, 1, ["memcheck of apply_dual: FAIL", "FAIL  memcheck: 1 bad of 19"]),
         (
             "first",
             {"SPOILT": "graph"},
             1,
-            ["FAIL  memcheck: 1 bad of 18", "FAIL  racecheck: 1 bad of 12", "FAIL  synccheck: 1 bad of 3"],
+            ["FAIL  memcheck: 1 bad of 19", "FAIL  racecheck: 1 bad of 12", "FAIL  synccheck: 1 bad of 3"],
         ),
         ("first", {"BUILD": "1"}, 1, ["FAIL  build: exit 1", "FAILED in"]),
         ("first", {"SECONDS_ALLOWED": "4"}, 1, ["FAIL  build: no time was left for it"]),

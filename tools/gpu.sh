@@ -104,8 +104,8 @@ case ${1:-} in
     part info 15 "$python" -m consequentialism info
     first_contact 150
     sanitize memcheck 75 gram_primal gram_split gram_warpgroups_primal conv_gram conv_gram_pieces \
-      conv_gram_displaced_pieces inverse_block_big inverse_cluster inverse_cluster_large apply_dual apply_primal \
-      bias_poison recompute cooperative repeat graph streams side_stream
+      conv_gram_displaced_pieces inverse_block_big inverse_teams inverse_cluster inverse_cluster_large apply_dual \
+      apply_primal bias_poison recompute cooperative repeat graph streams side_stream
     sanitize racecheck 80 gram_dual conv_gram conv_gram_displaced_pieces inverse_block inverse_block_big \
       inverse_cluster apply_primal recompute cooperative repeat graph streams
     sanitize synccheck 40 repeat graph streams
@@ -115,14 +115,14 @@ case ${1:-} in
     grep -E 'FAILED|Timeout|crashed' "$log" | cut -c1-150 | sort -u | tail -n 25
     part check 35 "$python" -m consequentialism check --backend "$([ "$device" = cuda ] && echo cuda || echo cpu)"
     bench inverse 45 --op damped_inverse --op fused_weight_grad --dtype float32 --provider consequentialism \
-      --provider recompute --provider cooperative
+      --provider block --provider cluster --provider recompute --provider cooperative
     ;;
   bench)
     own=(--provider consequentialism --provider stock --provider fused --provider batched)
     bench whole 150 --op linear --op step --op mlp --op deep "${own[@]}"
     bench parts 130 --op fused_weight_grad --op damped_inverse --op damped_inverses --op input_gram --op emended_input \
       --op weight_grad --provider consequentialism --provider warps --provider warpgroups --provider recompute \
-      --provider cooperative --provider cholesky_ex --provider batched
+      --provider cooperative --provider block --provider cluster --provider cholesky_ex --provider batched
     if command -v ncu > /dev/null; then
       part ncu 70 ncu --clock-control none --set full -c 16 --page details --log-file "$OUT/ncu.txt" \
         -k "regex:damped_inverse|fused_weight|gram|emended_input|bias_grad" \

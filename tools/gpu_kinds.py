@@ -103,6 +103,23 @@ def inverse(order: int) -> Kind:
     return run
 
 
+def inverse_teams(order: int) -> Kind:
+    """By one block and by a cluster, on a device that has room for both: the same bits."""
+
+    def run(dtype: torch.dtype, device: str) -> float:
+        wide = dtype if dtype == torch.float64 else torch.float32
+        x = _rows(order, 2 * order, dtype, device).to(wide)
+        gram, options = x @ x.T, (1.0, "relative", "raw", order, order)
+        own = ops.damped_inverse(gram, *options)
+        if device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+            by = torch.ops.consequentialism.damped_inverse.by
+            teams = [by(gram, *options, variant) for variant in ("block", "cluster")]
+            _same(2, sum(not torch.equal(own, one) for one in teams), "teams")
+        return error_of(own, reference.damped_inverse(_wide(gram), *options))
+
+    return run
+
+
 def decayed_gram(rows: int, inputs: int, blocks: int) -> Kind:
     def run(dtype: torch.dtype, device: str) -> float:
         x, order = _rows(rows, inputs, dtype, device), coordinates.block_order(inputs, blocks, True)
@@ -338,6 +355,8 @@ KINDS: dict[str, Kind] = {
     "conv_gram_depthwise": conv_gram(2, 40, 12, 1, groups=40),
     "inverse_block": inverse(60),
     "inverse_block_big": inverse(160),
+    "inverse_teams": inverse_teams(190),
+    "inverse_cluster_small": inverse(250),
     "inverse_cluster": inverse(400),
     "inverse_cluster_large": inverse(700),
     "inverse_1025": inverse(1025),

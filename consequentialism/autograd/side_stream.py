@@ -20,7 +20,9 @@ from torch import Tensor
 from .. import _torch
 from ..options import Options
 
-STREAMS = 4  # beside each one, taken in turn: the factor of a Gram up to order 288 is one block, and occupies one SM
+# Beside each one, taken in turn: the factor of a Gram up to order 192 is one block, and occupies one SM; above, where
+# the chip has clusters, it is 8 or 16 blocks.
+STREAMS = 4
 RING = 32  # torch.cuda.Stream() hands out as many of a device, one after the other, and then the first again
 
 Result = TypeVar("Result")

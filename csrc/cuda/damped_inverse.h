@@ -75,7 +75,11 @@ struct InversePlan {
   ResidentShape resident{};
 };
 
-InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& limits);
+// Of `count` matrices that are given together.
+InversePlan plan_damped_inverse(int64_t n, int64_t count, size_t element_bytes, const Limits& limits);
+
+// By the team that is named; kNone where the device has no room for it.
+InversePlan plan_damped_inverse_by(int64_t n, size_t element_bytes, const Limits& limits, InverseTeam team);
 
 // By a resident cluster of so many blocks, 8 or 16; kNone where a block has too little shared memory.
 InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared_bytes, int blocks);

@@ -86,32 +86,58 @@ InverseItem<T> inverse_item(const at::Tensor& gram, const at::Tensor& inverse, c
   return item;
 }
 
-// scale * (gram + c I)^-1 of Grams of one type, those of one order by one launch; the other Grams are left alone.
+// scale * (gram + c I)^-1 of Grams of one type, those of one order by one launch, by `team` where one is named; the
+// other Grams are left alone.
 template <class T>
 void invert_grams(
-    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, std::vector<at::Tensor>& inverses) {
+    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, InverseTeam team,
+    std::vector<at::Tensor>& inverses) {
   const Limits limits = limits_of_current_device();
   std::map<int64_t, std::vector<InverseItem<T>>> by_order;
   for (size_t i = 0; i < grams.size(); ++i) {
     const int64_t n = grams[i].size(0);
     if (grams[i].scalar_type() != c10::CppTypeToScalarType<T>::value || n == 0) continue;
     const InverseItem<T> item = inverse_item<T>(grams[i], inverses[i], arguments[i]);
-    if (plan_damped_inverse(n, sizeof(T), limits).team == InverseTeam::kNone) {
+    if (team == InverseTeam::kNone && plan_damped_inverse(n, 1, sizeof(T), limits).team == InverseTeam::kNone) {
       inverses[i] = stock_inverse<T>(grams[i], arguments[i], item, limits);
     } else {
       by_order[n].push_back(item);
     }
   }
   for (const auto& [n, items] : by_order) {
-    run_damped_inverse<T>(items, n, plan_damped_inverse(n, sizeof(T), limits), grams[0].options());
+    const auto count = static_cast<int64_t>(items.size());
+    const InversePlan plan = team == InverseTeam::kNone ? plan_damped_inverse(n, count, sizeof(T), limits)
+                                                        : plan_damped_inverse_by(n, sizeof(T), limits, team);
+    TORCH_CHECK_VALUE(
+        plan.team != InverseTeam::kNone, "variant '", team == InverseTeam::kBlock ? "block" : "cluster",
+        "' has no room on this device for a gram of ", n, " rows in ", grams[0].scalar_type());
+    run_damped_inverse<T>(items, n, plan, grams[0].options());
   }
 }
 
 // Into `inverses`, or, by stock operations, in place of one of them.
 void invert_all(
-    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, std::vector<at::Tensor>& inverses) {
-  invert_grams<float>(grams, arguments, inverses);
-  invert_grams<double>(grams, arguments, inverses);
+    c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, InverseTeam team,
+    std::vector<at::Tensor>& inverses) {
+  invert_grams<float>(grams, arguments, team, inverses);
+  invert_grams<double>(grams, arguments, team, inverses);
+}
+
+// As the op; `team` is kNone for the plan's.
+at::Tensor inverse_by_team(const at::Tensor& gram, const InverseArguments& arguments, InverseTeam team) {
+  const PlainKernelGuard plain;
+  const c10::cuda::CUDAGuard device(gram.device());
+  const at::Tensor all = at::empty(gram.sizes(), gram.options());
+  if (all.numel() == 0) return all;
+  const int64_t n = gram.size(-1);
+  const std::vector<at::Tensor> grams = gram.contiguous().view({-1, n, n}).unbind();
+  const std::vector<at::Tensor> places = all.view({-1, n, n}).unbind();
+  std::vector<at::Tensor> inverses = places;
+  invert_all(grams, std::vector<InverseArguments>(grams.size(), arguments), team, inverses);
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (!inverses[i].is_same(places[i])) places[i].copy_(inverses[i]);  // by stock operations
+  }
+  return all;
 }
 
 }  // namespace
@@ -125,7 +151,7 @@ std::vector<at::Tensor> inverses_of(
     const at::Tensor rows = at::empty({n, stride}, gram.options());
     inverses.push_back(stride == n ? rows : rows.narrow(1, 0, n));
   }
-  invert_all(grams, arguments, inverses);
+  invert_all(grams, arguments, InverseTeam::kNone, inverses);
   return inverses;
 }
 
@@ -146,24 +172,23 @@ at::Tensor damped_inverse(
     const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
     int64_t rows) {
   check_gram(gram);
+  return inverse_by_team(gram, inverse_arguments(damping, damping_mode, scale, rank, rows), InverseTeam::kNone);
+}
+
+// By one block or by a cluster that keeps its tiles in shared memory, or not at all: for tests and benchmarks.
+at::Tensor damped_inverse_by(
+    const at::Tensor& gram, double damping, std::string_view damping_mode, std::string_view scale, int64_t rank,
+    int64_t rows, std::string_view variant) {
+  check_gram(gram);
   const InverseArguments arguments = inverse_arguments(damping, damping_mode, scale, rank, rows);
-  const PlainKernelGuard plain;
-  const c10::cuda::CUDAGuard device(gram.device());
-  const at::Tensor all = at::empty(gram.sizes(), gram.options());
-  if (all.numel() == 0) return all;
-  const int64_t n = gram.size(-1);
-  const std::vector<at::Tensor> grams = gram.contiguous().view({-1, n, n}).unbind();
-  const std::vector<at::Tensor> places = all.view({-1, n, n}).unbind();
-  std::vector<at::Tensor> inverses = places;
-  invert_all(grams, std::vector<InverseArguments>(grams.size(), arguments), inverses);
-  for (size_t i = 0; i < places.size(); ++i) {
-    if (!inverses[i].is_same(places[i])) places[i].copy_(inverses[i]);  // by stock operations
-  }
-  return all;
+  TORCH_CHECK_VALUE(
+      variant == "block" || variant == "cluster", "variant must be 'block' or 'cluster', got '", variant, "'");
+  return inverse_by_team(gram, arguments, variant == "block" ? InverseTeam::kBlock : InverseTeam::kResident);
 }
 
 }  // namespace consequentialism::cuda
 
 TORCH_LIBRARY_IMPL(consequentialism, CUDA, m) {
   m.impl("damped_inverse", consequentialism::cuda::damped_inverse);
+  m.impl("damped_inverse.by", consequentialism::cuda::damped_inverse_by);
 }

@@ -7,7 +7,7 @@
 
 namespace consequentialism::cuda {
 
-// count matrices of order n, at most kMaxInverseItems, by plan = plan_damped_inverse(n, sizeof(T), ...). workspace has
+// count matrices of order n, at most kMaxInverseItems, by a plan for n and T. workspace has
 // count * plan.workspace_bytes, aligned to 128. *breakdowns counts the matrices whose first attempt
 // broke down, here or elsewhere.
 template <class T>

@@ -12,6 +12,12 @@ constexpr int64_t large_cluster_above(size_t element_bytes) {
   return element_bytes == 8 ? 384 : 448;
 }
 
+// Above, a cluster takes less than nine tenths of one block's time, by the sums of tools/inverse_budget.py. In float64,
+// of which there are none, where a block has no room.
+constexpr int64_t cluster_above(size_t element_bytes) {
+  return element_bytes == 8 ? kMaxInverseOrder : 192;
+}
+
 int64_t tiles_along(int64_t n) {
   return (n + kInverseTile - 1) / kInverseTile;
 }
@@ -53,18 +59,23 @@ InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared
   return plan;
 }
 
-InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& limits) {
+InversePlan plan_damped_inverse_by(int64_t n, size_t element_bytes, const Limits& limits, InverseTeam team) {
   if (n < 1 || n > kMaxInverseOrder) return {};
   const int64_t along = tiles_along(n);
   const size_t bytes = kInverseStateBytes + tile_bytes(along, 1, element_bytes);
-  if (bytes > limits.shared_bytes) {
-    if (!limits.clusters) return {};
-    if (limits.resident_blocks >= kInverseClusterBlocks) {
-      const bool large = n > large_cluster_above(element_bytes) && limits.resident_blocks >= kInverseLargeCluster;
-      const int blocks = large ? kInverseLargeCluster : kInverseClusterBlocks;
-      const InversePlan plan = plan_resident_inverse(n, element_bytes, limits.shared_bytes, blocks);
-      if (plan.team != InverseTeam::kNone) return plan;
-    }
+  if (team == InverseTeam::kBlock && bytes <= limits.shared_bytes) {
+    // As many warps as the widest step has tiles, and registers for each.
+    const int most_warps = inverse_block_threads(element_bytes) / 32;
+    int warps = 1;
+    while (warps < most_warps && warps < along * (along + 1) / 2) warps *= 2;
+    return {InverseTeam::kBlock, warps * 32, 1, bytes, 0, {}};
+  }
+  if (team == InverseTeam::kResident && limits.clusters && limits.resident_blocks >= kInverseClusterBlocks) {
+    const bool large = n > large_cluster_above(element_bytes) && limits.resident_blocks >= kInverseLargeCluster;
+    const int blocks = large ? kInverseLargeCluster : kInverseClusterBlocks;
+    return plan_resident_inverse(n, element_bytes, limits.shared_bytes, blocks);
+  }
+  if (team == InverseTeam::kCluster && limits.clusters) {
     return {InverseTeam::kCluster,
             kInverseClusterThreads,
             kInverseClusterBlocks,
@@ -72,15 +83,22 @@ InversePlan plan_damped_inverse(int64_t n, size_t element_bytes, const Limits& l
             bytes,
             {}};
   }
-  // As many warps as the widest step has tiles, and registers for each.
-  const int most_warps = inverse_block_threads(element_bytes) / 32;
-  int warps = 1;
-  while (warps < most_warps && warps < along * (along + 1) / 2) warps *= 2;
-  return {InverseTeam::kBlock, warps * 32, 1, bytes, 0, {}};
+  return {};
+}
+
+InversePlan plan_damped_inverse(int64_t n, int64_t count, size_t element_bytes, const Limits& limits) {
+  const auto by = [&](InverseTeam team) { return plan_damped_inverse_by(n, element_bytes, limits, team); };
+  const InversePlan block = by(InverseTeam::kBlock), resident = by(InverseTeam::kResident);
+  if (block.team == InverseTeam::kNone) {
+    return resident.team != InverseTeam::kNone ? resident : by(InverseTeam::kCluster);
+  }
+  // A cluster's time is that of all of them only where all run at once; either way the bits are the same.
+  const bool at_once = resident.team != InverseTeam::kNone && count * resident.blocks <= limits.processors;
+  return at_once && n > cluster_above(element_bytes) ? resident : block;
 }
 
 InversePlan plan_damped_inverse_retry(int64_t n, size_t element_bytes, const Limits& limits) {
-  const InversePlan plan = plan_damped_inverse(n, element_bytes, limits);
+  const InversePlan plan = plan_damped_inverse(n, 1, element_bytes, limits);
   if (plan.team != InverseTeam::kNone || n < 1 || n > kMaxRetryOrder) return plan;
   const int blocks = limits.clusters ? kInverseClusterBlocks : 1;
   return {

@@ -10,7 +10,7 @@ namespace {
 // Where resident_blocks is not 0, by a resident cluster of so many, also where one block would do.
 InversePlan plan_of(int64_t n, size_t element_bytes, int64_t shared_limit, int64_t resident_blocks) {
   const auto shared = static_cast<size_t>(shared_limit);
-  if (resident_blocks == 0) return plan_damped_inverse(n, element_bytes, {shared, 132, true});
+  if (resident_blocks == 0) return plan_damped_inverse(n, 1, element_bytes, {shared, 132, true});
   return plan_resident_inverse(n, element_bytes, shared, static_cast<int>(resident_blocks));
 }
 
@@ -54,18 +54,27 @@ extern "C" int call_damped_inverse_double(
 // plan: team, threads, blocks, shared bytes, workspace bytes, tiles of its own that a resident block has room for.
 // forced: as plan_of.
 extern "C" int call_plan_damped_inverse(
-    int64_t* plan, int64_t n, int64_t element_bytes, int64_t shared_limit, bool clusters, int64_t resident_blocks,
-    bool forced) {
+    int64_t* plan, int64_t n, int64_t count, int64_t element_bytes, int64_t shared_limit, bool clusters,
+    int64_t resident_blocks, bool forced) {
   const auto bytes = static_cast<size_t>(element_bytes);
   const Limits limits{static_cast<size_t>(shared_limit), 132, clusters, false, static_cast<int>(resident_blocks)};
   const InversePlan made =
-      forced ? plan_of(n, bytes, shared_limit, resident_blocks) : plan_damped_inverse(n, bytes, limits);
+      forced ? plan_of(n, bytes, shared_limit, resident_blocks) : plan_damped_inverse(n, count, bytes, limits);
   plan[0] = static_cast<int64_t>(made.team);
   plan[1] = made.threads;
   plan[2] = made.blocks;
   plan[3] = static_cast<int64_t>(made.shared_bytes);
   plan[4] = static_cast<int64_t>(made.workspace_bytes);
   plan[5] = made.resident.room;
+  return 0;
+}
+
+// The same by one block (cluster: by a resident cluster), on Hopper.
+extern "C" int call_plan_damped_inverse_by(int64_t* plan, int64_t n, int64_t element_bytes, bool cluster) {
+  const InverseTeam team = cluster ? InverseTeam::kResident : InverseTeam::kBlock;
+  const InversePlan made = plan_damped_inverse_by(n, static_cast<size_t>(element_bytes), kHopper, team);
+  plan[0] = static_cast<int64_t>(made.team);
+  plan[1] = made.blocks;
   return 0;
 }
 
