@@ -21,7 +21,7 @@ from cases import (
     oracle,
     randn,
 )
-from optim_helpers import assert_steps_as_sgd, layers
+from fused_sgd_helpers import assert_steps_as_sgd, layers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import pickle
-from pathlib import Path
 
 from cases import F64, TOLERANCE, assert_close, assert_identical, randn
 from torch import Tensor, nn
@@ -13,36 +11,6 @@ from torch import Tensor, nn
 import consequentialism as cw
 from consequentialism.functional.linear import emended_linear_with
 from consequentialism.optim import FusedSGD, LayerStep
-
-PACKAGE = Path(cw.__file__).parent
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package by its name without the package's."""
-    files = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
-    return {name: file for name, file in files.items() if "__init__" not in name}
-
-
-def imports(name: str, file: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of this package that one of them imports when it runs."""
-    names: set[str] = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = name.split(".")[: -node.level]
-            source = ".".join([*folder, *([node.module] if node.module else [])])
-            names |= {".".join(filter(None, (source, alias.name))) for alias in node.names} | {source}
-    return names & known.keys()
-
-
-def test_layers_import_no_optimizer_and_there_is_no_circle() -> None:
-    known = modules()
-    graph = {name: imports(name, file, known) for name, file in known.items()}
-    assert "autograd.linear" in graph["functional.linear"]
-    assert not [name for name, used in graph.items() if name.startswith("nn.") and any("optim" in one for one in used)]
-    while graph:
-        free = {name for name, used in graph.items() if not used & graph.keys()}
-        assert free, f"a circle among {sorted(graph)}"
-        graph = {name: used for name, used in graph.items() if name not in free}
 
 
 class Doubled:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import BACKENDS, BF16, F16, F32, F64, TOLERANCE, assert_close, assert_identical, device_of, randn
-from optim_helpers import (
+from fused_sgd_helpers import (
     LR,
     PLANS,
     Mixed,

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from cases import F32, F64, TOLERANCE, assert_close, assert_identical, randn
-from optim_helpers import (
+from fused_sgd_helpers import (
     LR,
     Mixed,
     assert_steps_now,

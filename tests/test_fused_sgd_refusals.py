@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import F16, F32, F64, TOLERANCE, assert_close, assert_identical, randn
-from optim_helpers import (
+from fused_sgd_helpers import (
     LR,
     assert_steps_now,
     assert_unchanged,
