@@ -36,6 +36,7 @@ CPU_SOURCES = [
     "csrc/module.cpp",
     "csrc/autograd.cpp",
     "csrc/linear_forward.cpp",
+    "csrc/step_tensors.cpp",
     "csrc/cpu/input_gram.cpp",
     "csrc/cpu/damped_inverse.cpp",
     "csrc/cpu/tile_inverse.cpp",

@@ -8,6 +8,7 @@
 #include "build_info.h"
 #include "cpu/damped_inverse.h"
 #include "linear_forward.h"
+#include "step_tensors.h"
 #ifdef CONSEQUENTIALISM_CUDA_VERSION
 #include "cuda/damped_inverse_binding.h"
 #endif
@@ -58,4 +59,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "linear_forward", torch::wrap_pybind_function(&consequentialism::linear_forward),
       "The usual forward of an emended linear layer, or None.");
   m.def("set_planner", &consequentialism::set_planner, "The function that plans a call of linear_forward.");
+  m.def(
+      "step_tensors", torch::wrap_pybind_function(&consequentialism::step_tensors),
+      "What a compiled step takes of each parameter, its gradient and its state, or None.");
 }

@@ -117,6 +117,8 @@ CHANGES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
     "a maximum": lambda model, inner: inner.param_groups[0].update(maximize=True),
     "a rate on the device": lambda model, inner: inner.param_groups[0].update(lr=torch.tensor(0.01)),
     "amsgrad": lambda model, inner: inner.param_groups[0].update(amsgrad=True),
+    "a moment anew": lambda model, inner: inner.state[model[0].weight].update(exp_avg=torch.ones_like(model[0].weight)),
+    "a moment's strides": lambda model, inner: inner.state[model[0].weight].update(exp_avg_sq=torch.ones(6, 9).T),
     "strides": lambda model, inner: model[0].weight.data.set_(model[0].weight.data.T.contiguous().T),
 }
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ NEEDED = (
     "fused_weight_grad",
 )
 
-FUNCTIONS = ("build_info", "breakdowns", "linear_forward", "set_planner")  # of the module itself
+FUNCTIONS = ("build_info", "breakdowns", "linear_forward", "set_planner", "step_tensors")  # of the module itself
 
 BUILD_AGAIN = "`pip install --no-build-isolation --no-deps --force-reinstall .` in the source's folder builds it anew"
 # `pip install .` leaves what an editable install, or a build in place, has put beside the sources.
@@ -131,6 +132,16 @@ decayed_gram = _coordinate_ops.decayed_gram
 inverse_root = _coordinate_ops.inverse_root
 root_product = _coordinate_ops.root_product
 add_root_product_ = _coordinate_ops.add_root_product_
+
+
+def step_tensors(
+    parameters: list[Tensor], state: dict[Tensor, Any], keys: tuple[str, ...]
+) -> list[tuple[Tensor, ...] | None]:
+    """What an operator of `schemas.STEP_OPS` takes of each parameter: itself, its gradient and the tensors that an
+    optimizer's state has of it under these keys; None where it does not serve one of them. Only with the extension."""
+    assert module is not None
+    found: list[tuple[Tensor, ...] | None] = module.step_tensors(parameters, state, keys)
+    return found
 
 
 def breakdowns() -> int:

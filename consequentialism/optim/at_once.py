@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backend import compiled
 from . import steps
@@ -22,7 +22,6 @@ from .steps import Group, Rule
 if TYPE_CHECKING:
     from .inside import Part
 
-OWN = (Tensor, nn.Parameter)
 Roots = tuple[Tensor | None, Tensor | None]  # S and L of a weight, those that it has
 PLAIN, ROWS, COLUMNS, DIAGONAL = range(4)  # how a weight lies beside its root, as in csrc/cpu/coordinate_step.cpp
 
@@ -70,13 +69,16 @@ OPERATORS: dict[Rule, Operator] = {
 
 
 class Options(NamedTuple):
-    """What one group says in this step."""
+    """What one group says in this step.
+
+    Attributes:
+        shared: What parameters of one call have in common.
+        own: What is kept of a parameter, its coupled decay and its rate.
+    """
 
     keys: tuple[str, ...]
-    numbers: tuple[Any, ...]
-    kept: float
-    coupled: float
-    rate: float
+    shared: tuple[Any, ...]
+    own: tuple[float, float, float]
 
 
 class Call:
@@ -87,7 +89,7 @@ class Call:
     """
 
     def __init__(self, options: Options) -> None:
-        self.keys, self.numbers = ("parameter", "gradient", *options.keys), options.numbers
+        self.keys, self.numbers = ("parameter", "gradient", *options.keys), options.shared
         self.entries: list[tuple[Any, ...]] = []
         self.roots: list[Tensor] = []
         self.output_roots: list[Tensor] = []
@@ -132,25 +134,20 @@ class AtOnce:
         self.left: list[Part] = list(parts)
         self._calls: dict[Any, Call] = {}
         operator = OPERATORS.get(rule)
-        if operator is None or "cpu" not in compiled.step_device_types:
+        if operator is None or "cpu" not in compiled.step_device_types or not isinstance(optimizer.state, dict):
             return
-        self._operator, self._state = operator, optimizer.state
-        decay, name = rule_of(optimizer), type(optimizer).__name__
-        self._options = {
-            id(group): _options(operator, group, decay_of(decay, group, name)) for group in optimizer.param_groups
-        }
+        self._operator = operator
+        self._found = _tensors_of(optimizer, operator)
         if together:
             self.left = [part for part in parts if not self._takes_part(part)]
         inside = {id(parameter) for part in parts for parameter in part.parameters}
         waiting = [
-            (parameter, group)
+            parameter
             for group in optimizer.param_groups
             for parameter in group["params"]
             if id(parameter) not in inside and parameter.grad is not None
         ]
-        self.others = [
-            parameter for parameter, group in waiting if self._takes(PLAIN, (None, None), (parameter,), (group,))
-        ]
+        self.others = [parameter for parameter in waiting if self._takes(PLAIN, (None, None), (parameter,))]
         self.all_others = len(self.others) == len(waiting)
 
     def _takes_part(self, part: Part) -> bool:
@@ -160,29 +157,24 @@ class AtOnce:
             return False
         if unit.with_bias and len(parameters) == 1:  # a column without a gradient
             return False
-        return self._takes(kind, (part.root, part.left), parameters, part.groups)
+        return self._takes(kind, (part.root, part.left), parameters)
 
-    def _takes(self, kind: int, roots: Roots, parameters: Sequence[Tensor], groups: Sequence[Group]) -> bool:
+    def _takes(self, kind: int, roots: Roots, parameters: Sequence[Tensor]) -> bool:
         """Whether a weight, alone or with its bias, is served; it is then in one of the calls."""
-        dtype = parameters[0].dtype
-        if dtype not in (torch.float32, torch.float64) or any(
-            root is not None and root.dtype != dtype for root in roots
-        ):
-            return False
-        entries, numbers = [], None
-        for parameter, group in zip(parameters, groups, strict=True):
-            options, state = self._options[id(group)], self._state.get(parameter)
-            if options is None or state is None or numbers not in (None, options.numbers):
+        dtype, entries, shared = parameters[0].dtype, [], None
+        for root in roots:
+            if root is not None and root.dtype is not dtype:
                 return False
-            tensors = [parameter, parameter.grad, *[state.get(key) for key in options.keys]]
-            if not _are_dense(tensors, dtype, options.keys[-1:] == ("step",)):
+        for parameter in parameters:
+            options, tensors = self._found.get(id(parameter), (None, ()))
+            if options is None or parameter.dtype is not dtype or shared not in (None, options.shared):
                 return False
-            numbers = options.numbers
-            entries.append((*tensors, *options[2:]))
-        call = self._calls.get((dtype, numbers))
+            shared = options.shared
+            entries.append((*tensors, *options.own))
+        call = self._calls.get((dtype, shared))
         if call is None:
             assert options is not None
-            call = self._calls[dtype, numbers] = Call(options)
+            call = self._calls[dtype, shared] = Call(options)
         call.add(kind, roots, entries)
         return True
 
@@ -190,6 +182,20 @@ class AtOnce:
         """Take the steps."""
         for call in self._calls.values():
             call.take(self._operator)
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer, operator: Operator) -> dict[int, tuple[Options, tuple[Tensor, ...]]]:
+    """The options and tensors of each parameter that the operator serves, by the parameter's id."""
+    rule, name = rule_of(optimizer), type(optimizer).__name__
+    found = {}
+    for group in optimizer.param_groups:
+        options = _options(operator, group, decay_of(rule, group, name))
+        if options is not None:
+            own = list(group["params"])
+            for parameter, tensors in zip(own, compiled.step_tensors(own, optimizer.state, options.keys), strict=True):
+                if tensors is not None:
+                    found[id(parameter)] = options, tensors
+    return found
 
 
 def _options(operator: Operator, group: Group, decay: str) -> Options | None:
@@ -201,7 +207,7 @@ def _options(operator: Operator, group: Group, decay: str) -> Options | None:
         return None
     kept = kept_share(group) if decay == "decoupled" else 1
     coupled = group["weight_decay"] if decay == "coupled" else 0
-    return Options(operator.keys(group), numbers, kept, coupled, group["lr"])
+    return Options(operator.keys(group), numbers, (kept, coupled, group["lr"]))
 
 
 def _kind_of(kind: Kind, weight: Tensor) -> int | None:
@@ -214,13 +220,3 @@ def _kind_of(kind: Kind, weight: Tensor) -> int | None:
     if one_output:  # a matrix-vector product would round the weight once for each input
         return None
     return COLUMNS if isinstance(kind, TransposedLinear) else ROWS
-
-
-def _are_dense(tensors: Sequence[Any], dtype: torch.dtype, counted: bool) -> bool:
-    """Whether they are torch's own, on the host, of one type, a count at the end excepted, and without gaps."""
-    if tensors[0].device.type != "cpu":
-        return False
-    for tensor in tensors:
-        if type(tensor) not in OWN or tensor.layout is not torch.strided or not tensor.is_contiguous():
-            return False
-    return all([tensor.dtype is dtype for tensor in (tensors[:-1] if counted else tensors)])

@@ -297,7 +297,7 @@ class Emended(torch.optim.Optimizer):
         self._count(steps)
 
     def _count(self, steps: int) -> None:
-        self._steps += steps
+        self._steps.fill_(int(self._steps) + steps)  # of a tensor, in place: the states share it
         if self.units and self._is_due():
             self._recorder.begin()
 
@@ -339,7 +339,8 @@ class Emended(torch.optim.Optimizer):
         states = self._states()
         recorder = self._recorder
         notify(self, recorder.wrapper and recorder.wrapper())
-        due, ran = recorder.recording, recorder.ran()
+        due = recorder.recording
+        ran = due and recorder.ran()
         capturing = _torch.is_capturing()
         if (due or self._outputs_alone_due()) and capturing:
             raise RuntimeError(
@@ -355,7 +356,8 @@ class Emended(torch.optim.Optimizer):
             self._refresh(states)
         if unseen:
             self._name_unseen(unseen)
-        with hooks_around(self.optimizer), without_gradients(waiting):
+        hidden = [p for unit in waiting for p in (unit.weight, unit.bias) if p is not None]
+        with hooks_around(self.optimizer), without_gradients(hidden):
             groups = {id(p): group for group in self.param_groups for p in group["params"]}
             parts = parts_of(self.units, states, groups, self._rule, self._name)
             if self.outputs is not None and (refreshes or self._outputs_alone_due()):

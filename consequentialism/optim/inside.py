@@ -75,24 +75,29 @@ Rooted = Callable[[Sequence[Part]], Iterable[Part]]  # the parts, each with its 
 def parts_of(
     units: Sequence[Unit], states: Sequence[State], groups: dict[int, Any], rule: Rule, name: str
 ) -> list[Part]:
-    """The units whose weights have gradients.
+    """The units whose weights have gradients; they are those that they were.
 
     Raises:
         ValueError: A group with a weight decay of which nothing is known.
     """
     parts = []
+    acts: dict[int, str] = {}  # the decay of each group
     for unit, state in zip(units, states, strict=True):
-        weight, bias = unit.weight, unit.bias
-        if weight.grad is None or id(weight) not in groups:
+        weight: Any = unit.own
+        gradient, bias = weight.grad, unit.bias
+        if gradient is None or id(weight) not in groups:
             continue
-        if weight.grad.layout != torch.strided:
+        if gradient.layout != torch.strided:
             raise ValueError(f"layer {unit.name!r} has a sparse gradient; leave it out by filter_fn")
         parameters = [weight]
         if bias is not None and bias.grad is not None and id(bias) in groups:
             parameters.append(bias)
         own = [groups[id(parameter)] for parameter in parameters]
         root = state["root"].view(unit.slot.shape) if "root" in state else None
-        decays: list[str] = [decay_of(rule, group, name) for group in own]
+        for group in own:
+            if id(group) not in acts:
+                acts[id(group)] = decay_of(rule, group, name)
+        decays = [acts[id(group)] for group in own]
         parts.append(Part(unit, root, parameters, own, decays, state.get("output_root")))
     return parts
 
@@ -141,10 +146,9 @@ def turn(optimizer: torch.optim.Optimizer, units: Sequence[Unit], rule: Rule) ->
 
 
 @contextlib.contextmanager
-def without_gradients(units: Sequence[Unit]) -> Iterator[None]:
-    """The units' gradients are not seen within."""
-    owners = [p for unit in units for p in (unit.weight, unit.bias) if p is not None]
-    hidden = [(parameter, parameter.grad) for parameter in owners]
+def without_gradients(parameters: Iterable[Any]) -> Iterator[None]:
+    """Their gradients are not seen within."""
+    hidden = [(parameter, parameter.grad) for parameter in parameters]
     try:
         for parameter, _ in hidden:
             parameter.grad = None
@@ -174,17 +178,10 @@ def step_weight_by_weight(
 ) -> None:
     """Our own step for the weights in coordinates, the optimizer's for the rest."""
     at_once = AtOnce(optimizer, parts, step, together=rooted is iter)  # ranks send each other roots in one order
-    inside = [parameter for part in parts for parameter in part.parameters]
-    hidden = [(parameter, parameter.grad) for parameter in (*inside, *at_once.others)]
-    try:
-        for parameter, _ in hidden:
-            parameter.grad = None
-        # A scheduler looks whether its optimizer steps, by a method of its own in the place of that.
-        if not at_once.all_others or "step" in vars(optimizer):
+    # A scheduler looks whether its optimizer steps, by a method of its own in the place of that.
+    if not at_once.all_others or "step" in vars(optimizer):
+        with without_gradients([*(parameter for part in parts for parameter in part.parameters), *at_once.others]):
             optimizer.step()
-    finally:
-        for parameter, gradient in hidden:
-            parameter.grad = gradient
     at_once.take()
     for part in rooted(at_once.left):
         triples = zip(part.parameters, part.gradients(), part.groups, strict=True)
