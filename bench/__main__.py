@@ -23,7 +23,7 @@ import torch
 
 from consequentialism.errors import Parser, UserError
 
-from . import against, plot, registry, show, table
+from . import compare, plot, registry, show, table
 from .case import Case, Row
 from .environment import Environment, environment, slug
 from .journal import Journal
@@ -146,9 +146,9 @@ def _run(chosen: argparse.Namespace, own: list[str]) -> int:
     occasion, device = _device(chosen)
     if chosen.against and len(chosen.against) > 2:
         raise UserError(f"argument --against: one or two, got {len(chosen.against)}")
-    older = [against.load(source, slug(device.type)) for source in chosen.against or ()]
+    older = [compare.load(source, slug(device.type)) for source in chosen.against or ()]
     if len(older) == 2:
-        against.report(*older)
+        compare.report(*older)
         return 0
     cases = _cases(chosen, occasion, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +217,7 @@ def _finish(
         except UserError as error:  # the rows are there
             print(f"consequentialism bench: {error}", file=sys.stderr)
     for old in older:
-        against.report(old, rows)
+        compare.report(old, rows)
     return 1 if wrong or meta.get("stopped") else 0
 
 

@@ -20,8 +20,8 @@ from consequentialism.options import ConvMethod
 from consequentialism.solve import cost
 
 from .case import Unavailable
-from .correct import ISAAC_LA
 from .timing import Device
+from .verify import ISAAC_LA
 
 Build = Callable[..., nn.Module]  # of torch's arguments; raises Unavailable
 

@@ -9,10 +9,19 @@ from typing import Any
 
 from consequentialism.errors import UserError
 
-from . import coordinates, parts, whole
 from .case import Case
+from .coordinate_cases import decayed_gram_case, inverse_root_case, root_product_case
+from .op_cases import (
+    damped_inverse_case,
+    damped_inverses_case,
+    emended_input_case,
+    fused_weight_grad_case,
+    input_gram_case,
+    weight_grad_case,
+)
 from .roofline import DTYPES
 from .shapes import Batch, ConvShape, LinearShape, NetworkShape, Order, Shape
+from .step_cases import conv_case, linear_case, network_case, step_case
 from .timing import Device
 
 
@@ -96,7 +105,7 @@ OPS: dict[str, Op] = {
     for op in (
         Op(
             "linear",
-            whole.linear_case,
+            linear_case,
             LinearShape,
             "N,I,O",
             {"cpu": LAYERS_CPU, "cuda": LAYERS_CUDA, "rehearsal": SMALL},
@@ -104,7 +113,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "conv2d",
-            whole.conv_case,
+            conv_case,
             ConvShape,
             "B,C,O,KERNEL,STRIDE,GROUPS,SIDE",
             {
@@ -116,7 +125,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "step",
-            whole.step_case,
+            step_case,
             LinearShape,
             "N,I,O",
             {
@@ -127,7 +136,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "mlp",
-            whole.network_case,
+            network_case,
             NetworkShape,
             "N,WIDTH,WIDTH,...",
             {
@@ -139,7 +148,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "deep",
-            whole.network_case,
+            network_case,
             NetworkShape,
             "N,WIDTH,WIDTH,...",
             {
@@ -151,7 +160,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "fused_weight_grad",
-            parts.fused_weight_grad_case,
+            fused_weight_grad_case,
             LinearShape,
             "N,I,O",
             {"cpu": WHOLE[1:2], "cuda": WHOLE, "rehearsal": SMALL},
@@ -160,7 +169,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "damped_inverse",
-            parts.damped_inverse_case,
+            damped_inverse_case,
             Order,
             "N",
             {
@@ -175,7 +184,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "damped_inverses",
-            parts.damped_inverses_case,
+            damped_inverses_case,
             Batch,
             "N",
             {"cpu": (Batch(128),), "cuda": [Batch(n) for n in ORDERS], "rehearsal": (Batch(5), Batch(33))},
@@ -184,10 +193,18 @@ OPS: dict[str, Op] = {
             halves=False,
             not_quick=OTHERS,
         ),
-        Op("decayed_gram", coordinates.decayed_gram_case, LinearShape, "N,I,O", STEPS, {"cuda": 1}, not_quick=OTHERS),
+        Op(
+            "decayed_gram",
+            decayed_gram_case,
+            LinearShape,
+            "N,I,O",
+            STEPS,
+            {"cuda": 1},
+            not_quick=OTHERS,
+        ),
         Op(
             "inverse_root",
-            coordinates.inverse_root_case,
+            inverse_root_case,
             Order,
             "N",
             {
@@ -200,10 +217,18 @@ OPS: dict[str, Op] = {
             halves=False,
             not_quick=OTHERS,
         ),
-        Op("root_product", coordinates.root_product_case, LinearShape, "N,I,O", STEPS, {"cuda": 1}, not_quick=OTHERS),
-        Op("input_gram", parts.input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
-        Op("emended_input", parts.emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
-        Op("weight_grad", parts.weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op(
+            "root_product",
+            root_product_case,
+            LinearShape,
+            "N,I,O",
+            STEPS,
+            {"cuda": 1},
+            not_quick=OTHERS,
+        ),
+        Op("input_gram", input_gram_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op("emended_input", emended_input_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
+        Op("weight_grad", weight_grad_case, LinearShape, "N,I,O", PARTS, PARTS_QUICK, not_quick=OTHERS),
     )
 }
 

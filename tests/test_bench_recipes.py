@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from bench import table
 from bench.environment import environment
-from bench.train import draw, grid_report, head_to_head, recipe_report, recipes, step_cost, whole
+from bench.train import draw, grid_report, head_to_head, recipe_report, recipe_stages, recipes, step_cost
 from bench.train.__main__ import main
 from bench.train.images import ARCHIVE, CLASSES, RECORD, cifar
 from bench.train.models import NanoGPT, ViT, cifar_resnet
+from bench.train.recipe_stages import RecipeRow, RecipeTimeRow
 from bench.train.recipes import KNOBS, LABELS, RECIPES, START, Setting, optimizers, prepare, rate, start, trials
 from bench.train.step_cost import StepCostRow
 from bench.train.text import shakespeare
-from bench.train.whole import RecipeRow
 from consequentialism.errors import UserError
 from consequentialism.experiments.data import Samples
 from consequentialism.experiments.train import class_loss
@@ -237,54 +237,54 @@ def test_images_are_mirrored_at_random() -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> whole.Bench:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> recipe_stages.Bench:
     monkeypatch.setitem(RECIPES, "nanogpt", small())
     names = ("adamw", "coordinates-adamw")
-    return whole.Bench(tmp_path, tmp_path, "cpu", ("nanogpt",), names, None, 1, 2, 1)
+    return recipe_stages.Bench(tmp_path, tmp_path, "cpu", ("nanogpt",), names, None, 1, 2, 1)
 
 
-def test_stages_leave_rows_that_are_not_made_again(bench: whole.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole.tune(bench)
-    whole.run(bench)
-    whole.cost(bench)
-    rows = table.read(bench.out / whole.FILE, RecipeRow)
+def test_stages_leave_rows_that_are_not_made_again(bench: recipe_stages.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe_stages.tune(bench)
+    recipe_stages.run(bench)
+    recipe_stages.cost(bench)
+    rows = table.read(bench.out / recipe_stages.FILE, RecipeRow)
     assert [(row.optimizer, row.seed) for row in rows] == [
-        *[(name, whole.SEARCH_SEED) for name in bench.optimizers for _ in range(2)],
+        *[(name, recipe_stages.SEARCH_SEED) for name in bench.optimizers for _ in range(2)],
         *[(name, 0) for name in bench.optimizers],
     ]
     assert [len(row.curve()) for row in rows] == [2] * 4 + [21] * 2  # of a search's trials only the end counts
     assert all(row.curve()[-1][0] == row.steps == 20 for row in rows)
-    assert {row.ratio for row in table.read(bench.out / whole.TIMES, whole.RecipeTimeRow) if row.optimizer == "adamw"}
+    assert {row.ratio for row in table.read(bench.out / recipe_stages.TIMES, RecipeTimeRow) if row.optimizer == "adamw"}
 
     def no(*_: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(whole, "_train", no)
-    whole.tune(bench)
-    whole.run(bench)
+    monkeypatch.setattr(recipe_stages, "_train", no)
+    recipe_stages.tune(bench)
+    recipe_stages.run(bench)
     text = "\n".join(recipe_report.text(bench.out, "pictures"))
     assert "| AdamW in coordinates | 10, 256 | " in text
 
 
-def test_each_refresh_and_block_is_searched_run_and_timed_apart(bench: whole.Bench) -> None:
+def test_each_refresh_and_block_is_searched_run_and_timed_apart(bench: recipe_stages.Bench) -> None:
     for some in (bench, dataclasses.replace(bench, refresh_every=5, block=2)):
-        whole.tune(some)
+        recipe_stages.tune(some)
     kinds = [("adamw", None, None), ("coordinates-adamw", 10, 256), ("coordinates-adamw", 5, 2)]
-    assert [setting.kind for setting in whole.searched(bench, "nanogpt")] == kinds
-    whole.run(bench)
-    whole.cost(bench)
-    rows = table.read(bench.out / whole.FILE, RecipeRow)
+    assert [setting.kind for setting in recipe_stages.searched(bench, "nanogpt")] == kinds
+    recipe_stages.run(bench)
+    recipe_stages.cost(bench)
+    rows = table.read(bench.out / recipe_stages.FILE, RecipeRow)
     assert sorted(row.setting.kind for row in rows if row.seed == 0) == sorted(kinds)
-    assert [row.kind for row in table.read(bench.out / whole.TIMES, whole.RecipeTimeRow)] == kinds
+    assert [row.kind for row in table.read(bench.out / recipe_stages.TIMES, RecipeTimeRow)] == kinds
     text = "\n".join(recipe_report.text(bench.out, "pictures"))
     assert "| AdamW in coordinates | 10, 256 | " in text
     assert "| AdamW in coordinates | 5, 2 | " in text
 
 
-def test_a_run_that_diverges_is_worst(bench: whole.Bench) -> None:
-    row = whole.row_of(bench, "nanogpt", dataclasses.replace(START["nag"], lr=1e30), 0)
+def test_a_run_that_diverges_is_worst(bench: recipe_stages.Bench) -> None:
+    row = recipe_stages.row_of(bench, "nanogpt", dataclasses.replace(START["nag"], lr=1e30), 0)
     assert row.score == math.inf
-    assert table.read(bench.out / whole.FILE, RecipeRow) == [row]
+    assert table.read(bench.out / recipe_stages.FILE, RecipeRow) == [row]
 
 
 def row(name: str, scores: list[float], seed: int = 0, steps: int = 20, **changes: object) -> RecipeRow:
@@ -301,13 +301,13 @@ def test_readme_says_how_soon_each_optimizer_in_coordinates_is_where_the_same_on
     plain, faster = [2 - k / 20 for k in range(21)], [2 - k / 10 for k in range(21)]
     ends = {"adamw": plain, "coordinates-adamw": faster, "muon": faster, "coordinates-muon": faster}
     ends["cholesky-adamw"] = [2 - k / 5 for k in range(21)]
-    rows = [row(name, scores, seed) for name, scores in ends.items() for seed in (whole.SEARCH_SEED, 0, 1)]
+    rows = [row(name, scores, seed) for name, scores in ends.items() for seed in (recipe_stages.SEARCH_SEED, 0, 1)]
     rows += [row(name, scores, 0, steps=40) for name, scores in ends.items()]  # of a longer schedule one seed alone
-    table.write(rows, RecipeRow, tmp_path / whole.FILE)
+    table.write(rows, RecipeRow, tmp_path / recipe_stages.FILE)
     assert recipe_report.overview(tmp_path) == ""  # nobody has timed it
     here = dataclasses.asdict(environment())
     times = [
-        whole.RecipeTimeRow(
+        RecipeTimeRow(
             **here,
             task="nanogpt",
             **dict(zip(("optimizer", "refresh_every", "block"), START[name].kind, strict=True)),
@@ -317,7 +317,7 @@ def test_readme_says_how_soon_each_optimizer_in_coordinates_is_where_the_same_on
         )
         for name in ends
     ]
-    table.write(times, whole.RecipeTimeRow, tmp_path / whole.TIMES)
+    table.write(times, RecipeTimeRow, tmp_path / recipe_stages.TIMES)
     text = recipe_report.overview(tmp_path)
     assert ", 20 steps | 1.000 / 0.000 | 0.50 (1.00) | 0.000 / 0.000 | 1.00 (2.00) |" in text
     assert ', 20 steps, `root="cholesky"` | 1.000 / -2.000 | 0.25 (0.50) |  |  |' in text
@@ -342,7 +342,7 @@ def test_a_share_is_where_the_line_between_evaluations_is_as_good_as_the_others_
 
 def test_a_best_value_at_the_border_of_the_search_is_told() -> None:
     rows = [
-        row("muon", [2.0, score], whole.SEARCH_SEED, lr=lr, aux_lr=aux)
+        row("muon", [2.0, score], recipe_stages.SEARCH_SEED, lr=lr, aux_lr=aux)
         for score, lr, aux in ((1.5, 0.004, 0.002), (1.2, 0.008, 0.002), (1.1, 0.008, 0.004), (1.3, 0.016, 0.002))
     ]
     assert recipe_report.borders(rows, START["muon"].kind) == ["auxiliary lr 0.004"]
@@ -379,7 +379,7 @@ def test_the_walk_looks_behind_a_small_hill() -> None:
 
 
 def test_the_grid_is_measured_at_its_rates_and_goes_on_where_it_stood(
-    bench: whole.Bench, monkeypatch: pytest.MonkeyPatch
+    bench: recipe_stages.Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head_to_head, "EXPONENTS", (0.5,))
     monkeypatch.setattr(head_to_head, "DAMPINGS", (0.03,))
@@ -396,14 +396,14 @@ def test_the_grid_is_measured_at_its_rates_and_goes_on_where_it_stood(
         walked = {row.lr: row.score for row in rows if _same_walk(row, run)}
         assert min(walked, key=lambda lr: walked[lr]) == run.lr
         assert {run.lr / 2, run.lr, run.lr * 2} <= set(walked)
-    monkeypatch.setattr(whole, "_train", None)
+    monkeypatch.setattr(recipe_stages, "_train", None)
     head_to_head.measure(bench)
     assert table.read(bench.out / head_to_head.FILE, RecipeRow) == rows
 
 
 def _same_walk(row: RecipeRow, run: RecipeRow) -> bool:
     mine, its = ((one.steps, one.optimizer, one.placing) for one in (row, run))
-    return row.seed == whole.SEARCH_SEED and mine == its
+    return row.seed == recipe_stages.SEARCH_SEED and mine == its
 
 
 def test_of_the_grid_those_runs_count_that_have_the_best_rate_of_the_longest_walk(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def walk_rows(best: float, name: str = "coordinates-adamw", **changes: Any) -> l
     tried: list[RecipeRow] = []
 
     def score(lr: float) -> float:
-        tried.append(grid_row(1 + abs(math.log2(lr / best)), whole.SEARCH_SEED, name, lr=lr, **changes))
+        tried.append(grid_row(1 + abs(math.log2(lr / best)), recipe_stages.SEARCH_SEED, name, lr=lr, **changes))
         return tried[-1].score
 
     head_to_head.walk(START[name].lr, score)
@@ -501,4 +501,4 @@ def test_tasks_without_data_are_skipped_by_name(tmp_path: Path, capsys: pytest.C
     for extra, words in (([], "no --data folder"), (["--data", str(tmp_path)], "no tinyshakespeare.txt")):
         assert main(["--task", "nanogpt", "--stage", "tune", *extra, "--out", str(tmp_path)]) == 0
         assert f"skipped: nanogpt: {words}" in capsys.readouterr().err
-    assert not (tmp_path / whole.FILE).exists()
+    assert not (tmp_path / recipe_stages.FILE).exists()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import correct, providers, registry, show
+from bench import providers, registry, show, verify
 from bench.case import ALL_MODES, OK, Case, Row, Unavailable
 from bench.registry import OPS, Choice, plan
 from bench.shapes import ConvShape, LinearShape
+from bench.step_cases import conv_case, linear_case
 from bench.timing import Cuda, Device, Host, Rehearsal
-from bench.whole import conv_case, linear_case
 from consequentialism.errors import UserError
 
 DEVICES: dict[str, Device] = {"cpu": Host(), "cuda": Cuda(), "rehearsal": Rehearsal()}
@@ -131,7 +131,7 @@ def test_every_layer_is_right_and_a_little_off_is_seen(case: Case, monkeypatch: 
 
     kinds: dict[str, Callable[..., Any]] = {"plain": Off, "consequentialism": Off}
     made = linear_case if case.op == "linear" else conv_case
-    monkeypatch.setattr(f"bench.whole.{made.__name__.split('_')[0]}_layers", lambda device: kinds)
+    monkeypatch.setattr(f"bench.step_cases.{made.__name__.split('_')[0]}_layers", lambda device: kinds)
     shape: Any = LinearShape(9, 20, 12) if case.op == "linear" else ConvShape(3, 4, 6, 3, 1, 2, 8)
     wrong = made(case.op, shape, case.dtype, Host()).providers["consequentialism"]().error
     assert wrong is not None
@@ -140,8 +140,8 @@ def test_every_layer_is_right_and_a_little_off_is_seen(case: Case, monkeypatch: 
 
 def test_relative_error_sees_a_nan() -> None:
     good, bad = torch.ones(2), torch.tensor([1.0, float("nan")])
-    assert correct.relative_error([good, good], [good, 2 * good]) == pytest.approx(0.5)
-    assert not correct.relative_error([good, bad, good], [good] * 3) <= 1e9
+    assert verify.relative_error([good, good], [good, 2 * good]) == pytest.approx(0.5)
+    assert not verify.relative_error([good, bad, good], [good] * 3) <= 1e9
 
 
 def test_peers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

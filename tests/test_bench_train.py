@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from bench import report, table
 from bench.environment import environment
-from bench.train import claims, defaults, show, work
+from bench.train import claims, defaults, show, stages
 from bench.train.__main__ import main
 from bench.train.methods import METHODS, TRIALS, Method, missing
 from bench.train.rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
+from bench.train.stages import Plan
 from bench.train.tasks import PROFILES, Task
 from bench.train.text import ALPHABET, python_help
 from bench.train.tune import Outcome, final_score, first_reached, jump, search, train
-from bench.train.work import Plan
 from consequentialism.experiments.data import Samples
 from consequentialism.experiments.methods import Loss, Step
 from consequentialism.experiments.settings import PREFIX, Trial
@@ -401,7 +401,7 @@ def _fails(plan: Plan, task: str, optimizer: str) -> list[GridRow]:
 def test_an_optimizer_that_raises_is_skipped_with_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(work, "_tune", _fails)
+    monkeypatch.setattr(stages, "_tune", _fails)
     arguments = ["--stage", "tune", "--task", "digits", "--optimizer", "sgd", "--workers", "1", "--out", str(tmp_path)]
     assert main(arguments) == 0
     (row,) = table.read(tmp_path / "skipped.csv", SkipRow)

@@ -12,12 +12,12 @@ import torch
 from consequentialism.errors import Parser, UserError, need, prepare_folder
 
 from ..environment import slug
-from . import defaults, head_to_head, recipes, step_cost, whole
+from . import defaults, head_to_head, recipe_stages, recipes, step_cost
 from .methods import METHODS, NEVER, TRIALS
 from .rows import SkipRow
 from .show import print_tables
+from .stages import STAGES, Plan, skipped
 from .tasks import PROFILES, QUICK, TASKS
-from .work import STAGES, Plan, skipped
 
 ASKED = ("grid", "defaults", "step-cost")  # stages that run where they are named only
 ALL_STAGES = (*STAGES, *ASKED)
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             for stage in stages:
                 if stage in STAGES and plan.tasks:
                     STAGES[stage](plan)
-                if stage in whole.STAGES:
-                    whole.STAGES[stage](bench)
+                if stage in recipe_stages.STAGES:
+                    recipe_stages.STAGES[stage](bench)
             if "grid" in stages:
                 head_to_head.measure(bench)
             if "defaults" in stages:
@@ -74,7 +74,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
+def _plan(arguments: list[str] | None) -> tuple[Plan, recipe_stages.Bench, list[str]]:
     parser = Parser(prog="consequentialism bench-train", description=__doc__)
     add = parser.add_argument
     tasks = {name: [task.name for task in profile] for name, profile in PROFILES.items()}
@@ -119,7 +119,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, whole.Bench, list[str]]:
     without = recipes.missing((name for name in asked if name in recipes.RECIPES), chosen.data)
     for name, reason in without.items():
         print(f"skipped: {name}: {reason}", file=sys.stderr)
-    bench = whole.Bench(
+    bench = recipe_stages.Bench(
         folder=chosen.data or Path(),
         out=plan.out,
         device=plan.device,

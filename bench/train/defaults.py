@@ -20,9 +20,9 @@ from ..environment import environment
 from ..markdown import markdown, where
 from .methods import EMENDED_RATES, METHODS
 from .rows import GridRow
+from .stages import Plan
 from .tasks import TASKS
 from .tune import GRID_SEED, rank, search
-from .work import Plan
 
 FILE = "defaults.csv"
 DAMPING = cw.Linear(1, 1).damping

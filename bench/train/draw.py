@@ -18,10 +18,10 @@ from . import grid_report
 from .claims import BATCH_SIZES, LEARNT, RATES, SmoothRow, SweepRow, best, best_loss
 from .head_to_head import BASE, DAMPINGS, EXPONENTS, PLAIN
 from .methods import CHOLESKY, COORDINATES, METHODS, OUTPUTS, inside, is_own
+from .recipe_stages import RecipeRow
 from .recipes import LABELS, PLACINGS
 from .rows import CurveRow
 from .show import TASKS, Line, lines
-from .whole import RecipeRow
 
 COLOURS = {
     "sgd": "#d62728",

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import mean
 
 from ..markdown import markdown, where
-from . import head_to_head, whole
+from . import head_to_head, recipe_stages
 from .head_to_head import BASE, BLOCKS, DAMPINGS, EXPONENTS, MEMORIES, OPTIMIZERS, PLAIN, REFRESHES, TASK, runs
+from .recipe_stages import RecipeRow
 from .recipes import LABELS, PLACINGS, RECIPES, Placing
-from .whole import RecipeRow
 
 PICTURE = "grid.png"
 Point = tuple[Placing, float, float]  # placing, exponent, damping
@@ -22,7 +22,7 @@ Point = tuple[Placing, float, float]  # placing, exponent, damping
 def rows(folder: Path) -> list[RecipeRow]:
     """The runs that count, of the longest schedule that was run and of the seeds with the most runs, so that every
     mean is over the same seeds; none where there is no such file."""
-    found = head_to_head.counted(whole.rows_in(folder, head_to_head.FILE))
+    found = head_to_head.counted(recipe_stages.rows_in(folder, head_to_head.FILE))
     counts = Counter(row.seed for row in found)
     return [row for row in found if counts[row.seed] == max(counts.values())]
 
@@ -52,7 +52,7 @@ def text(folder: Path, pictures: str) -> list[str]:
     found = rows(folder)
     if not found:
         return []
-    walks = head_to_head.walked(whole.rows_in(folder, head_to_head.FILE))
+    walks = head_to_head.walked(recipe_stages.rows_in(folder, head_to_head.FILE))
     steps, seeds, base = found[0].steps, len({row.seed for row in found}), BASE[OPTIMIZERS[0]]
     asked = f"--stage grid --task {TASK} --steps {steps} --seeds {seeds} --data FOLDER"
     parts = [

@@ -13,9 +13,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from . import whole
+from . import recipe_stages
+from .recipe_stages import SEARCH_SEED, Bench, RecipeRow
 from .recipes import PLACINGS, START, Setting
-from .whole import SEARCH_SEED, Bench, RecipeRow
 
 FILE = "head_to_head.csv"
 TASK = "nanogpt"
@@ -37,7 +37,7 @@ def measure(bench: Bench) -> None:
     if TASK in bench.tasks:
         for seed in SEEDS[: bench.seeds]:
             for setting in (one for one in settings() if one.optimizer in bench.optimizers):
-                whole.row_of(bench, TASK, at_its_rate(bench, setting), seed, evaluations=1, file=FILE)
+                recipe_stages.row_of(bench, TASK, at_its_rate(bench, setting), seed, evaluations=1, file=FILE)
 
 
 def settings() -> Iterator[Setting]:
@@ -60,7 +60,7 @@ def at_its_rate(bench: Bench, setting: Setting) -> Setting:
 
     def score(lr: float) -> float:
         tried = dataclasses.replace(first, lr=lr)
-        return whole.row_of(bench, TASK, tried, SEARCH_SEED, evaluations=1, file=FILE).score
+        return recipe_stages.row_of(bench, TASK, tried, SEARCH_SEED, evaluations=1, file=FILE).score
 
     return dataclasses.replace(setting, lr=walk(first.lr, score))
 

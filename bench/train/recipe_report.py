@@ -10,16 +10,16 @@ from statistics import median
 
 from .. import table
 from ..markdown import markdown, number, where
-from . import grid_report, step_cost, whole
+from . import grid_report, recipe_stages, step_cost
 from .methods import CHOLESKY, COORDINATES
+from .recipe_stages import SEARCH_SEED, RecipeRow, RecipeTimeRow
 from .recipes import EVALUATIONS, LABELS, RECIPES, START, Kind, Recipe
 from .step_cost import StepCostRow
-from .whole import SEARCH_SEED, RecipeRow, RecipeTimeRow
 
 
 def text(folder: Path, pictures: str) -> list[str]:
     """The sections of whatever files there are."""
-    found = whole.rows_in(folder)
+    found = recipe_stages.rows_in(folder)
     parts: list[str] = []
     times = _times(folder)
     if found:
@@ -56,7 +56,7 @@ def overview(folder: Path) -> str:
     Optimizers in coordinates have the package's default refresh and blocks; those in Cholesky's coordinates have lines
     of their own. Each task is shown with the longest schedule that several seeds ran; nothing where there is none.
     """
-    found = whole.rows_in(folder)
+    found = recipe_stages.rows_in(folder)
     times = _times(folder)
     lines, shown = [], []
     tasks = dict.fromkeys(row.task for row in found)
@@ -97,7 +97,7 @@ def overview(folder: Path) -> str:
 
 
 def _times(folder: Path) -> dict[tuple[str, Kind], RecipeTimeRow]:
-    path = folder / whole.TIMES
+    path = folder / recipe_stages.TIMES
     rows = table.read(path, RecipeTimeRow) if path.exists() else []
     return {(row.task, row.kind): row for row in rows}
 
@@ -108,7 +108,7 @@ def counted(own: Sequence[RecipeRow], kind: Kind) -> list[RecipeRow]:
     searched = [row for row in mine if row.seed == SEARCH_SEED]
     if not searched:
         return []
-    best = whole.better(RECIPES[mine[0].task], searched)
+    best = recipe_stages.better(RECIPES[mine[0].task], searched)
     return [row for row in mine if row.setting == best.setting and row.seed != SEARCH_SEED] or [best]
 
 
@@ -195,7 +195,7 @@ def _label(kind: Kind) -> str:
 def borders(own: Sequence[RecipeRow], kind: Kind) -> list[str]:
     """Which values of a kind's best setting are the lowest or the highest that its search tried."""
     tried = [row for row in own if row.setting.kind == kind and row.seed == SEARCH_SEED]
-    best = whole.better(RECIPES[tried[0].task], tried)
+    best = recipe_stages.better(RECIPES[tried[0].task], tried)
     found = []
     for knob, label in (("lr", "lr"), ("aux_lr", "auxiliary lr"), ("damping", "damping")):
         values = {value for row in tried if (value := getattr(row, knob)) is not None}

@@ -14,10 +14,10 @@ from consequentialism.backend import dispatch
 from consequentialism.options import DampingMode, Form, Scale
 
 from .case import Case, Unavailable, Work
-from .correct import BOUNDS, relative_error, weight_grads
 from .roofline import DTYPES, Minimum
 from .shapes import MATRICES, Batch, LinearShape, Order
 from .timing import Device
+from .verify import BOUNDS, relative_error, weight_grads
 
 BACKENDS = {"consequentialism": "auto", "triton": "triton", "reference": "reference"}
 SCALING: tuple[float, DampingMode, Scale] = (1.0, "relative", "nlms")
@@ -288,6 +288,8 @@ def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) 
         return Work(run, error)
 
     def build(variant: str) -> Work:
+        if torch.cuda.get_device_capability() != (9, 0):
+            raise Unavailable("for chips of compute capability 9.0")
         (given,) = gram()
         by = torch.ops.consequentialism.damped_inverse.by
         return Work(
@@ -296,7 +298,7 @@ def damped_inverse_case(op: str, shape: Order, dtype_name: str, device: Device) 
         )
 
     case.providers["cholesky_ex"] = alone
-    if device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+    if device.type == "cuda":
         for variant, most in (("block", 192 if dtype_name == "float64" else 288), ("cluster", 1056)):
             if n <= most:
                 case.providers[variant] = functools.partial(build, variant)

@@ -13,7 +13,11 @@ from torch.nn import functional as F
 import consequentialism as cw
 
 from .case import Case, Target, Work
-from .correct import (
+from .providers import Build, conv_layers, linear_layers
+from .roofline import DTYPES, Minimum
+from .shapes import ConvShape, LinearShape, NetworkShape
+from .timing import Device
+from .verify import (
     BOUNDS,
     NETWORK_BOUNDS,
     Update,
@@ -24,10 +28,6 @@ from .correct import (
     update,
     weight_grads,
 )
-from .providers import Build, conv_layers, linear_layers
-from .roofline import DTYPES, Minimum
-from .shapes import ConvShape, LinearShape, NetworkShape
-from .timing import Device
 
 EAGER_ROWS, EAGER_SPEEDUP = 128, 5.0  # up to so many rows, so much faster than the stock operations, eager
 RATE = 1e-6  # of training steps that are timed: the weights hardly move
@@ -47,7 +47,7 @@ def linear_case(op: str, shape: LinearShape, dtype_name: str, device: Device) ->
             _make(dtype_name, device),
         )
 
-    case = _layer_case(op, shape, dtype_name, device, linear_layers(device), build)
+    case = _case(op, shape, dtype_name, device, _builds(build, linear_layers(device)))
     if shape.target is not None and device.type == "cuda" and rows <= EAGER_ROWS:
         case.targets += (Target(("consequentialism", "graph"), ("stock", "eager"), 1 / EAGER_SPEEDUP),)
     return case
@@ -70,7 +70,7 @@ def conv_case(op: str, shape: ConvShape, dtype_name: str, device: Device) -> Cas
     kinds = conv_layers(device)
     if shape.stride > 1 or shape.groups > 1:
         kinds.pop("displaced", None)
-    return _layer_case(op, shape, dtype_name, device, kinds, build)
+    return _case(op, shape, dtype_name, device, _builds(build, kinds))
 
 
 def _once(
@@ -95,27 +95,31 @@ def _targets(provider: str, target: float | None, device: Device) -> tuple[Targe
     return () if target is None else (Target((provider, mode), ("plain", mode), target),)
 
 
-def _layer_case(
+def _case(
     op: str,
-    shape: LinearShape | ConvShape,
+    shape: LinearShape | ConvShape | NetworkShape,
     dtype_name: str,
     device: Device,
-    kinds: dict[str, Build],
-    build: Callable[[str, Build], Work],
+    builds: dict[str, Callable[[], Work]],
+    bounds: dict[str, float] = BOUNDS,
 ) -> Case:
     size = DTYPES[dtype_name].itemsize
     return Case(
         op,
         shape.name,
         dtype_name,
-        {name: functools.partial(build, name, kind) for name, kind in kinds.items()},
+        builds,
         "plain",
-        BOUNDS[dtype_name],
+        bounds[dtype_name],
         device.modes,
         shape.plain(size),
         shape.emended(size),
         _targets("consequentialism", shape.target, device),
     )
+
+
+def _builds(build: Callable[[str, Build], Work], kinds: dict[str, Build]) -> dict[str, Callable[[], Work]]:
+    return {name: functools.partial(build, name, kind) for name, kind in kinds.items()}
 
 
 def _layer_work(
@@ -204,21 +208,12 @@ def step_case(op: str, shape: LinearShape, dtype_name: str, device: Device) -> C
     kinds = linear_layers(device)
     chosen = {name: kinds[name] for name in ("plain", "consequentialism")}
     chosen["fused"] = kinds["consequentialism"]
-    size = DTYPES[dtype_name].itemsize
-    layer, emended = shape.plain(size), shape.emended(size)
-    weights = size * inputs * outputs
-    return Case(
-        op,
-        shape.name,
-        dtype_name,
-        {name: functools.partial(build, name, kind) for name, kind in chosen.items()},
-        "plain",
-        BOUNDS[dtype_name],
-        device.modes,
-        Minimum(layer.bytes + 2.0 * weights, layer.flops),  # the update reads the gradient and writes the weights,
-        Minimum(layer.bytes, emended.flops),  # which is less where it takes the place of the gradient
-        _targets("fused", shape.target, device),
-    )
+    case = _case(op, shape, dtype_name, device, _builds(build, chosen))
+    weights = DTYPES[dtype_name].itemsize * inputs * outputs
+    # The update reads dw and writes the weights, except where it takes the place of the gradient.
+    case.least = Minimum(case.least.bytes + 2.0 * weights, case.least.flops)
+    case.targets = _targets("fused", shape.target, device)
+    return case
 
 
 def network_case(op: str, shape: NetworkShape, dtype_name: str, device: Device) -> Case:
@@ -252,16 +247,4 @@ def network_case(op: str, shape: NetworkShape, dtype_name: str, device: Device) 
 
     kinds = linear_layers(device)
     chosen = {name: kinds[name] for name in ("plain", "consequentialism", "triton", "stock", "isaac")}
-    size = DTYPES[dtype_name].itemsize
-    return Case(
-        op,
-        shape.name,
-        dtype_name,
-        {name: functools.partial(build, name, kind) for name, kind in chosen.items()},
-        "plain",
-        NETWORK_BOUNDS[dtype_name],
-        device.modes,
-        shape.plain(size),
-        shape.emended(size),
-        _targets("consequentialism", shape.target, device),
-    )
+    return _case(op, shape, dtype_name, device, _builds(build, chosen), NETWORK_BOUNDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import against, plot, table
+from bench import compare, plot, table
 from bench.__main__ import main
 from bench.case import OK, Row
 from bench.environment import git
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_ratios_of_ratios() -> None:
-    changes = against.compare(OLD, NEW)
+    changes = compare.compare(OLD, NEW)
     assert [(one.provider, one.shape) for one in changes] == [("own", "2x3x4"), ("peer", "2x3x4"), ("own", "5x6x7")]
     assert [one.factor for one in changes] == pytest.approx([1.2, 0.9, 1.0])
     assert [one.verdict for one in changes] == ["SLOWER", "faster", ""]
@@ -41,13 +41,13 @@ def test_ratios_of_ratios() -> None:
 
 def test_a_machine_that_is_slower_altogether_cancels() -> None:
     slower = [replace(one, median_ms=3.0) for one in OLD]
-    assert all(one.factor == 1 for one in against.compare(OLD, slower))
+    assert all(one.factor == 1 for one in compare.compare(OLD, slower))
 
 
 def test_what_has_no_ratio_or_another_baseline_is_left_out() -> None:
-    assert against.compare([row("own", None)], [row("own", 1.0)]) == []
-    assert against.compare([row("own", 1.0)], [row("own", None, state="failed: x")]) == []
-    assert against.compare([replace(row("own", 1.0), baseline="torch")], [row("own", 1.0)]) == []
+    assert compare.compare([row("own", None)], [row("own", 1.0)]) == []
+    assert compare.compare([row("own", 1.0)], [row("own", None, state="failed: x")]) == []
+    assert compare.compare([replace(row("own", 1.0), baseline="torch")], [row("own", 1.0)]) == []
 
 
 def test_two_files_are_compared_and_nothing_is_measured(
@@ -64,8 +64,8 @@ def test_two_files_are_compared_and_nothing_is_measured(
 def test_a_commits_results_are_read(monkeypatch: pytest.MonkeyPatch, files: tuple[str, str]) -> None:
     text = Path(files[0]).read_text()
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(against, "git", lambda *arguments: asked.append(arguments) or text)
-    assert against.load("v1", "cpu-2-threads") == OLD
+    monkeypatch.setattr(compare, "git", lambda *arguments: asked.append(arguments) or text)
+    assert compare.load("v1", "cpu-2-threads") == OLD
     assert asked[-1] == ("show", "v1:bench/results/cpu-2-threads/step_cost.csv")
 
 
@@ -109,7 +109,7 @@ def test_a_csv_of_another_schema_is_refused(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.skipif(git("rev-parse", "HEAD") is None, reason="not in a git checkout")
 def test_a_commit_without_results_of_the_device() -> None:
     with pytest.raises(UserError, match="commit 'HEAD' has no bench/results/abacus/"):
-        against.load("HEAD", "abacus")
+        compare.load("HEAD", "abacus")
 
 
 def test_plots_are_of_rows(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from consequentialism.solve import root as solve
 
 from .case import Case
-from .parts import single_op_case
+from .op_cases import single_op_case
 from .roofline import DTYPES, Minimum
 from .shapes import LinearShape, Order
 from .timing import Device
