@@ -342,7 +342,11 @@ def test_optimizers_that_cannot_be_wrapped() -> None:
     ("arguments", "error", "match"),
     [
         ((nn.Linear,), TypeError, "cls must be a subclass of torch.optim.Optimizer, got"),
-        ((Stranger, "both"), ValueError, "decay must be one of 'coupled', 'decoupled', 'none', got 'both'"),
+        (
+            (Stranger, "both"),
+            ValueError,
+            "decay must be one of 'coupled', 'decoupled', 'proximal', 'within', 'none', got 'both'",
+        ),
         ((Stranger, "none", 1), TypeError, "orthogonalises must be True or False, got 1"),
         (
             (Stranger, "none", False, "all"),

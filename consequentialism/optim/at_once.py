@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backend import compiled
 from . import steps
 from .layers import Kind, Lookup, TransposedConvolution, TransposedLinear
-from .rules import decay_of, kept_share, rule_of
+from .rules import decay_of, rule_of, share_of
 from .steps import Group, Rule
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _options(operator: Operator, group: Group, decay: str) -> Options | None:
         return None
     if any(isinstance(value, Tensor) for value in (*numbers, group["lr"], group["weight_decay"])):
         return None
-    kept = kept_share(group) if decay == "decoupled" else 1
+    kept = share_of(decay, group)
     coupled = group["weight_decay"] if decay == "coupled" else 0
     return Options(operator.keys(group), numbers, (kept, coupled, group["lr"]))
 

@@ -18,16 +18,16 @@ from ..options import as_count, as_number, check_choice
 from ..solve.root import KINDS
 from .memory import KEYS
 from .record import FOLLOW
-from .rules import UNKNOWN, Rule, decay_of, rule_of
+from .rules import UNKNOWN, Rule, decay_of, rule_of, why_refused
 from .units import Unit
 
 
 def check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
-    rule, name = rule_of(optimizer), type(optimizer).__name__
-    if rule.refused is not None:
-        raise ValueError(f"optimizer: {name} cannot be stepped in coordinates, for {rule.refused}")
+    refused, name = why_refused(optimizer), type(optimizer).__name__
+    if refused is not None:
+        raise ValueError(f"optimizer: {name} cannot be stepped in coordinates, for {refused}")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("optimizer: differentiable=True cannot be stepped in coordinates")
 
@@ -176,10 +176,7 @@ def check_decay(units: Sequence[Unit], groups: Mapping[int, Any], rule: Rule, na
     An optimizer of which nothing is known is announced.
     """
     for parameter in [p for unit in units for p in (unit.weight, unit.bias) if p is not None]:
-        if decay_of(rule, groups[id(parameter)], name) != "none" and rule.reads == "position":
-            raise ValueError(
-                f"optimizer: weight_decay of {name} acts on several places in the coordinates; set it to 0"
-            )
+        decay_of(rule, groups[id(parameter)], name)
     if rule is UNKNOWN:
         warnings.warn(
             f"consequentialism.optim.Emended: nothing is known of {name}, and it is taken for one that adds to a "

@@ -15,7 +15,7 @@ from .at_once import AtOnce
 from .memory import KEYS, State
 from .outputs import KEYS as OUTPUT_KEYS
 from .outputs import Outputs, left_multiplied, moment_of
-from .rules import Rule, decay_of, kept_share
+from .rules import Rule, decay_of, share_of
 from .steps import Entry, local, muon, rule_for, sgd
 from .steps import Rule as Step
 from .units import Unit
@@ -60,9 +60,9 @@ class Part(NamedTuple):
         return [product] if column is None else [product, column]
 
     def shares(self) -> list[Any]:
-        """The share of each parameter that decoupled decay leaves."""
+        """The share of each parameter that its decay leaves, where that is not coupled."""
         pairs = zip(self.groups, self.decays, strict=True)
-        return [kept_share(group) if decay == "decoupled" else 1 for group, decay in pairs]
+        return [share_of(decay, group) for group, decay in pairs]
 
     def apply(self, changes: Sequence[Tensor], shares: Sequence[Any]) -> None:
         """``W <- share * W + L change S^T``."""

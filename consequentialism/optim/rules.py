@@ -1,70 +1,33 @@
-"""What steps in coordinates must know of the optimizer inside: its weight decay, and what it reads of a parameter."""
+"""What steps in coordinates must know of the optimizer inside: its weight decay, and what it reads of a parameter.
+
+`known` has the table; here are what a user declares, and what an optimizer's groups and attributes say.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Decay = Literal["coupled", "decoupled", "none"]
-Reads = Literal["change", "weights", "position"]
+from .known import KNOWN, Decay, Reads, Rule
 
-DECAYS: tuple[Decay, ...] = ("coupled", "decoupled", "none")
+DECAYS: tuple[Decay, ...] = ("coupled", "decoupled", "proximal", "within", "none")
 READS: tuple[Reads, ...] = ("change", "weights", "position")
-
-
-class Rule(NamedTuple):
-    """The properties of a class of optimizers that steps in coordinates depend on.
-
-    Attributes:
-        decay: Of its ``weight_decay``: added to the gradient, taken from the weights, or there is none.
-        orthogonalises: Whether it makes its update orthogonal, as Muon.
-        reads: What its parameter stands for: a zero that becomes the change; the weights, where it reads their size; or
-            a position in the coordinates, where it keeps others to compare it with.
-        refused: Why it cannot be wrapped.
-    """
-
-    decay: Decay | None = None
-    orthogonalises: bool = False
-    reads: Reads = "change"
-    refused: str | None = None
-
-
-_MOVES = "it moves the parameters within a step and asks for the loss there"
-_KNOWN: dict[str, Rule] = {
-    "torch.optim.SGD": Rule("coupled"),
-    "torch.optim.Adam": Rule("coupled"),
-    "torch.optim.AdamW": Rule("decoupled"),
-    "torch.optim.NAdam": Rule("coupled"),
-    "torch.optim.RAdam": Rule("coupled"),
-    "torch.optim.Adamax": Rule("coupled"),
-    "torch.optim.Adagrad": Rule("coupled"),
-    "torch.optim.Adadelta": Rule("coupled"),
-    "torch.optim.RMSprop": Rule("coupled"),
-    "torch.optim.Rprop": Rule("none"),
-    "torch.optim.ASGD": Rule("coupled", reads="weights"),
-    "torch.optim.Adafactor": Rule("decoupled", reads="weights"),
-    "torch.optim.Muon": Rule("decoupled", orthogonalises=True),
-    "torch.optim.LBFGS": Rule(refused=_MOVES),
-    "torch.optim.SparseAdam": Rule(refused="it takes sparse gradients alone, which have no rows to multiply"),
-    "consequentialism.optim.fused_sgd.FusedSGD": Rule(refused="it steps inside backward, before there is a gradient"),
-    "consequentialism.optim.emended.Emended": Rule(refused="it steps in coordinates already"),
-    "consequentialism.optim.muon.MuonWithAdamW": Rule("decoupled", orthogonalises=True),
-    "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeSGD": Rule("coupled", reads="position"),
-    "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeAdamW": Rule("coupled", reads="position"),
-    "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeRAdam": Rule("coupled", reads="position"),
-    "pytorch_optimizer.optimizer.soap.SOAP": Rule("decoupled"),
-    "pytorch_optimizer.optimizer.muon.base.MuonBase": Rule(orthogonalises=True),
-    "pytorch_optimizer.optimizer.lion.Lion": Rule("decoupled"),
-    "pytorch_optimizer.optimizer.adafactor.AdaFactor": Rule("decoupled", reads="weights"),
-    "pytorch_optimizer.optimizer.dadapt.DAdaptAdaGrad": Rule("coupled", reads="position"),
-    "pytorch_optimizer.optimizer.dadapt.DAdaptSGD": Rule("coupled", reads="position"),
-    "pytorch_optimizer.optimizer.prodigy.Prodigy": Rule("coupled", reads="position"),
-    "prodigyopt.prodigy.Prodigy": Rule("coupled", reads="position"),
-    "schedulefree.sgd_schedulefree.SGDScheduleFree": Rule("coupled", reads="position"),
-    "schedulefree.adamw_schedulefree.AdamWScheduleFree": Rule("coupled", reads="position"),
-}
+# What packages call an option that makes the decay decoupled.
+_DECOUPLING = (
+    "decoupled_weight_decay",
+    "weight_decouple",
+    "decouple_weight_decay",
+    "decouple_wd",
+    "decoupled_decay",
+    "decoupled",
+    "decouple",
+    "adam_wd",
+    "no_prox",
+)
+_INNER = ("optimizer", "base_optimizer", "optim")  # of an optimizer, the one that it wraps
 _DECLARED: dict[type, Rule] = {}
 UNKNOWN = Rule()
 
@@ -77,7 +40,9 @@ def declare(
     Args:
         cls: A subclass of `torch.optim.Optimizer`.
         decay: What ``weight_decay`` does: ``"coupled"``, it is added to the gradient; ``"decoupled"``, the weights are
-            multiplied by ``1 - lr * weight_decay``; ``"none"``, the class has none.
+            multiplied by ``1 - lr * weight_decay``; ``"proximal"``, weights and step are divided by ``1 + lr *
+            weight_decay``, as Adan's; ``"within"``, it is a part of the update that the class scales, as LAMB's, and
+            must be 0 in coordinates; ``"none"``, the class has none.
         orthogonalises: Whether its update is an orthogonal matrix, as Muon's; the exponent is then 1/4.
         reads: What it makes of a parameter's value: ``"change"``, nothing but adding to it; ``"weights"``, it reads
             their size, as Adafactor; ``"position"``, it keeps other positions beside it, as schedule-free optimizers.
@@ -112,31 +77,84 @@ def defaults_of(rule: Rule) -> Defaults:
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     """The rule of an optimizer: declared, or known of its class or the nearest of its bases; or `UNKNOWN`."""
     for base in type(optimizer).__mro__:
-        module = "torch.optim" if base.__module__.startswith("torch.optim.") else base.__module__
-        rule = _DECLARED.get(base) or _KNOWN.get(f"{module}.{base.__qualname__}")
+        if base in _DECLARED:
+            return _DECLARED[base]
+        rule = KNOWN.get((base.__module__.partition(".")[0], base.__qualname__))
         if rule is not None:
-            return rule
+            own = any(getattr(optimizer, name, False) for name in rule.without)
+            return rule._replace(decay=None) if own else _as_its_attributes_say(rule, optimizer)
     return UNKNOWN
+
+
+def _as_its_attributes_say(rule: Rule, optimizer: torch.optim.Optimizer) -> Rule:
+    """Apex and DeepSpeed keep the option outside of the groups."""
+    mode = vars(optimizer).get("adam_w_mode")
+    return rule if mode is None or rule.decay != "decoupled" or mode else rule._replace(decay="coupled")
+
+
+def why_refused(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer cannot be stepped in coordinates: its rule's reason, or, where nothing is known of it, what its
+    methods and attributes say."""
+    rule = rule_of(optimizer)
+    if rule is not UNKNOWN:
+        return rule.refused
+    for name in _INNER:
+        if isinstance(inner := vars(optimizer).get(name), torch.optim.Optimizer):
+            return f"it wraps another optimizer: give the {type(inner).__name__} to Emended, and Emended to it"
+    methods = type(optimizer)
+    if hasattr(methods, "first_step") and hasattr(methods, "second_step"):
+        return "it takes two gradients a step, at two places"
+    if hasattr(methods, "update_hessian"):
+        return KNOWN["pytorch_optimizer", "SophiaH"].refused
+    closure = inspect.signature(methods.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return KNOWN["torch", "LBFGS"].refused
+    return None
 
 
 def decay_of(rule: Rule, group: dict[str, Any], name: str) -> Decay:
     """How the ``weight_decay`` of a parameter group acts.
 
     Raises:
-        ValueError: Nothing is known of it.
+        ValueError: Nothing is known of it, or it cannot act beside steps in coordinates.
     """
-    if not _is_on(group.get("weight_decay")):
+    decay = group.get("weight_decay")
+    if not _is_on(decay):
         return "none"
-    for key in ("decoupled_weight_decay", "weight_decouple"):  # torch's word, and pytorch_optimizer's
-        if key in group:
-            return "decoupled" if group[key] else "coupled"
+    option = next((key for key in rule.without if group.get(key)), None)
+    if option is not None:
+        raise ValueError(
+            f"optimizer: it is not known what weight_decay={decay!r} of {name} is in coordinates with "
+            f"{option}={group[option]!r}; set one of them to 0"
+        )
+    if rule.reads == "position":
+        raise ValueError(
+            f"optimizer: weight_decay of {name} acts on several places in the coordinates; set it to 0, got {decay!r}"
+        )
+    key = next((key for key in _DECOUPLING if key in group), None)
+    if key is not None and group[key]:
+        return "decoupled"
+    if rule.decay == "within":
+        raise ValueError(
+            f"optimizer: weight_decay={decay!r} of {name} is a part of the update that it scales, which is another one "
+            "in coordinates; set it to 0"
+        )
+    if key is not None and rule.decay != "proximal":
+        return "coupled"
     if rule.decay is None:
         raise ValueError(
-            f"optimizer: it is not known what weight_decay={group['weight_decay']!r} does in {name}. Say it once by "
+            f"optimizer: it is not known what weight_decay={decay!r} does in {name}. Say it once by "
             f"consequentialism.optim.declare({name}, decay='decoupled') (or 'coupled', added to the gradient), or set "
             "it to 0"
         )
     return rule.decay
+
+
+def share_of(decay: str, group: dict[str, Any]) -> Any:
+    """The factor by which a decay of that kind multiplies the weights."""
+    if decay == "proximal":
+        return 1 / (2 - kept_share(group))
+    return kept_share(group) if decay == "decoupled" else 1
 
 
 def _is_on(decay: Any) -> bool:
@@ -147,4 +165,6 @@ def kept_share(group: dict[str, Any]) -> Any:
     """The factor by which decoupled decay multiplies the weights."""
     if group.get("fixed_decay"):
         return 1 - group["weight_decay"]
+    if group.get("decouple_lr"):  # optimi's
+        return 1 - group["lr"] / group["max_lr"] * group["weight_decay"]
     return 1 - group["lr"] * group["weight_decay"]
