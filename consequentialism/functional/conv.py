@@ -40,25 +40,25 @@ def emended_conv(
     groups: int = 1,
     **options: Unpack[OptionsDict],
 ) -> Tensor:
-    """A 1-, 2- or 3-dimensional convolution whose backward gives emended gradients to ``weight`` and ``bias``.
+    """Compute a 1-, 2- or 3-dimensional convolution whose backward gives emended gradients to ``weight`` and ``bias``.
 
-    The gradient of ``x`` is the true one. With the patches of ``x`` as rows, the weight gradient is that of
-    `emended_linear`: ``dw = dy^T (x x^T + c I)^-1 x``, each group with its own Gram, exactly.
+    The gradient of ``x`` is the true one. The weight gradient is that of `emended_linear` with the patches of ``x`` as
+    rows, ``dw = dy^T (x x^T + c I)^-1 x``, with a Gram of its own for each group.
 
     Args:
         x: ``[B, C, *spatial]`` or, unbatched, ``[C, *spatial]``.
         weight: ``[O, C/groups, *kernel]``.
         bias: ``[O]`` or None.
-        stride, padding, dilation, groups: As `torch.nn.functional.conv2d`, ``"same"`` and ``"valid"`` included.
+        stride, padding, dilation, groups: As in `torch.nn.functional.conv2d`, ``"same"`` and ``"valid"`` included.
         **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by the batch size, or
             by ``samples``.
 
     Returns:
-        ``[B, O, *positions]``, what torch's own convolution returns.
+        ``[B, O, *positions]``, as torch's own convolution.
 
     Raises:
         TypeError: An argument of the wrong type, or types that differ.
-        ValueError: A weight that no convolution has, or an option out of its range.
+        ValueError: A weight whose shape fits no convolution, or an option out of its range.
         RuntimeError: torch's own, for shapes that do not fit; a backend named by the user that cannot serve the call.
 
     Source: arXiv 2003.05164.
@@ -102,23 +102,26 @@ def emended_conv_transpose(
     dilation: Sizes = 1,
     **options: Unpack[OptionsDict],
 ) -> Tensor:
-    """A 1-, 2- or 3-dimensional transposed convolution, with emended gradients of ``weight`` and ``bias``.
+    """Compute a 1-, 2- or 3-dimensional transposed convolution with emended gradients of ``weight`` and ``bias``.
 
-    The gradient of ``x`` is the true one. It is the convolution of ``x`` with ``stride - 1`` zeros between its entries
-    (see `geometry.TransposedGeometry`), and its gradients are emended as those of that convolution.
+    The gradient of ``x`` is the true one. A transposed convolution equals a convolution of ``x`` with ``stride - 1``
+    zeros between its entries (see `geometry.TransposedGeometry`), and its gradients are emended as those of that
+    convolution.
 
     Args:
         x: ``[B, C, *spatial]`` or, unbatched, ``[C, *spatial]``.
         weight: ``[C, O/groups, *kernel]``.
         bias: ``[O]`` or None.
-        stride, padding, output_padding, groups, dilation: As `torch.nn.functional.conv_transpose2d`.
+        stride, padding, output_padding, groups, dilation: As in `torch.nn.functional.conv_transpose2d`.
         **options: As `emended_conv`.
 
     Returns:
-        ``[B, O, *positions]``, what torch's own transposed convolution returns.
+        ``[B, O, *positions]``, as torch's own transposed convolution.
 
     Raises:
         TypeError, ValueError, RuntimeError: As `emended_conv`.
+
+    Source: arXiv 2003.05164 for convolutions; the transposed ones are this package's.
     """
     settings = options_from(options)
     if isinstance(x, Proxy):
@@ -215,13 +218,15 @@ def emended_conv_weight_grad(
     bias: bool = True,
     **options: Unpack[OptionsDict],
 ) -> tuple[Tensor, Tensor | None]:
-    """The emended gradients of a convolution: `emended_weight_grad` on its unfolded patches, which are streamed.
+    """Compute the emended gradients of a convolution, those of `emended_weight_grad` on its unfolded patches.
+
+    The patches are streamed in blocks of at most ``patch_bytes``.
 
     Args:
         x: The layer's input, ``[B, C, *spatial]``, or ``[C, *spatial]`` with a ``kernel_size`` for each dimension.
         dy: The loss's gradient with respect to the layer's output, ``[B, O, *positions]``, of x's type.
-        kernel_size, stride, padding, dilation, groups: As `torch.nn.Conv2d`; numbers stand for all dimensions.
-        bias: Whether the layer has a bias: every patch then reads as with a constant 1 appended.
+        kernel_size, stride, padding, dilation, groups: As in `torch.nn.Conv2d`; a number stands for all dimensions.
+        bias: Whether the layer has a bias. Every patch then has one more input that is always 1.
         **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by the batch size, or
             by ``samples``.
 

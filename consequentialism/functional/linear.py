@@ -25,17 +25,17 @@ from .checks import check_differentiable, check_floating, check_linear, check_ma
 
 
 def emended_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Unpack[OptionsDict]) -> Tensor:
-    """``y = x W^T + b``, whose backward gives emended gradients to ``weight`` and ``bias``.
+    """Compute ``y = x W^T + b``, whose backward gives emended gradients to ``weight`` and ``bias``.
 
-    The gradient of ``x`` is the true one; ``dw = dy^T (x x^T + c I)^-1 x`` takes the place of ``dy^T x``, and the
-    bias is the column of ones of ``x``. The output is that of `torch.nn.functional.linear`.
+    The gradient of ``x`` is the true one. The gradient of the weight is ``dw = dy^T (x x^T + c I)^-1 x`` instead of
+    ``dy^T x``; a bias counts as one more input that is always 1. The output is that of `torch.nn.functional.linear`.
 
     Args:
         x: ``[..., I]``; all leading dimensions are rows.
         weight: ``[O, I]``.
         bias: ``[O]`` or None.
-        **options: The fields of `consequentialism.Options`; ``samples`` is what ``scale="nlms"`` multiplies by
-            instead of the rows.
+        **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by ``samples`` where that is
+            given, else by the number of rows.
 
     Returns:
         ``[..., O]``.
@@ -118,14 +118,14 @@ if ops.module is not None:
 def emended_weight_grad(
     x: Tensor, dy: Tensor, *, bias: bool = True, **options: Unpack[OptionsDict]
 ) -> tuple[Tensor, Tensor | None]:
-    """``dw = dy^T (x x^T + c I)^-1 x`` and ``db``, the emended gradients of a linear layer.
+    """Compute the emended gradients of a linear layer, ``dw = dy^T (x x^T + c I)^-1 x`` and ``db``.
 
     Args:
         x: The layer's input, ``[..., I]``.
         dy: The loss's gradient with respect to the layer's output, ``[..., O]``, of x's type.
-        bias: Whether the layer has a bias: ``x`` then reads as with a constant 1 appended.
-        **options: The fields of `consequentialism.Options`; ``samples`` is what ``scale="nlms"`` multiplies by
-            instead of the rows.
+        bias: Whether the layer has a bias. Every row of ``x`` then has one more input that is always 1.
+        **options: The fields of `consequentialism.Options`. ``scale="nlms"`` multiplies by ``samples`` where that is
+            given, else by the number of rows.
 
     Returns:
         ``dw [O, I]`` and ``db [O]`` or None, in x's type.
@@ -167,7 +167,9 @@ def emended_weight_grad(
 
 
 def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
-    """The consequence of an update: ``x dw^T + db``. A step ``W <- W - lr*dw`` changes the output by ``-lr`` times it.
+    """Compute the consequence of an update, ``x dw^T + db``.
+
+    A step ``W <- W - lr*dw``, ``b <- b - lr*db`` changes the layer's output by ``-lr`` times this.
 
     Args:
         x: The layer's input, ``[N, I]`` or with more leading dimensions.
@@ -176,6 +178,9 @@ def predict_change(x: Tensor, dw: Tensor, db: Tensor | None = None) -> Tensor:
 
     Returns:
         ``[N, O]``, or with x's leading dimensions.
+
+    Raises:
+        TypeError, ValueError: As `emended_linear`.
     """
     check_linear(x, dw, db, names=("dw", "db"))
     return reference.predict_change(x, dw, db)

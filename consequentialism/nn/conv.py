@@ -108,20 +108,20 @@ class Conv2d(EmendedConvNd, nn.Conv2d):
     """`torch.nn.Conv2d` whose weight and bias gradients are emended; the input gradient stays the true one.
 
     A convolution is a linear layer whose rows are the unfolded patches of its input: ``N = B * positions`` rows of
-    ``I = C/groups * prod(kernel)`` inputs, and one more with a bias. Its weight gradient is the emended one of that
-    layer, ``dw = dy^T (x x^T + c I)^-1 x``, exactly, each group with its own Gram. Any torch optimizer takes it.
-    Parameters, ``state_dict`` and forward are those of `torch.nn.Conv2d`; nothing is kept between steps.
+    ``I = C/groups * prod(kernel)`` inputs, and one more input with a bias. Its weight gradient is exactly the emended
+    one of that layer, ``dw = dy^T (x x^T + c I)^-1 x``, with a Gram of its own for each group. The layer works with any
+    torch optimizer. Parameters, ``state_dict`` and forward are those of `torch.nn.Conv2d`, and nothing is kept between
+    steps.
 
-    Patches are streamed. Beyond torch's own step there are at most ``patch_bytes`` of them in memory, whatever
-    the batch and the image size (but for one row of positions of one sample, the least), and a few matrices
-    ``[groups, I, I]``.
+    Patches are streamed. Beyond torch's own step, at most ``patch_bytes`` of patches are in memory, whatever the batch
+    and the image size (but at least one row of positions of one sample), and a few matrices ``[groups, I, I]``.
 
     Args:
         in_channels: ``C``, and all further positional arguments as `torch.nn.Conv2d`: every stride, padding,
             dilation, number of groups and padding mode.
-        damping: As `consequentialism.Linear`, and so all keywords after it; ``min(N, I)`` is the rank that a
-            relative damping is relative to. Where ``min(N, I)`` exceeds 2,000 times a relative damping, and for
-            every absolute one, Gram and gradient are computed in float64.
+        damping: As in `consequentialism.Linear`; so are all keywords after it. ``min(N, I)`` is the rank that a
+            relative damping refers to. Where ``min(N, I)`` exceeds 2,000 times a relative damping, and for every
+            absolute damping, Gram and gradient are computed in float64.
         scale: ``"nlms"`` multiplies by the batch size, the number of samples that a mean-reduced loss divides by,
             unless `set_samples` says otherwise.
         backend: ``"cuda"`` gathers patches as it multiplies them, from a padded copy of the input within

@@ -107,14 +107,15 @@ class ConvTranspose1d(EmendedConvTransposeNd, nn.ConvTranspose1d):
 class ConvTranspose2d(EmendedConvTransposeNd, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` whose weight and bias gradients are emended; the input gradient stays the true one.
 
-    A transposed convolution is a convolution, by a stride of 1, of its input with ``stride - 1`` zeros between the
-    entries, with the kernel reversed; its rows are the patches of that, one for each output position, and its
-    gradients those that the convolution would have, ``dw = dy^T (x x^T + c I)^-1 x``, each group with its own Gram. The
-    zeros are never there. Any torch optimizer takes it; parameters, ``state_dict`` and forward are torch's.
+    A transposed convolution equals a convolution with a stride of 1 and a reversed kernel, of its input with
+    ``stride - 1`` zeros between the entries. Its rows are the patches of that input, one for each output position. Its
+    gradients are those of that convolution, ``dw = dy^T (x x^T + c I)^-1 x``, with a Gram of its own for each group.
+    The zeros are never stored. The layer works with any torch optimizer; parameters, ``state_dict`` and forward are
+    torch's.
 
     Args:
         in_channels: ``C``, and all further positional arguments as `torch.nn.ConvTranspose2d`.
-        damping: As `consequentialism.Conv2d`, and so all keywords after it.
+        damping: As in `consequentialism.Conv2d`; so are all keywords after it.
 
     Shape:
         ``[B, C, H, W] -> [B, O, H', W']``, or without ``B``.

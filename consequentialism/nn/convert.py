@@ -33,30 +33,30 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     **options: Unpack[OptionsDict],
 ) -> Model:
-    """Make every layer of ``model`` that can be emended an emended one, in place.
+    """Turn every layer of ``model`` that can be emended into an emended one, in place.
 
-    Modules stay the same objects with the same parameters, hooks and names; only their class changes, so an
-    existing optimizer goes on. Convert before wrapping in DDP or FSDP2. What cannot be emended is left alone and
-    named in one warning: parametrised or tied weights, weights of other types than float16, bfloat16, float32 and
-    float64, `torch.nn.MultiheadAttention`, layers without an emended form. Subclasses of torch's layers are taken if
-    they leave forward alone; see `register` for others. Where nothing is converted, the warning says that.
+    Modules stay the same objects with the same parameters, hooks and names; only their class changes, so an existing
+    optimizer keeps working. Convert before wrapping in DDP or FSDP2. Layers that cannot be emended are left alone and
+    named in one warning: parametrised or tied weights, weights of types other than float16, bfloat16, float32 and
+    float64, `torch.nn.MultiheadAttention`, layers without an emended form. Subclasses of torch's layers are converted
+    if they do not override forward; see `register` for others. Where nothing is converted, the warning says so.
 
-    Where gradients are accumulated over micro-batches, each is emended on its own, by its own Gram, and their sum is
-    not the emended gradient of their union; `optim.Emended` with ``memory=0`` steps by that, exactly.
+    Where gradients are accumulated over micro-batches, each is emended by its own Gram, and their sum is not the
+    emended gradient of the union. `optim.Emended` with ``memory=0`` takes exactly the step of the union.
 
     Args:
         model: Any module, also a single layer.
-        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to convert; None, all.
-        **options: The fields of `consequentialism.Options`; every layer takes those that it uses. Layers that are
-            emended already, those of classes made at run time (`parametrize`, ``fully_shard``) among them, take those
-            that are named, and keep the others as they are.
+        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which layers to convert; None converts all.
+        **options: The fields of `consequentialism.Options`; every layer takes those that it uses. A layer that is
+            emended already, also one whose class was made at run time (`parametrize`, ``fully_shard``), takes the
+            options that are named, and keeps its others.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError, ValueError: A bad option or argument, or a layer that `optim.Emended` steps in coordinates; nothing
-            is then converted.
+        TypeError, ValueError: A bad option or argument, or a layer that `optim.Emended` steps in coordinates. Nothing
+            is converted in that case.
     """
     _check_model(model)
     if filter_fn is not None and not callable(filter_fn):
@@ -125,15 +125,15 @@ def _class_obstacle(cls: type[nn.Module]) -> str | None:
 def revert(model: Model) -> Model:
     """Give every emended layer of ``model`` torch's own class again, in place.
 
-    A class that was made at run time over an emended one (`parametrize`, ``fully_shard``, a user's own) is made anew
-    over torch's own.
+    A class that was derived at run time from an emended one (by `parametrize`, ``fully_shard`` or a user) is derived
+    again from torch's own.
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module, or an emended layer has a class that needs emended code; nothing is then
-            reverted.
+        TypeError: ``model`` is not a module, or an emended layer has a class that needs emended code. Nothing is
+            reverted in that case.
     """
     _check_model(model)
     emended = [(m, plain_class(type(m))) for m in model.modules() if isinstance(m, EmendedModule)]
@@ -168,19 +168,19 @@ def emend_again(made: Any, emended: type[EmendedModule], saved: dict[str, Any]) 
 
 
 def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Optimizer groups: the emended layers' parameters with ``lr``, the rest with ``other``.
+    """Divide the parameters into optimizer groups: the emended layers' with ``lr``, the rest with ``other``.
 
     Args:
         model: A model with emended layers.
-        lr: The learning rate of the emended parameters; with ``scale="nlms"``, NLMS's step size.
-        other: The options of the other group, as ``{"lr": 1e-3, "weight_decay": 0.1}``.
+        lr: The learning rate of the emended parameters; with ``scale="nlms"`` it is NLMS's step size.
+        other: The options of the other group, such as ``{"lr": 1e-3, "weight_decay": 0.1}``.
 
     Returns:
         Up to two groups, each with ``"params"``; a group without parameters is left out.
 
     Raises:
-        TypeError, ValueError: A model that is no module, an ``lr`` that is no number, or an ``other`` that is no
-            mapping or names ``"params"``.
+        TypeError, ValueError: ``model`` is not a module, ``lr`` is not a number, or ``other`` is not a mapping or names
+            ``"params"``.
     """
     _check_model(model)
     if not isinstance(lr, torch.Tensor):

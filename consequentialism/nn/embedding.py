@@ -32,19 +32,19 @@ class _Backend(Option[str]):
 class Embedding(EmendedModule, nn.Embedding):
     """`torch.nn.Embedding` whose weight gradient is emended: ``dw[v] = sum of dy over occurrences / (count_v + c)``.
 
-    An embedding is a linear layer of one-hot rows, whose Gram is diagonal; this is its emended gradient, exactly.
-    It is plain PyTorch on every device, whose name as a ``backend`` is ``"reference"``; there is no other, and nothing
-    to solve. A row at ``padding_idx`` is a row of zeros.
+    An embedding is a linear layer of one-hot rows, whose Gram is diagonal, and this is exactly its emended gradient. It
+    is computed in plain PyTorch on every device, so the only ``backend`` is ``"reference"``, and there is nothing to
+    solve. An index equal to ``padding_idx`` counts as a row of zeros.
 
     Args:
         num_embeddings: ``V``, and all further positional arguments as `torch.nn.Embedding`.
             ``scale_grad_by_freq`` is refused: emending already divides by the counts.
-        sparse: As `torch.nn.Embedding`; only the rows that occur are then counted. torch.compile leaves the layer out
-            of its graphs, and says that it cannot where they must be full.
-        damping: As `consequentialism.Linear`, and so ``damping_mode``, ``scale`` and ``process_group``; ``min(N, V)``
-            is the rank that a relative damping is relative to. ``scale="nlms"`` multiplies by all ``N`` indices, those
-            at ``padding_idx`` included, unless `set_samples` says otherwise. With ``process_group=`` ranks communicate
-            in backward.
+        sparse: As in `torch.nn.Embedding`; only the rows that occur are then counted. torch.compile leaves the layer
+            out of its graphs, and raises an error with ``fullgraph=True``.
+        damping: As in `consequentialism.Linear`; so are ``damping_mode``, ``scale`` and ``process_group``.
+            ``min(N, V)`` is the rank that a relative damping refers to. ``scale="nlms"`` multiplies by all ``N``
+            indices, those equal to ``padding_idx`` included, unless `set_samples` says otherwise. With
+            ``process_group=`` the ranks communicate in backward.
 
     Shape:
         ``[...] -> [..., embedding_dim]``.

@@ -399,26 +399,26 @@ def _keeps_shortcut(cls: type[EmendedModule]) -> bool:
 
 
 def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:
-    """Say how many samples the loss divides by, to all emended layers of ``model``, until it is said again.
+    """Tell all emended layers of ``model`` how many samples the loss divides by, until it is called again.
 
-    ``scale="nlms"`` multiplies a gradient by the number of samples, because a mean-reduced loss has divided by it. That
-    number is taken to be the rows of linear and embedding layers (all leading dimensions, rows of zeros included) and
-    the batch size of convolutions. Where the loss divides by another one, such as the tokens that are not padding, the
-    labels that are not ignored, or the sequences, say so before forward:
+    ``scale="nlms"`` multiplies a gradient by the number of samples, because a mean-reduced loss has divided by it. By
+    default this number is the rows of linear and embedding layers (all leading dimensions, rows of zeros included) and
+    the batch size of convolutions. Where the loss divides by another number, such as the tokens that are not padding,
+    the labels that are not ignored, or the sequences, call this before forward:
 
         cw.set_samples(model, labels != -100)
 
-    It must stay as it is until backward has ended, for checkpointing runs forward again there. It is not saved: not in
-    ``state_dict``, not in copies and pickles. ``scale="raw"`` and ``"gradient"`` do not count samples.
+    Do not change it until backward has ended, because checkpointing runs forward again there. It is not saved in
+    ``state_dict``, copies or pickles. ``scale="raw"`` and ``"gradient"`` do not count samples.
 
     Args:
         model: Any module, also a single layer.
-        samples: An integer of at least 0; a 0-dimensional tensor; a mask, whose sum it is; or None, the default. The
-            host does not read a tensor. Of 0 samples the gradient is zero. With ``process_group=``, of this rank's
-            batch; the ranks' are summed.
+        samples: An integer of at least 0; a 0-dimensional tensor; a mask, whose sum is taken; or None for the default.
+            The host does not read a tensor. With 0 samples the gradient is zero. With ``process_group=`` it is the
+            number of this rank's batch, and the ranks' numbers are summed.
 
     Raises:
-        TypeError: ``model`` is no module, or ``samples`` of another type.
+        TypeError: ``model`` is not a module, or ``samples`` has another type.
         ValueError: A number below 0.
     """
     if not isinstance(model, nn.Module):

@@ -101,29 +101,29 @@ def register(
     bias: str = "bias",
     transposed: bool = False,
 ) -> None:
-    """Have `convert` emend a class of your own, whose forward computes what one of torch's layers computes.
+    """Let `convert` emend a layer class of your own, whose forward computes what one of torch's layers computes.
 
-    That is for you to know: with the same input, weight and bias, ``cls.forward`` must return what ``like`` returns.
-    `convert` then makes such modules instances of a subclass of ``cls``, whose gradients of the two parameters
-    are emended; `revert` makes them instances of ``cls`` again. It serves subclasses of ``cls`` too, unless they have
-    a forward of their own. `transformers`' ``Conv1D`` and `timm`'s ``Linear`` are built in, and subclasses of torch's
-    layers that leave forward alone need no registration.
+    This is not checked: with the same input, weight and bias, ``cls.forward`` must return what ``like`` returns.
+    `convert` then makes such modules instances of a subclass of ``cls`` in which the gradients of the two parameters
+    are emended; `revert` makes them instances of ``cls`` again. Subclasses of ``cls`` are served too, unless they
+    override forward. `transformers`' ``Conv1D`` and `timm`'s ``Linear`` are built in, and subclasses of torch's layers
+    that do not override forward need no registration.
 
         cw.register(MyLinear, like=torch.nn.Linear, weight="kernel", transposed=True)
 
     Args:
-        cls: A subclass of `torch.nn.Module`. ``forward`` takes the input alone.
+        cls: A subclass of `torch.nn.Module` whose ``forward`` takes only the input.
         like: `torch.nn.Linear`, `torch.nn.Embedding`, or one of torch's convolutions and transposed convolutions.
-            Attributes with the names of that layer's, such as ``stride`` and ``padding_idx``, say the rest; where
-            ``cls`` has none, torch's defaults hold.
-        weight: The parameter's name.
-        bias: The parameter's name; a module may have none, or None.
+            Attributes with that layer's names, such as ``stride`` and ``padding_idx``, are read where ``cls`` has them;
+            torch's defaults hold for the others.
+        weight: The name of the weight parameter.
+        bias: The name of the bias parameter. A module may have no such attribute, or None.
         transposed: Whether a linear layer's weight is ``[I, O]``.
 
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: A ``like`` that has no emended form, ``transposed`` where ``like`` is not `torch.nn.Linear`, or a
-            parameter of another name where ``cls`` has something of the usual one.
+            renamed parameter where ``cls`` also has an attribute of the usual name.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of torch.nn.Module, got {cls!r} ({type(cls).__name__})")

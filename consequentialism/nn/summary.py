@@ -74,13 +74,12 @@ def _in_coordinates(row: Row) -> bool:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Which layers of ``model`` are emended, which are stepped in coordinates and by what, and why the others are not.
+    """Tell which layers of ``model`` are emended, which are stepped in coordinates and by what, and why others are not.
 
-    A table with one line a kind.
-
-    Layers are those with a matrix of their own. The last line counts all parameters; one that two modules share counts
-    once, for the first of them, and one without a shape yet counts as none. Class and weight are looked at, not what
-    forward does: a parent that computes with a layer's weight and does not call the layer gives it the plain gradient.
+    The result prints as a table with one line for each kind of layer. A layer is a module with a matrix of its own. The
+    last line counts all parameters; a parameter that two modules share counts once, for the first of them, and one
+    that has no shape yet does not count. The summary looks at classes and weights, not at what forward does: a parent
+    that computes with a layer's weight without calling the layer gives it the plain gradient.
 
         print(cw.summary(model))
 
