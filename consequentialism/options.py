@@ -41,13 +41,13 @@ class Options:
     """How a gradient is emended.
 
     Attributes:
-        damping: Ridge, a finite number above 0. Relative to ``trace(x x^T) / min(N, I)``, the mean
-            non-zero eigenvalue of the input Gram, or absolute, as ``damping_mode`` says.
+        damping: The ridge, a finite number above 0: relative to ``trace(x x^T) / min(N, I)``, the mean non-zero
+            eigenvalue of the input Gram, or absolute, as ``damping_mode`` says.
         damping_mode: ``"relative"`` or ``"absolute"``.
-        scale: ``"nlms"`` (times the number of samples, ``lr`` is NLMS's step size), ``"raw"`` (the
-            formula as it stands) or ``"gradient"`` (times the ridge ``c``, so that large damping is
-            plain backpropagation). The samples are the rows of linear and embedding layers, those of zeros included,
-            and the batch size of convolutions, unless ``samples`` says otherwise.
+        scale: ``"nlms"`` (the formula times the number of samples; ``lr`` is NLMS's step size), ``"raw"`` (the formula
+            as it stands) or ``"gradient"`` (the formula times the ridge ``c``, so that large damping is plain
+            backpropagation). The samples are the rows of linear and embedding layers, rows of zeros included, and the
+            batch size of convolutions, unless ``samples`` says otherwise.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
         process_group: The group whose ranks together hold the batch, or None.
         patch_bytes: Memory that a convolution may take for unfolded patches, in bytes; a whole number above 0.
@@ -55,10 +55,10 @@ class Options:
             error is that of ``docs/solvers.md``) or ``"auto"``: conjugate gradients where they cost less and
             ``damping`` is so large that their error is below the rounding of the result, else Cholesky.
         iterations: How many conjugate gradient iterations, an integer above 0.
-        samples: The number that a mean-reduced loss divides by, where it is not the number of samples above: an
-            integer of at least 0, a 0-dimensional tensor, a mask whose sum it is, or None. Of 0 samples the gradient is
-            zero. It is what ``scale="nlms"`` multiplies by; the ridge counts all rows. With a process group, of
-            this rank. Tensors are read on their device. See `consequentialism.set_samples`.
+        samples: The number that a mean-reduced loss divides by, where it is not the number of samples above: an integer
+            of at least 0, a 0-dimensional tensor, a mask whose sum is taken, or None. ``scale="nlms"`` multiplies by
+            it; the ridge counts all rows. With 0 samples the gradient is zero. With a process group it is this rank's
+            number. Tensors are read on their device. See `consequentialism.set_samples`.
     """
 
     damping: float = 1.0

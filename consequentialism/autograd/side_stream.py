@@ -112,30 +112,31 @@ _open = _Open()
 
 @contextmanager
 def side_stream() -> Iterator[None]:
-    """Within, emended layers on a GPU compute what depends on their input alone beside the network, on other streams.
+    """A context manager in which emended layers on a GPU compute Gram, factor and emended input on other streams.
 
-    Gram, factor and emended input of linear layers and convolutions are enqueued in forward on side streams and waited
-    for in backward, so that a small factor, which leaves most of the GPU idle, runs beside the rest of the network::
+    These depend on a layer's input alone. For linear layers and convolutions they are enqueued in forward on side
+    streams and waited for in backward, so that a small factor, which leaves most of the GPU idle, runs beside the rest
+    of the network::
 
         with cw.side_stream():
             loss = criterion(model(x), y)
             loss.backward()
         optimizer.step()
 
-    The gradients are those without it, bit for bit, but where a small layer would compute all in one launch in
-    backward (``fused_weight_grad``): within, its parts run one after the other, beside forward. It counts for
-    forwards of this thread; scopes may be nested, and one may serve several steps. At its end the stream waits for what
-    is still outstanding: after an exception, and where no backward ran.
+    The gradients are the same bits as without it, except for a small layer that would otherwise compute everything in
+    one launch in backward (``fused_weight_grad``): inside the scope its parts run one after the other, beside forward.
+    A scope applies to forwards of this thread; scopes may be nested, and one may serve several steps. At its end the
+    stream waits for whatever is still outstanding, also after an exception and where no backward ran.
 
-    In a CUDA graph, open it inside the capture, whose end it must not outlive: one that was opened before the capture
-    does nothing in it.
+    In a CUDA graph, open it inside the capture, and close it before the capture ends. A scope that was opened before
+    the capture does nothing in it.
 
-    It does nothing for: tensors that are not on a GPU; layers whose weight is frozen, and ``no_grad``; layers with
-    ``process_group=``, which wait for the device in forward; under hooks for saved tensors, such as
-    ``torch.utils.checkpoint``'s and ``save_on_cpu``'s, which may read at once what is kept; in ``torch.func``'s
-    transforms; in graphs of ``torch.compile``, whose layers compute everything in backward; for `optim.FusedSGD`, and
-    for embeddings, which have nothing to compute in forward; on a stream that came when others and what runs beside
-    them had all of the 32 that torch has for a device.
+    It does nothing for tensors that are not on a GPU; for layers whose weight is frozen, and under ``no_grad``; for
+    layers with ``process_group=``, which wait for the device in forward; under hooks for saved tensors, such as those
+    of ``torch.utils.checkpoint`` and ``save_on_cpu``, which may read at once what is kept; in transforms of
+    ``torch.func``; in graphs of ``torch.compile``, whose layers compute everything in backward; for `optim.FusedSGD`
+    and embeddings, which have nothing to compute in forward; and on a stream for which none is left of the 32 that
+    torch has for a device.
 
     Raises:
         RuntimeError: In backward, where a layer's input was modified in place after its forward.

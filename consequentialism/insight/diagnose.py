@@ -174,27 +174,28 @@ def diagnose(
     most_rows: int = 128,
     **options: Unpack[OptionsDict],
 ) -> Report:
-    """Show what the next step on ``batch`` does to every layer: how much samples disturb each other, and at what cost.
+    """Show what the next step on ``batch`` does to every layer: how much samples disturb each other, and what it costs.
 
-    Each layer that can be emended is looked at, converted or not: linear layers, convolutions, transposed ones,
-    embeddings, ``Conv1D`` and those of `register`. A layer that is emended has its own options, the others those that
-    are given. The model runs once, in the mode that it is in; forward and backward of each layer are then timed on what
-    it saw. Parameters, gradients, buffers, random number generators, modes and hooks are as before afterwards, bit for
-    bit, also after an error: other tensors stand in for parameters and buffers meanwhile.
+    Every layer that can be emended is examined, converted or not: linear layers, convolutions, transposed ones,
+    embeddings, ``Conv1D`` and those of `register`. An emended layer is examined with its own options, the others with
+    the options that are given. The model runs once, in its present mode; forward and backward of each layer are then
+    timed on the inputs that it saw. Other tensors stand in for parameters and buffers meanwhile, so that parameters,
+    gradients, buffers, random number generators, modes and hooks are afterwards the same bits as before, also after an
+    error.
 
         print(cw.diagnose(model, (images, labels), torch.nn.functional.cross_entropy))
 
-    Memory: a copy of all layers' inputs, and of one layer at a time its rows in float64, convolutions' unfolded: whole
-    where they are at most as many as its inputs, else in pieces of 64 MiB beside a Gram of its inputs.
+    Memory: a copy of all layers' inputs, and the rows of one layer at a time in float64 (for convolutions, unfolded
+    patches): all of them where there are no more rows than inputs, else pieces of 64 MiB and a Gram of the inputs.
 
     Args:
-        model: On one device, its weights not sharded.
-        batch: What ``loss_fn`` takes.
+        model: A model on one device, without sharded weights.
+        batch: A batch as ``loss_fn`` takes it.
         loss_fn: With a batch ``(inputs, targets)`` it is called as ``loss_fn(model(inputs), targets)``; with a mapping
             as ``loss_fn(model(**batch), batch)``; with a tensor as ``loss_fn(model(batch))``. One whose first argument
             is named ``model``, ``module``, ``net``, ``network`` or ``m`` is called as ``loss_fn(model, batch)``,
             whatever the batch is.
-        most_rows: The matrices of interference are of at most so many rows.
+        most_rows: The most rows that the matrices of interference have.
         **options: The fields of `consequentialism.Options`, for layers that are not emended yet.
 
     Returns:

@@ -162,26 +162,27 @@ def find_damping(
     """Find a damping and a learning rate by short trainings on copies of the model.
 
     Every pair of a damping and a rate trains its own copy for ``steps`` steps from the same weights, on the same
-    batches; the last fifth of the batches (at least one where there are two) is left out of training, and the mean loss
-    over it, in eval mode, is the trial's. Model, optimizer and random number generators are as before afterwards, bit
-    for bit. It is a start, as those of learning-rate finders: the best of 20 steps need not be the best of 20,000.
+    batches. The last fifth of the batches (at least one where there are two) is left out of training, and the trial's
+    loss is the mean loss over it in eval mode. Afterwards model, optimizer and random number generators are the same
+    bits as before. Like the result of a learning-rate finder this is a start: the best of 20 steps need not be the best
+    of 20,000.
 
         found = cw.find_damping(model, loader, torch.nn.functional.cross_entropy, optimizer=torch.optim.SGD)
         cw.convert(model, **found.options)
         optimizer = torch.optim.SGD(model.parameters(), lr=found.lr)
 
     Args:
-        model: Converted or not; on one device, its weights not sharded. It must bear `copy.deepcopy`.
-        batches: A loader or list of batches; no more are taken than ``steps`` and a fifth. An iterator is used up as
-            far.
-        loss_fn: As `diagnose`.
+        model: A model, converted or not, on one device and without sharded weights, that `copy.deepcopy` can copy.
+        batches: A loader or list of batches, of which at most ``steps`` and a fifth more are taken. An iterator is used
+            up that far.
+        loss_fn: As in `diagnose`.
         optimizer: A class or function that is called with parameters and ``lr=``; or an optimizer of the model, whose
-            copy, with its state, takes the steps. That of `optim.Emended` is searched for its own damping; the layers
-            then stay plain.
-        dampings: Above 0.
-        rates: Above 0; None: 1/4 to 4 times an optimizer's own, of a class 0.25 to 4 for `torch.optim.SGD`, which is
-            NLMS's step size, else 0.0003 to 0.03. Groups keep their ratios.
-        steps: Of each trial, at least 1.
+            copy, with its state, takes the steps. Of an `optim.Emended` the damping of the coordinates is searched, and
+            the layers stay plain.
+        dampings: The dampings to try, above 0.
+        rates: The learning rates to try, above 0. None: 1/4 to 4 times an optimizer's own; for a class, 0.25 to 4 with
+            `torch.optim.SGD`, where it is NLMS's step size, else 0.0003 to 0.03. Groups keep their ratios.
+        steps: The number of steps of each trial, at least 1.
         plain: Whether the plain layers are tried with the same rates, for comparison.
         **options: The other fields of `consequentialism.Options`, as for `convert`.
 

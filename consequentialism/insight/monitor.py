@@ -60,11 +60,11 @@ Log = Callable[[int, dict[str, float]], Any]
 
 
 class Monitor:
-    """Logs what a model's steps do to each other, every so many steps, and warns once of each thing that is wrong.
+    """A monitor that logs what a model's steps do to each other, every so many steps, and warns once of each problem.
 
-    On a sampled step it looks at a few rows of every layer that can be emended, converted or not, and when the
-    optimizer has stepped it reads all figures from the device at once. Between samples nothing of it is in the model,
-    and the host waits for nothing. Layers inside a graph of torch.compile are not seen, which is said once.
+    On a sampled step it reads a few rows of every layer that can be emended, converted or not, and after the
+    optimizer's step it fetches all figures from the device at once. Between samples it has no hook in the model, and
+    the host waits for nothing. It does not see layers inside a graph of torch.compile, and says so once.
 
         monitor = cw.Monitor(model, optimizer, log="run.csv")
 

@@ -62,79 +62,82 @@ FULL_GRAPH = "consequentialism.optim.Emended.step: what it does depends on the h
 
 
 class Emended(torch.optim.Optimizer):
-    """An optimizer whose steps on the layers' weights are taken in emended coordinates.
+    """An optimizer that wraps another one and takes its steps on the layers' weights in emended coordinates.
 
-    A step ``dW`` changes a layer's outputs by ``x dW^T``, of mean square ``tr(dW A dW^T)`` with the second moment
-    ``A = E[x^T x]`` of its input. In coordinates ``V = W (A + c I)^(1/2)`` a unit step has a unit consequence, so the
-    optimizer works there: it gets the preconditioned gradient ``g S``, and what it adds is multiplied by ``S^T``,
+    A step ``dW`` changes a layer's outputs by ``x dW^T``, whose mean square is ``tr(dW A dW^T)`` with the second moment
+    ``A = E[x^T x]`` of the layer's input. In the coordinates ``V = W (A + c I)^(1/2)`` a step of length one changes the
+    outputs by one. The wrapped optimizer works in such coordinates: it gets the preconditioned gradient ``g S``, and
+    what it adds is multiplied by ``S^T``,
 
         S S^T = ((A + c I) / t)^-2s,    t = trace(A) / I,    c = damping * t,    W <- W + u S^T.
 
-    ``A`` is a mean over the rows of the batches in memory, taken in forward on one step in ``refresh_every``; between
-    these a step costs two products a layer. Gradients stay the plain ones until ``step()``, so clipping, accumulation,
-    loss scaling, DDP and FSDP2 work as they always do: a step over k micro-batches with ``memory=0`` is that of their
-    union, exactly. Linear layers, convolutions, transposed ones, `transformers`' ``Conv1D`` and embeddings are served,
-    a layer's bias as an input that is always 1; of attentions and recurrent layers the projections of their own input
-    (`left_alone` names the rest); the optimizer steps the rest as ever.
+    ``A`` is a mean over the rows of the batches in memory. It is taken in forward on one step in ``refresh_every``;
+    between these a step costs two products a layer. Gradients are the plain ones until ``step()``, so clipping,
+    accumulation, loss scaling, DDP and FSDP2 work as usual, and a step over k micro-batches with ``memory=0`` is
+    exactly the step of their union. Served are linear layers, convolutions, transposed ones, `transformers`' ``Conv1D``
+    and embeddings, with a layer's bias as an input that is always 1, and of attentions and recurrent layers the
+    projections of their own input. `left_alone` names the other layers; the wrapped optimizer steps them plainly.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         optimizer = cw.optim.Emended(optimizer, model)
 
-    Its state stands in ``optimizer.state[weight]`` beside the optimizer's own: ``input_gram``, ``root``, ``gram_rows``
-    and ``emended_steps``. Weight decay acts on ``W``: decoupled decay as that class does, coupled decay by entering the
-    gradient before ``S``. In eval mode and under ``no_grad`` nothing is recorded, nor a batch whose Gram is not finite.
+    The state is in ``optimizer.state[weight]``, beside the wrapped optimizer's own: ``input_gram``, ``root``,
+    ``gram_rows`` and ``emended_steps``. Weight decay acts on ``W``: decoupled decay as in the wrapped class, coupled
+    decay as a part of the gradient before ``S``. Nothing is recorded in eval mode, under ``no_grad``, or of a batch
+    whose Gram is not finite.
 
-    Make it before `torch.compile` sees a forward, for its hooks. A compiled forward counts its batch at once, an eager
-    one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold steps between refreshes,
-    which the host does not read: capture while `is_recording` is False, with an ``output_exponent`` not before
-    ``refresh_every`` steps, and call `replayed` after each replay.
+    Make it before `torch.compile` traces a forward, because it adds hooks. A compiled forward counts its batch at once,
+    an eager one when its backward runs. `step` runs outside of compiled graphs. A CUDA graph may hold the steps between
+    refreshes, of which the host reads nothing: capture while `is_recording` is False, with an ``output_exponent`` not
+    before ``refresh_every`` steps, and call `replayed` after each replay.
 
     Args:
         optimizer: Any `torch.optim.Optimizer` that takes dense gradients and calls no closure within its step. It
-            shares its parameter groups and state with this one, which is to be used in its place.
-        model: The model whose parameters, or some of them, the optimizer has.
-        damping: Ridge relative to ``t``, above 0. ``math.inf``: ``S = I``, the plain optimizer bit for bit.
-        exponent: ``s``, above 0 and at most 1; None: 1/2, and 1/4 for optimizers that orthogonalise, as Muon.
-        scale: ``"gradient"``: as above, so that rates carry over from the plain optimizer; ``"nlms"``: without the
-            division by ``t``, so that the rate of SGD is NLMS's dimensionless step size (``A`` then counts a
-            convolution's samples, not its rows); ``"auto"``: ``"nlms"`` for `torch.optim.SGD`, else ``"gradient"``.
-        memory: What older rows are multiplied by at a refresh, at least 0 and below 1.
-        refresh_every: Steps from a refresh of ``A`` and ``S`` to the next, at least 1; None: 10, and 25 for optimizers
-            that orthogonalise, which stale roots cost nothing. Before that many steps they are refreshed after 0, 1,
-            2, 4, 8, ... of them, for inputs change fast at first: roots of the first batch alone leave Adam second
-            moments of another scale. A layer whose first gradients come in between waits one step for a refresh, over
-            several processes until one is due.
-        block: The most inputs whose moments are taken together; a wider layer's ``A`` is cut into diagonal blocks, a
-            convolution's between channels where they divide. None: 256, and 128 for optimizers that orthogonalise. A
-            step's two products cost ``4 O I block`` operations.
-        process_group: ``"auto"``: the ranks that share the weights: a DTensor's mesh, DDP's group, or the default
-            group where torch.distributed is initialised; a group; or None, one process. On refresh steps the Grams are
-            summed over it; nothing else is sent, but for ``shard_state``. Ranks whose batches end before others' take
-            `torch.distributed.algorithms.Join` over DDP and this optimizer.
-        shard_state: Whether each ``A`` and ``S`` is kept by one rank of the group (of a mesh of several dimensions, of
-            the last one), which alone makes the root, as Shampoo's are distributed. On refresh steps each Gram is then
-            summed to its owner; in every step each ``S`` is sent to all, at most two on a rank beside its own (twice
-            for all optimizers but torch's SGD, RMSprop, Adam, AdamW and Muon and `Muon`: before and after a step), so
-            all ranks step together. The Grams of a refresh step are added up where their rows are: from forward to that
-            step they stand on every rank. The weights are those of ``shard_state=False``. A checkpoint holds the whole
-            state, and resumes with any number of ranks, sharded or not: see `consolidate_state_dict`.
-        root: ``"symmetric"``: ``S = ((A + c I) / t)^-s``. ``"cholesky"``, for ``s = 1/2`` alone, with any damping: the
-            triangular ``L^-T`` of ``(A + c I) / t = L L^T``, on the CPU in a fifth of the time: another method, but for
-            SGD and Muon without momentum, whose steps are the same. ``"auto"``: Cholesky's for those, on the CPU, else
-            the symmetric. A loaded root of the other kind stays until the next refresh, moments remain as they were.
-        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers to take; None, all.
-        output_exponent: ``q``; above 0, outputs get a root too, ``L = ((B + c I) / t)^-q`` of the second moment ``B``
-            of ``g S`` over blocks of 64 of a weight's outputs, not of embeddings and depthwise weights: the optimizer
-            sees ``L g S``, and ``W <- W + L u S^T``. 1/4 is Shampoo's (Gupta et al., 2018). ``B`` is taken and ``L``
-            made anew where ``S`` is, and in each of the first ``refresh_every`` steps. Not for sharded weights or
-            ``shard_state``.
+            shares its parameter groups and state with this one; use only this one.
+        model: The model of whose parameters the optimizer has all or some.
+        damping: The ridge relative to ``t``, above 0. ``math.inf`` gives ``S = I``, the plain optimizer bit for bit.
+        exponent: ``s``, above 0 and at most 1. None: 1/2, or 1/4 for optimizers that orthogonalise, such as Muon.
+        scale: ``"gradient"``: as above, so that rates carry over from the plain optimizer. ``"nlms"``: without the
+            division by ``t``, so that the rate of SGD is NLMS's dimensionless step size; ``A`` then counts a
+            convolution's samples, not its rows. ``"auto"``: ``"nlms"`` for `torch.optim.SGD`, else ``"gradient"``.
+        memory: The factor of older rows at a refresh, at least 0 and below 1.
+        refresh_every: The number of steps from one refresh of ``A`` and ``S`` to the next, at least 1. None: 10, or 25
+            for optimizers that orthogonalise, to which stale roots cost nothing. Earlier in a run there is a refresh
+            after 0, 1, 2, 4, 8, ... steps, because inputs change fast at first: roots of the first batch alone would
+            leave Adam second moments of another scale. A layer whose first gradients come between refreshes waits one
+            step for a refresh; with several processes, until one is due.
+        block: The most inputs whose moments are taken together. The ``A`` of a wider layer is cut into diagonal blocks,
+            that of a convolution between channels where they divide. None: 256, or 128 for optimizers that
+            orthogonalise. A step's two products cost ``4 O I block`` operations.
+        process_group: ``"auto"``: the ranks that share the weights, which are a DTensor's mesh, DDP's group, or the
+            default group where torch.distributed is initialised. Else a group, or None for one process. On refresh
+            steps the Grams are summed over it; nothing else is sent without ``shard_state``. Where ranks run out of
+            batches before others, use `torch.distributed.algorithms.Join` over DDP and this optimizer.
+        shard_state: Whether only one rank of the group keeps each ``A`` and ``S`` and makes the root, as in distributed
+            Shampoo (in a mesh of several dimensions, one of the last dimension's group). On refresh steps each Gram is
+            summed to its owner. In every step each ``S`` is sent to all ranks, so all ranks step together, and a rank
+            has at most two roots beside its own at a time. Each is sent once with torch's SGD, RMSprop, Adam, AdamW and
+            Muon, and with `Muon`, and twice with other optimizers, before and after their step. The Grams of a refresh
+            step are added up where their rows are, so they are on every rank from forward to that step. The weights are
+            those of ``shard_state=False``. A checkpoint holds the whole state and resumes with any number of ranks,
+            sharded or not: see `consolidate_state_dict`.
+        root: ``"symmetric"``: ``S = ((A + c I) / t)^-s``. ``"cholesky"``, only for ``s = 1/2``: the triangular ``L^-T``
+            of ``(A + c I) / t = L L^T``, which takes a fifth of the time on the CPU. For SGD and Muon without momentum
+            both give the same steps; for other optimizers it is another method. ``"auto"``: Cholesky's on the CPU where
+            the steps are the same, else the symmetric root. A loaded root of the other kind stays until the next
+            refresh; moments stay as they are.
+        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which layers to step in coordinates; None, all.
+        output_exponent: ``q``. Above 0, outputs get a root too, ``L = ((B + c I) / t)^-q`` with the second moment ``B``
+            of ``g S`` over blocks of 64 of a weight's outputs, except for embeddings and depthwise weights. The wrapped
+            optimizer gets ``L g S``, and ``W <- W + L u S^T``. 1/4 is Shampoo's (Gupta et al., 2018). ``L`` is made
+            when ``S`` is, and in each of the first ``refresh_every`` steps. Not for sharded weights or ``shard_state``.
         output_damping: ``c`` relative to the mean eigenvalue of ``B``, above 0.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range; an optimizer that cannot be wrapped; a model of whose layers it has no
-            weight; a weight that two layers use differently; a weight decay of which nothing is known (`declare`
-            says it, and what else must be known of an optimizer's class; a warning asks for that).
+        ValueError: An argument out of its range; an optimizer that cannot be wrapped; a model with none of the
+            optimizer's weights in its layers; a weight that two layers use differently; a weight decay of which nothing
+            is known. `declare` tells what must be known of an optimizer's class, and a warning asks for it.
     """
 
     def __init__(

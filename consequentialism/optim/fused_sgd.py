@@ -248,30 +248,31 @@ class LayerStep:
 class FusedSGD(torch.optim.Optimizer):
     """SGD that steps emended linear layers inside backward: ``W <- W - lr * dy^T y``, and ``dw`` never exists.
 
-    After one step the weights are those of `torch.optim.SGD` with the same ``lr``, up to rounding. The layers'
-    `consequentialism.Linear` weights and biases change while ``loss.backward()`` runs; ``step()`` steps all other
+    After one step the weights are those of `torch.optim.SGD` with the same ``lr``, up to rounding. The weights and
+    biases of `consequentialism.Linear` layers change while ``loss.backward()`` runs. ``step()`` steps all other
     parameters of the model (embeddings, norms, plain layers) as plain SGD, and must follow every backward. From
-    backward to ``step()``, ``.grad`` of an updated parameter is a `SpentGradient`, which raises when it is used;
-    otherwise it is None.
+    backward to ``step()``, ``.grad`` of an updated parameter is a `SpentGradient`, which raises an error when it is
+    used; at other times it is None.
 
-    Refused, with an error: a second backward before ``step()``; a layer used twice in one backward; tied weights; hooks
+    Refused with an error: a second backward before ``step()``; a layer used twice in one backward; tied weights; hooks
     on parameters; gradient clipping and GradScaler (after the update); ``create_graph=True``; ``torch.autograd.grad``
     for the weights; ``torch.func``; ``torch.compile`` with ``fullgraph=True``; ``process_group=``, DDP and more than
-    one process; a learning rate that changes between backward and ``step()``. Not detected: hooks on a parameter's
-    AccumulateGrad node. An error in the middle of a backward leaves those layers updated that it has passed.
+    one process; a learning rate that changes between backward and ``step()``. Hooks on a parameter's AccumulateGrad
+    node are not detected. After an error in the middle of a backward, the layers that it has passed are updated.
 
     Args:
         model: A module with at least one `consequentialism.Linear`. The optimizer takes all its parameters.
-        lr: Learning rate of the linear layers, a number or a tensor with one element. A tensor on the model's device is
-            read there, so that CUDA graphs can be captured and replayed with another value; a number is refused
-            in a capture.
-        other_lr: Learning rate of all other parameters; None for ``lr``.
+        lr: The learning rate of the linear layers, a number or a tensor with one element. A tensor on the model's
+            device is read there, so that CUDA graphs can be captured and replayed with another value; a number is
+            refused in a capture.
+        other_lr: The learning rate of all other parameters; None for ``lr``.
 
     Attributes:
-        param_groups: First the linear layers', then the others', if there are any; schedulers work on both.
+        param_groups: The group of the linear layers, then that of the other parameters, if there are any. Schedulers
+            work on both.
 
     Raises:
-        TypeError: ``model`` is no module, or a learning rate no number.
+        TypeError: ``model`` is not a module, or a learning rate is not a number.
         ValueError: A learning rate below 0 or not finite, no layer to step, or one that cannot be stepped this way.
     """
 

@@ -24,31 +24,32 @@ _ADAM_ONLY = {"maximize": False, "capturable": False, "fused": None}
 class Muon(Emended):
     """Muon in emended coordinates for the hidden matrices of a model, AdamW for its other parameters.
 
-    The hidden matrices are the weights of linear layers, convolutions and `torch.nn.MultiheadAttention`: of a
-    convolution as a matrix with a row an output, of an attention ``in_proj_weight`` as its three and ``out_proj``
-    without coordinates, for its input arises inside (`left_alone` names it). Not the last such layer of several, which
-    is taken for the head, and none that an embedding shares. Embeddings, the head, recurrent layers, biases, norms and
-    parameters of no known layer go to AdamW, plainly.
+    The hidden matrices are the weights of linear layers, convolutions and `torch.nn.MultiheadAttention`. A
+    convolution's weight is a matrix with a row for each output. Of an attention, ``in_proj_weight`` is stepped as its
+    three matrices, and ``out_proj`` without coordinates, because its input arises inside (`left_alone` names it). The
+    last such layer of several is taken for the head, and is not hidden; nor is a weight that an embedding shares. AdamW
+    steps embeddings, the head, recurrent layers, biases, norms and parameters of no known layer, without coordinates.
 
         optimizer = cw.optim.Muon(model, lr=0.02, aux=dict(lr=1e-3))
 
     Args:
-        model: The model; its parameters that want gradients are taken.
-        lr: The hidden matrices' rate.
-        aux: AdamW's options, with ``lr``; also ``betas``, ``eps``, ``weight_decay`` and ``amsgrad``.
+        model: The model. All its parameters that require gradients are stepped.
+        lr: The learning rate of the hidden matrices.
+        aux: AdamW's options: ``lr``, which is required, and ``betas``, ``eps``, ``weight_decay`` and ``amsgrad``.
         momentum: At least 0 and below 1.
         nesterov: Whether the momentum is Nesterov's.
-        weight_decay: The hidden matrices', decoupled.
-        ns_coefficients, ns_steps, eps, adjust_lr_fn: As `torch.optim.Muon`.
-        qkv: The last parts of the names of layers whose matrix holds those of queries, keys and values, one over the
-            other, as ``("c_attn",)``: each is orthogonalised on its own. Without, it is one matrix.
-        damping, exponent, scale, memory, refresh_every, block, process_group, shard_state, root: As `Emended`; the
-            exponent is 1/4, a refresh comes every 25 steps and blocks are of 128 inputs.
-        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which of the layers' weights are hidden matrices;
-            None: as above.
+        weight_decay: The decoupled weight decay of the hidden matrices.
+        ns_coefficients, ns_steps, eps, adjust_lr_fn: As in `torch.optim.Muon`.
+        qkv: The last parts of the names of layers whose matrix holds those of queries, keys and values above one
+            another, such as ``("c_attn",)``. Each of the three is orthogonalised on its own; without, they are one
+            matrix.
+        damping, exponent, scale, memory, refresh_every, block, process_group, shard_state, root: As in `Emended`. By
+            default the exponent is 1/4, a refresh comes every 25 steps and blocks are of 128 inputs.
+        filter_fn: ``filter_fn(module, fully_qualified_name)`` says which layers' weights are hidden matrices; None: as
+            above.
 
     Raises:
-        TypeError, ValueError: As `Emended`; an ``aux`` without ``lr`` or with an option that there is not.
+        TypeError, ValueError: As `Emended`; an ``aux`` without ``lr`` or with an unknown option.
     """
 
     def __init__(
