@@ -1,6 +1,7 @@
-// What tests/test_cuda_conv_gram.py calls. Types: 0 float64, 1 float32, 2 bfloat16, 3 float16.
+// What tests/test_cuda_conv_gram.py calls.
 #include "conv_gram_launcher.h"
 #include "conv_numbers.h"
+#include "element_types.h"
 
 using namespace consequentialism;
 using namespace consequentialism::cuda;
@@ -11,7 +12,7 @@ namespace {
 // tile 0: as planned. Negative splits: in a cluster.
 ConvGramPlan plan_of(
     const ConvGeometry& g, bool bias, int64_t type, bool wide, int64_t patch_bytes, int64_t tile, int64_t splits) {
-  const size_t element = wide ? 8 : bytes_of(type), sum = wide || type == 0 ? 8 : 4;
+  const size_t element = wide ? 8 : bytes_of(type), sum = sum_bytes_of(type, wide);
   if (tile == 0) return plan_conv_gram(g, bias, element, sum, patch_bytes, kHopper);
   return plan_conv_gram_with(
       g, bias, element, sum, patch_bytes, static_cast<int>(tile), splits < 0 ? -splits : splits, splits < 0);
@@ -52,8 +53,5 @@ extern "C" int call_conv_gram(
         static_cast<const From*>(x), steps, g, bias, tf32, static_cast<Accumulator<T>*>(gram), plan,
         static_cast<T*>(padded), workspace, nullptr);
   };
-  const auto with = [&](auto from) { return wide ? run(from, double{}) : run(from, from); };
-  if (type == 0) return with(double{});
-  if (type == 1) return with(float{});
-  return type == 2 ? with(bfloat16{}) : with(float16{});
+  return with_type(type, [&](auto from) { return wide ? run(from, double{}) : run(from, from); });
 }

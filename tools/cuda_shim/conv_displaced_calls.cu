@@ -1,6 +1,7 @@
 // What tests/test_cuda_conv_gram_displaced.py calls.
 #include "conv_gram_displaced_launcher.h"
 #include "conv_numbers.h"
+#include "element_types.h"
 
 using namespace consequentialism;
 using namespace consequentialism::cuda;
@@ -9,7 +10,7 @@ using namespace consequentialism::cuda::shim;
 namespace {
 
 DisplacedPlan plan_of(const ConvGeometry& g, int64_t type, bool wide, int64_t patch_bytes, int64_t processors) {
-  const size_t element = wide ? 8 : bytes_of(type), sum = wide || type == 0 ? 8 : 4;
+  const size_t element = wide ? 8 : bytes_of(type), sum = sum_bytes_of(type, wide);
   Limits limits = kHopper;
   limits.processors = static_cast<int>(processors);
   return plan_conv_gram_displaced(g, element, sum, patch_bytes, limits);
@@ -50,8 +51,5 @@ extern "C" int call_conv_gram_displaced(
         static_cast<const From*>(x), steps, g, bias, tf32, static_cast<Accumulator<T>*>(gram), plan,
         static_cast<T*>(padded), workspace, nullptr);
   };
-  const auto with = [&](auto from) { return wide ? run(from, double{}) : run(from, from); };
-  if (type == 0) return with(double{});
-  if (type == 1) return with(float{});
-  return type == 2 ? with(bfloat16{}) : with(float16{});
+  return with_type(type, [&](auto from) { return wide ? run(from, double{}) : run(from, from); });
 }

@@ -1,16 +1,9 @@
-// A convolution as the tests give it. Types: 0 float64, 1 float32, 2 bfloat16, 3 float16.
+// A convolution as the tests give it.
 #pragma once
-
-#include <cstddef>
 
 #include "../../csrc/conv_geometry.h"
 
 namespace consequentialism::cuda::shim {
-
-inline size_t bytes_of(int64_t type) {
-  constexpr size_t kBytes[] = {8, 4, 2, 2};
-  return kBytes[type];
-}
 
 // numbers: batch, channels, groups, then size, kernel, stride, padding, dilation, of three dimensions each.
 inline ConvGeometry geometry_of(const int64_t* numbers) {

@@ -1,31 +1,14 @@
-// What tests/test_cuda_coordinates.py calls. Types: 0 float64, 1 float32, 2 bfloat16, 3 float16.
+// What tests/test_cuda_coordinates.py calls.
 #include "../../csrc/cuda/decayed_gram_launcher.h"
 #include "../../csrc/cuda/inverse_root_launcher.h"
 #include "../../csrc/cuda/matrix_tiles.h"
 #include "../../csrc/cuda/root_product_launcher.h"
+#include "element_types.h"
 
 using namespace consequentialism::cuda;
+using namespace consequentialism::cuda::shim;
 
 namespace {
-
-template <class Call>
-int with_type(int64_t type, const Call& call) {
-  switch (type) {
-    case 0:
-      return call(double{});
-    case 1:
-      return call(float{});
-    case 2:
-      return call(bfloat16{});
-    default:
-      return call(float16{});
-  }
-}
-
-size_t bytes_of(int64_t type) {
-  constexpr size_t kBytes[] = {8, 4, 2, 2};
-  return kBytes[type];
-}
 
 // tile 0: as planned. Negative splits: in a cluster.
 GramPlan gram_plan(const DecayedGramShape& shape, const Limits& limits, int64_t tile, int64_t splits) {
@@ -43,7 +26,7 @@ InverseRootPlan root_plan(const InverseRootShape& shape, const Limits& limits, i
 extern "C" int call_decayed_gram(
     const void* before, const void* x, const double* factors, void* gram, void* workspace, int64_t type, int64_t offset,
     int64_t rows, int64_t inputs, int64_t stride, int64_t blocks, bool bias, bool tf32, int64_t tile, int64_t splits) {
-  const DecayedGramShape shape{rows, inputs, blocks, bias, bytes_of(type), size_t{type == 0 ? 8u : 4u}};
+  const DecayedGramShape shape{rows, inputs, blocks, bias, bytes_of(type), sum_bytes_of(type)};
   const GramPlan plan = gram_plan(shape, kHopper, tile, splits);
   return with_type(type, [&](auto one) -> int {
     using T = decltype(one);
@@ -58,7 +41,7 @@ extern "C" int call_decayed_gram(
 extern "C" int call_decayed_gram_plan(
     int64_t* values, int64_t type, int64_t rows, int64_t inputs, int64_t blocks, bool bias, int64_t tile,
     int64_t splits) {
-  const DecayedGramShape shape{rows, inputs, blocks, bias, bytes_of(type), size_t{type == 0 ? 8u : 4u}};
+  const DecayedGramShape shape{rows, inputs, blocks, bias, bytes_of(type), sum_bytes_of(type)};
   const GramPlan plan = gram_plan(shape, kHopper, tile, splits);
   const int64_t all[] = {
       plan.tile,
@@ -101,7 +84,7 @@ extern "C" int call_inverse_root_plan(int64_t* values, int64_t type, int64_t bat
 extern "C" int call_root_product(
     const void* rows, const void* root, const double* factors, void* out, const int64_t* strides, int64_t type,
     bool narrow, bool adds, int64_t batch, int64_t count, int64_t order, int64_t tile) {
-  const RootProductShape shape{batch, count, order, bytes_of(type), size_t{type == 0 ? 8u : 4u}, type == 2};
+  const RootProductShape shape{batch, count, order, bytes_of(type), sum_bytes_of(type), type == 2};
   const RootProductPlan plan =
       tile == 0 ? plan_root_product(shape, kHopper) : plan_root_product_with(shape, static_cast<int>(tile));
   const ProductOutput to{out, {strides[4], strides[5]}, narrow, adds};

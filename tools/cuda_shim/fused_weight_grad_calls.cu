@@ -1,17 +1,17 @@
 // What tests/test_cuda_fused_weight_grad.py calls.
 #include <cstring>
 
+#include "element_types.h"
 #include "fused_weight_grad_launcher.h"
 #include "launch_counters.h"
 
 using namespace consequentialism::cuda;
+using namespace consequentialism::cuda::shim;
 
 namespace {
 
-// 0 float64, 1 float32, 2 bfloat16, 3 float16.
 FusedShape fused_shape(int64_t rows, int64_t inputs, int64_t outputs, bool bias, int64_t type) {
-  constexpr size_t kBytes[] = {8, 4, 2, 2};
-  return {rows, inputs, outputs, bias, kBytes[type], type == 2};
+  return {rows, inputs, outputs, bias, bytes_of(type), type == 2};
 }
 
 // variant 0: as planned.

@@ -1,41 +1,22 @@
 // What tests/test_cuda_input_gram.py and tests/test_cuda_emended_input.py call.
+#include "element_types.h"
 #include "emended_input.cuh"
 #include "emended_input_launcher.h"
 #include "input_gram.cuh"
 #include "input_gram_launcher.h"
 
 using namespace consequentialism::cuda;
+using namespace consequentialism::cuda::shim;
 
 namespace {
 
-// 0 float64, 1 float32, 2 bfloat16, 3 float16.
-template <class Call>
-int with_type(int64_t type, const Call& call) {
-  switch (type) {
-    case 0:
-      return call(double{});
-    case 1:
-      return call(float{});
-    case 2:
-      return call(bfloat16{});
-    default:
-      return call(float16{});
-  }
-}
-
-size_t bytes_of(int64_t type) {
-  constexpr size_t kBytes[] = {8, 4, 2, 2};
-  return kBytes[type];
-}
-
 GramShape gram_shape(int64_t rows, int64_t inputs, bool bias, bool primal, int64_t type, bool wide) {
-  return {rows, inputs, bias, primal, bytes_of(type), size_t{wide || type == 0 ? 8u : 4u}};
+  return {rows, inputs, bias, primal, bytes_of(type), sum_bytes_of(type, wide)};
 }
 
 EmendShape emend_shape(
     int64_t rows, int64_t inputs, bool bias, bool primal, int64_t type, bool wide, double condition) {
-  return {rows,     inputs, bias, primal, bytes_of(type), size_t{wide || type == 0 ? 8u : 4u}, type == 2 && !wide,
-          condition};
+  return {rows, inputs, bias, primal, bytes_of(type), sum_bytes_of(type, wide), type == 2 && !wide, condition};
 }
 
 // tile 0: as planned. Negative splits: in a cluster.
