@@ -164,7 +164,7 @@ def eligible(model: nn.Module) -> tuple[list[Seen], dict[str, str]]:
     """
     chosen: list[Seen] = []
     left_out: dict[str, str] = {}
-    for name, module, state, parameters in survey(model):
+    for name, module, state, parameters in survey(model, optimizers=False):
         name = name.replace("_orig_mod.", "").removeprefix("_orig_mod")  # of torch.compile
         if state not in READY or parametrize.is_parametrized(module):
             left_out[name] = "its parameters are parametrised" if state in READY else state

@@ -198,9 +198,13 @@ def param_groups(model: nn.Module, *, lr: Any, other: Mapping[str, Any]) -> list
     return [group for group in groups if group["params"]]
 
 
-def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.Parameter]]]:
-    """Every module with a matrix of its own: its name, itself, whether it is emended, what steps it in coordinates, or
-    why neither, and its parameters.
+def survey(model: nn.Module, optimizers: bool = True) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.Parameter]]]:
+    """Every module with a matrix of its own: its name, itself, its state and its parameters.
+
+    The state is whether it is emended, what steps it in coordinates, or why neither.
+
+    Args:
+        optimizers: Whether optimizers in coordinates count; without, the state is that of the layer alone.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -214,7 +218,7 @@ def survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Iterable[nn.
             yield name, module, "emended", module.emended_parameters()
         else:
             whole = isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
-            by = _stepped_by(module)
+            by = _stepped_by(module) if optimizers else None
             state = _obstacle(module, tied) or NOT_CONVERTED if by is None else f"{IN_COORDINATES} by {by}"
             yield name, module, state, module.parameters(recurse=whole)
 
