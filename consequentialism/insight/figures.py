@@ -60,74 +60,98 @@ def figures(seen: Seen, options: Options, most_rows: int) -> Figures:
     )
 
 
+class _Solved:
+    """A layer's plain and emended gradients from one pass over its rows, whole in dual form, in pieces in primal form.
+
+    Attributes:
+        gram: ``x^T x [groups, I, I]`` in primal form; in dual form nothing.
+        c: The ridge of each group, ``[groups]``.
+        plain: ``dy^T x [groups, O, I]``.
+        emended: The same with emended rows, unscaled.
+        direction: Of the mean row, ``[groups, I]`` of length 1.
+    """
+
+    def __init__(self, seen: Seen, options: Options) -> None:
+        self._seen, self.rows = seen, seen.count()
+        self.groups, _, self.inputs = next(seen.blocks())[0].shape
+        self.rank = max(min(self.rows, self.inputs), 1)
+        self.form: Form = "dual" if self.rows <= self.inputs else "primal"
+        self._whole = [seen.rows()] if self.form == "dual" else None
+        total, self.trace, self.plain = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        self.gram = torch.zeros(())
+        for x, dy in self.pieces():
+            total, self.trace = x.sum(1) + total.to(x), x.square().sum((1, 2)) + self.trace.to(x)
+            self.plain = dy.mT @ x + self.plain.to(x)
+            self.gram = self.gram if self._whole else x.mT @ x + self.gram.to(x)
+        self.c = _ridge(self.trace, options, self.rank)
+        if self._whole:
+            x, dy = self._whole[0]
+            self._y = torch.stack([emended_rows(own, ridge) for own, ridge in zip(x, self.c, strict=True)])
+            self.emended = dy.mT @ self._y
+        else:
+            self._inverse = torch.stack([damped_inverse(own, c) for own, c in zip(self.gram, self.c, strict=True)])
+            self.emended = self.plain @ self._inverse
+        mean = total / self.rows
+        self.direction = mean / mean.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+
+    def pieces(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Rows ``x [groups, n, I]`` and their errors ``dy [groups, n, O]``."""
+        return self._seen.blocks() if self._whole is None else self._whole
+
+    def emended_rows(self, x: Tensor) -> Tensor:
+        """Of a piece of the rows."""
+        return self._y if self._whole else x @ self._inverse
+
+    def smaller_gram(self) -> Tensor:
+        """Of all rows."""
+        return _smaller_gram(self._whole[0][0]) if self._whole else self.gram
+
+    def scaled(self, options: Options) -> Tensor:
+        """The emended gradient as an optimizer sees it."""
+        scale = {"raw": torch.ones_like(self.c), "gradient": self.c}.get(options.scale)
+        return self.emended * (_samples(self._seen, self.rows, options) if scale is None else scale[:, None, None])
+
+
 def _of_rows(seen: Seen, options: Options, most_rows: int) -> Figures:
-    """Figures of a linear layer or convolution, its rows whole in the dual form, in pieces in the primal one."""
-    rows = seen.count()
-    groups, _, inputs = next(seen.blocks())[0].shape
-    rank = max(min(rows, inputs), 1)
-    form: Form = "dual" if rows <= inputs else "primal"
-    whole = [seen.rows()] if form == "dual" else None
-
-    def pieces() -> Iterable[tuple[Tensor, Tensor]]:  # [groups, n, I], [groups, n, O]
-        return seen.blocks() if whole is None else whole
-
-    total, trace, plain = torch.zeros(()), torch.zeros(()), torch.zeros(())
-    gram = torch.zeros(())  # [groups, I, I], in primal form
-    for x, dy in pieces():
-        total, trace = x.sum(1) + total.to(x), x.square().sum((1, 2)) + trace.to(x)
-        plain = dy.mT @ x + plain.to(x)  # [groups, O, I]
-        gram = gram if whole else x.mT @ x + gram.to(x)
-    c = _ridge(trace, options, rank)  # [groups]
-    if whole:
-        y = torch.stack([emended_rows(own, ridge) for own, ridge in zip(whole[0][0], c, strict=True)])
-        emended = whole[0][1].mT @ y
-    else:
-        inverse = torch.stack([damped_inverse(own, ridge) for own, ridge in zip(gram, c, strict=True)])
-        emended = plain @ inverse
-    scale = {"raw": torch.ones_like(c), "gradient": c}.get(options.scale)
-    samples = _samples(seen, rows, options)
-    emended_scaled = emended * (samples if scale is None else scale[:, None, None])
-    mean = total / rows
-    direction = mean / mean.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    """Figures of a linear layer or convolution, in a second pass over its rows."""
+    layer = _Solved(seen, options)
+    rows, rank, device = layer.rows, layer.rank, layer.c.device
     interference = Interference(), Interference()
-    shown, spectrum_rows = evenly_spaced(rows, most_rows, mean.device), evenly_spaced(rows, MOST_SPECTRUM, mean.device)
+    shown, spectrum_rows = evenly_spaced(rows, most_rows, device), evenly_spaced(rows, MOST_SPECTRUM, device)
     picked: list[list[Tensor]] = []
     of_spectrum: list[Tensor] = []
     in_mean, begin = 0.0, 0
-    for x, dy in pieces():
+    for x, dy in layer.pieces():
         end = begin + x.shape[1]
-        y = y if whole else x @ inverse
-        interference[0].add(x @ plain.mT, x.square().sum(2), dy)
-        interference[1].add(x @ emended.mT, (x * y).sum(2), dy)
-        in_mean += float((x @ direction[:, :, None]).square().sum())
+        y = layer.emended_rows(x)
+        interference[0].add(x @ layer.plain.mT, x.square().sum(2), dy)
+        interference[1].add(x @ layer.emended.mT, (x * y).sum(2), dy)
+        in_mean += float((x @ layer.direction[:, :, None]).square().sum())
         own = shown[(shown >= begin) & (shown < end)] - begin
         picked.append([x[:, own], y[:, own], dy[:, own]])
         if rank > MOST_SPECTRUM:
             of_spectrum.append(x[:, spectrum_rows[(spectrum_rows >= begin) & (spectrum_rows < end)] - begin])
         begin = end
     x, y, dy = (torch.cat(parts, 1) for parts in zip(*picked, strict=True))
-    if rank > MOST_SPECTRUM:
-        some = torch.cat(of_spectrum, 1)
-        eigenvalues, of_rows = _eigenvalues(_smaller_gram(some)), some.shape[1]
-    else:
-        eigenvalues, of_rows = _eigenvalues(_smaller_gram(whole[0][0]) if whole else gram), rows
-    size = float(trace.sum())
+    eigenvalues = _eigenvalues(_smaller_gram(torch.cat(of_spectrum, 1)) if of_spectrum else layer.smaller_gram())
+    of_rows = len(spectrum_rows) if of_spectrum else rows
+    size, c = float(layer.trace.sum()), float(layer.c.mean())
     return Figures(
         rows=rows,
-        inputs=inputs,
-        outputs=groups * dy.shape[2],
-        groups=groups,
-        form=form,
-        damping_c=float(c.mean()),
+        inputs=layer.inputs,
+        outputs=layer.groups * dy.shape[2],
+        groups=layer.groups,
+        form=layer.form,
+        damping_c=c,
         mean_share=in_mean / size if size else 0.0,
         spectrum=eigenvalues,
         spectrum_rows=of_rows,
-        **_of_spectrum(eigenvalues, float(c.mean()), rows / of_rows, rank),
+        **_of_spectrum(eigenvalues, c, rows / of_rows, rank),
         **interference[0].numbers(""),
         **interference[1].numbers("_emended"),
         matrix=coupling(x, x, dy),
         matrix_emended=coupling(x, y, dy),
-        **_compared(plain, emended_scaled),
+        **_compared(layer.plain, layer.scaled(options)),
     )
 
 
