@@ -99,7 +99,7 @@ def index_readme() -> str:
 
 
 def build_tag() -> str:
-    """For the wheel's name: its kernels run with this torch and no other."""
+    """The tag in the wheel's name: its kernels run with this torch and no other."""
     import torch
 
     return "0torch" + torch.__version__.replace("+", ".")
@@ -198,7 +198,7 @@ def compile_warpgroups(folder: Path, flags: list[str]) -> str:
 
 
 def compiler_flags() -> tuple[list[str], list[str]]:
-    """For compiling and for linking. at::parallel_for is a header: without OpenMP here it runs on one thread."""
+    """The flags for compiling and for linking. at::parallel_for is a header: without OpenMP it runs on one thread."""
     if os.name == "nt":
         return ["/O2", "/std:c++20", "/openmp"], []
     # Without -g, which Python's own flags hold: it makes autograd.cpp take two and a half times as long to compile.

@@ -172,7 +172,7 @@ def _run(chosen: argparse.Namespace, own: list[str]) -> int:
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM is a SystemExit, after it what it was before."""
+    """A context in which SIGTERM raises SystemExit."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

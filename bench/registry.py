@@ -276,7 +276,7 @@ def plan(choice: Choice, device: Device) -> list[Case]:
 
 
 def _ops_of(shapes: tuple[tuple[int, ...], ...]) -> list[str]:
-    """Those that are measured where none is named: all, or for each shape the first that takes it."""
+    """The ops to measure where none is named: all of them, or for each given shape the first op that takes it."""
     if not shapes:
         return list(OPS)
     takers = (next((name for name, op in OPS.items() if op.parse(shape)), None) for shape in shapes)

@@ -35,7 +35,7 @@ def table(rows: Iterable[Row]) -> None:
 
 
 def print_table(columns: Columns, lines: Sequence[Sequence[str]], ends: Sequence[bool] = ()) -> None:
-    """By rich, or as plain text where that is not installed; ``ends``: lines with a rule below."""
+    """Print a table by rich, or as plain text where rich is not installed; ``ends`` are the lines with a rule below."""
     try:
         from rich import box
         from rich.console import Console

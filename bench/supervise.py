@@ -24,7 +24,7 @@ def supervise(worker: list[str], path: Path, end: float, grace: float, patience:
 
     Args:
         worker: The command of a worker, which reads and writes the journal at ``path``.
-        end: By `time.time`; a worker is given ``grace`` seconds more to stop by itself.
+        end: When to stop, by `time.time`; a worker is given ``grace`` seconds more to stop by itself.
         patience: Seconds without a line in the journal after which a worker that has begun counts as hung.
     """
     quiet = {**os.environ, "KINETO_LOG_LEVEL": "99"}  # read when torch loads: the profiler's chatter stays off

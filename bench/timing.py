@@ -53,7 +53,7 @@ class Device(Protocol):
         ...
 
     def matrix_order(self) -> int:
-        """Of the product that measures the rate."""
+        """The order of the product that measures the rate."""
         ...
 
 
@@ -152,7 +152,7 @@ class Host:
         return 1e3 * (self._clock() - start)
 
     def peak_bytes(self, run: Run) -> int:
-        """From the profiler's allocation events."""
+        """The most memory that a call holds, from the profiler's allocation events."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]

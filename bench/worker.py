@@ -33,7 +33,7 @@ def run_case(
 
     Args:
         seconds: That timing takes, about, but for the device's least rounds.
-        latest: By `time.time`, after which one round must do.
+        latest: The time, by `time.time`, after which one round must do.
     """
     runs, known = _prepare(case, device, journal)
     end = time.time() + seconds

@@ -93,7 +93,7 @@ def is_asked_for(leaf: Any) -> bool:
 
 
 def needed_gradients(ctx: Any, count: int) -> tuple[bool, ...]:
-    """For the first ``count`` inputs of a Function, whether the running backward needs their gradients.
+    """Whether the running backward needs the gradient of each of the first ``count`` inputs of a Function.
 
     ``ctx.needs_input_grad`` says what forward could have been asked for: more than `torch.autograd.grad` of one input.
     """

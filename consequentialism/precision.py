@@ -126,7 +126,7 @@ def gram_type(
     Args:
         rows: ``N``, over all ranks that share the batch.
         inputs: ``I``, with the bias's.
-        dtype: Of ``x``.
+        dtype: The type of ``x``.
     """
     if float32_is_enough(rows, inputs, dtype, damping, damping_mode):
         return GramType(compute_dtype(dtype))

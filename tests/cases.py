@@ -207,5 +207,5 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def own(self) -> list[str]:
-        """Those of this package."""
+        """The names of this package's ops."""
         return [name for name in self.names if name.startswith("consequentialism")]

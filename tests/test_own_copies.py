@@ -84,7 +84,7 @@ class Reduced(nn.Linear):
 
 
 class ReducedByType(Reduced):
-    """By its own type and a state, whatever the protocol."""
+    """A class that reduces to its own type and a state, whatever the protocol."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "lock"}
@@ -92,7 +92,7 @@ class ReducedByType(Reduced):
 
 
 class FromSuper(nn.Linear):
-    """By what Python gives."""
+    """A class that reduces by what Python gives."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return super().__reduce_ex__(protocol)
@@ -206,11 +206,11 @@ class Updates:
 
 
 class UpdatedByMixin(Updates, cw.Linear):
-    """By a method of a class beside the emended one."""
+    """A class whose state is updated by a method of a class beside the emended one."""
 
 
 class BegunAnew(cw.Linear):
-    """By way of its constructor, whose options are others."""
+    """A class that is rebuilt by its constructor, with other options."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(1, 1)  # type: ignore[misc]
@@ -305,7 +305,7 @@ def rebuilt(cls: Any, state: dict[str, Any]) -> Any:
 
 
 class Rebuilt(nn.Linear):
-    """By a function that writes a state into its attributes."""
+    """A class that is rebuilt by a function that writes a state into its attributes."""
 
     def __reduce__(self) -> Any:
         return rebuilt, (type(self), self.__getstate__())

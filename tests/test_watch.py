@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
 
 class Own(nn.Module):
-    """The same with its layers called."""
+    """The same network, which calls its layers."""
 
     def __init__(self) -> None:
         super().__init__()

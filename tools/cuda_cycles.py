@@ -109,7 +109,7 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The address to which a branch goes."""
         found = re.search(r"\b(?:BRA|CALL\S*|JMP)\b.* (0x[0-9a-f]+)", self.text)
         return int(found[1], 16) if found else None
 
@@ -147,7 +147,7 @@ Code = list[Instruction]
 
 
 def decode(address: int, text: str, high: int) -> Instruction:
-    """Of the upper 64 bits of an instruction's 128."""
+    """Decode the upper 64 bits of an instruction's 128."""
 
     def bits(first: int, count: int) -> int:
         return high >> (first - 64) & ((1 << count) - 1)
@@ -233,7 +233,7 @@ def walk(code: Code, trips: int) -> Iterator[Instruction]:
 
 
 def region(code: Code, trips: int) -> Iterator[Instruction]:
-    """From the first read of the clock to the second."""
+    """The instructions from the first read of the clock to the second."""
     reads = 0
     for one in walk(code, trips):
         reads += "SR_CLOCKLO" in one.text
@@ -292,7 +292,7 @@ def stage_of(code: Code) -> Code:
 
 
 def cycles_of_pass(loop: Code) -> int:
-    """Of one pass among many: the third, with the first two under way."""
+    """The cycles of one pass among many: the third, with the first two under way."""
     clock = Clock()
     ends = []
     for _ in range(3):
@@ -303,7 +303,7 @@ def cycles_of_pass(loop: Code) -> int:
 
 
 def tool(name: str) -> str | None:
-    """On the PATH, or among those that Triton brings."""
+    """The path of a tool, on the PATH or among those that Triton brings."""
     if found := shutil.which(name):
         return found
     spec = importlib.util.find_spec("triton")

@@ -110,7 +110,7 @@ def lookup_shape(pick: random.Random) -> dict[str, Any]:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values, or fewer of them repeated, lying otherwise in memory."""
+    """A tensor with the same values, or fewer of them repeated, in another memory layout."""
     if layout == "transposed" and x.ndim > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "expanded" and x.ndim > 1 and x.shape[0] > 1:

@@ -40,7 +40,7 @@ def here(kind: str, name: str, device: str) -> str:
 
 
 def apart(kind: str, name: str, device: str, seconds: float) -> str:
-    """The same in a process of its own."""
+    """Run a kind in a process of its own."""
     import gpu_kinds
 
     start = time.monotonic()

@@ -78,7 +78,7 @@ def gram_by_warpgroups(rows: int, inputs: int, form: str) -> Kind:
 def conv_gram(
     batch: int, channels: int, size: int, stride: int, groups: int = 1, patch_bytes: int = 2**26, method: str = ""
 ) -> Kind:
-    """By the method that is named, else as planned: from 48 channels on with a stride of 1, displaced products."""
+    """The Gram of a convolution by the named method, else as planned: displaced products from 48 channels on."""
 
     def run(dtype: torch.dtype, device: str) -> float:
         x = _rows(batch * channels, size * size, dtype, device).view(batch, channels, size, size)

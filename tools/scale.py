@@ -47,12 +47,12 @@ MODELS = (
 
 
 class Cost(NamedTuple):
-    """Of one rank and step, on average over ``refresh_every`` steps.
+    """What one rank computes, sends and keeps a step, on average over ``refresh_every`` steps.
 
     Attributes:
         moments: Bytes of all ``A`` and ``S``.
         share: Those of a rank with ``shard_state=True``.
-        parameters: In coordinates.
+        parameters: How many parameters are stepped in coordinates.
         gram, root, apply: Multiplications and additions.
         step: Those of forward and backward.
         sent: Bytes.

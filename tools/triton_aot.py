@@ -71,7 +71,7 @@ class Compiled(NamedTuple):
 
 
 def precision(dtype: str, target: str) -> str:
-    """As `launch` asks for it."""
+    """The precision that `launch` asks for."""
     return "ieee" if dtype == "fp64" or target == "gfx942" else "tf32x3"
 
 

@@ -124,7 +124,7 @@ def best(rows: list[SweepRow], optimizer: str, batch_size: int) -> SweepRow:
 
 
 def best_loss(rows: list[SweepRow], optimizer: str, batch_size: int) -> float:
-    """Its loss, at least `LEARNT`."""
+    """The loss of the best setting, at least `LEARNT`."""
     return max(best(rows, optimizer, batch_size).loss, LEARNT)
 
 

@@ -66,7 +66,7 @@ def at_its_rate(bench: Bench, setting: Setting) -> Setting:
 
 
 def beginning(setting: Setting) -> Setting:
-    """Where the walk begins that has a setting's rate: that of its optimizer, placing and exponent."""
+    """The setting at which the walk begins that finds this one's rate: one walk an optimizer, placing and exponent."""
     if setting.placing is None:
         return START[setting.optimizer]
     base = BASE[setting.optimizer]
@@ -109,7 +109,7 @@ def counted(rows: Sequence[RecipeRow]) -> list[RecipeRow]:
 
 
 def runs(rows: Iterable[RecipeRow], optimizer: str, **chosen: object) -> list[RecipeRow]:
-    """Those of an optimizer in coordinates among the runs that count, with these values and `BASE`'s of the rest."""
+    """The runs that count of an optimizer in coordinates with these values, and with `BASE`'s values of the rest."""
     fields = ("exponent", "damping", "placing", "refresh_every", "memory", "block")
     wanted = {field: getattr(BASE[optimizer], field) for field in fields} | chosen
     return [

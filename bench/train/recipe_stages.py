@@ -82,7 +82,7 @@ class RecipeTimeRow(Environment):
 
     @property
     def kind(self) -> Kind:
-        """As a setting's."""
+        """The kind of the row's setting."""
         return self.optimizer, self.refresh_every, self.block
 
 
@@ -91,17 +91,17 @@ class Bench:
     """What the stages need to know.
 
     Attributes:
-        folder: Of the data.
-        out: Of the CSV files.
-        device: To train on.
+        folder: The folder of the data.
+        out: The folder of the CSV files.
+        device: The device to train on.
         tasks: Names of recipes whose data are there.
         optimizers: Names.
-        steps: Of a schedule; None: the task's own.
+        steps: The length of a schedule; None: the task's own.
         seeds: Runs that count.
         most: Trials of each optimizer.
         blocks: Rounds of the timing.
-        refresh_every: Of a search in coordinates, in steps; None: the package's.
-        block: Likewise, the most inputs that are taken together.
+        refresh_every: The steps from one refresh to the next in a search in coordinates; None: the package's default.
+        block: The most inputs that are taken together in such a search; None: the package's default.
     """
 
     folder: Path
@@ -117,7 +117,7 @@ class Bench:
     block: int | None = None
 
     def data(self, recipe: Recipe) -> tuple[Samples, int]:
-        """On the device, and the number of classes."""
+        """The task's data on the device, and the number of classes."""
         samples, classes = recipe.data(self.folder)
         return samples.to(torch.device(self.device)), classes
 
@@ -150,12 +150,12 @@ def row_of(
 
     Args:
         bench: See there.
-        task: Its name.
+        task: The task's name.
         setting: The optimizer's.
-        seed: Of the initial weights and the order of the batches.
+        seed: The seed of the initial weights and of the order of the batches.
         evaluations: After the one before any step; the last is after the last step.
-        steps: Of the schedule; None: ``bench.budget``.
-        file: In ``bench.out``.
+        steps: The length of the schedule; None: ``bench.budget``.
+        file: The CSV file's name in ``bench.out``.
     """
     recipe = RECIPES[task]
     steps = bench.budget(recipe) if steps is None else steps

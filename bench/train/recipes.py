@@ -46,9 +46,9 @@ class Recipe:
         title: As in a table.
         missing: What of its data a folder lacks, or None.
         data: Reads the samples, and how many classes or characters there are.
-        network: Of so many classes.
+        network: Makes the network, from the number of classes.
         batch_size: Samples a step.
-        steps: Of the whole schedule.
+        steps: The length of the whole schedule.
         by_loss: Whether the validation loss counts, else the accuracy.
         flips: Whether images are mirrored at random.
         mark: A published score, and where.
@@ -127,13 +127,13 @@ class Setting:
         optimizer: A name of `START`.
         lr: The highest rate of the schedule.
         aux_lr: That of the AdamW beside Muon.
-        weight_decay: Of matrices and convolutions.
-        damping: Of the emended coordinates, like the next ones.
-        exponent: Likewise.
+        weight_decay: The decay of matrices and convolutions.
+        damping: The damping of the emended coordinates; the next fields are settings of these coordinates too.
+        exponent: The root's exponent.
         placing: "around" the optimizer, as the package does; or "before" it only, so that it gets ``g S`` and its
             answer is applied as it is.
         refresh_every: Steps.
-        memory: Of older rows.
+        memory: The factor of older rows.
         block: The most inputs that are taken together.
     """
 

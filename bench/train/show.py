@@ -21,18 +21,18 @@ class Line:
     """One optimizer at one task: medians over seeds, infinity for a target that most seeds miss.
 
     Attributes:
-        task: Its name.
-        optimizer: Its name.
+        task: The task's name.
+        optimizer: The optimizer's name.
         lr: Learning rate of the best trial.
-        damping: Of the best trial.
-        target: Accuracy or loss.
-        steps: To the target.
-        fewest: Of the seeds.
-        most: Of the seeds.
-        score: At the end.
-        train_loss: At the end.
-        ms: A step.
-        ratio: Of a step to plain SGD's.
+        damping: The damping of the best trial.
+        target: The accuracy or loss to reach.
+        steps: The steps to the target, the median of the seeds.
+        fewest: The fewest steps of any seed.
+        most: The most steps of any seed.
+        score: The test score at the end.
+        train_loss: The training loss at the end.
+        ms: Milliseconds a step.
+        ratio: A step's cost as a multiple of plain SGD's.
         grid_steps: Steps that the grid search took.
     """
 

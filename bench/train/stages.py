@@ -43,11 +43,11 @@ class Plan:
     Attributes:
         tasks: Names of tasks.
         optimizers: Names of optimizers; SGD is always timed, for the ratios.
-        device: To train on.
+        device: The device to train on.
         root: Folder of MNIST's files.
         seeds: Runs with the best trial.
         grid: Trials of each optimizer, at most.
-        blocks: Of ten steps each, in the timing.
+        blocks: How many blocks of ten steps are timed.
         workers: Processes for grid search and runs.
         out: Folder of the CSV files.
     """
@@ -63,11 +63,11 @@ class Plan:
     out: Path
 
     def task(self, name: str) -> Task:
-        """By its name."""
+        """The task of that name."""
         return TASKS[name]
 
     def data(self, task: Task) -> Samples:
-        """On the device."""
+        """The task's data on the device."""
         return task.data(self.root).to(torch.device(self.device))
 
 

@@ -50,7 +50,7 @@ def shakespeare(folder: Path, context: int, windows: int) -> tuple[Samples, int]
     Args:
         folder: That has ``tinyshakespeare.txt``.
         context: Characters that the network sees, ``T``.
-        windows: Of the validation text, evenly spread; the training text's begin at every character.
+        windows: How many windows of the validation text, evenly spread; those of the training text begin anywhere.
 
     Returns:
         Inputs ``[N, T]`` and, for each of them, the next character ``[N, T]``; int64. And the number of characters.

@@ -35,9 +35,9 @@ class Outcome:
     """One run and how it ended.
 
     Attributes:
-        run: Its evaluations.
+        run: The run's evaluations.
         losses: The batch's loss before every step.
-        steps: To the target, None where it was not reached.
+        steps: The steps to the target, None where it was not reached.
         end: "reached", "beaten", "budget" or "diverged".
     """
 
@@ -87,10 +87,10 @@ def train(
 
     Args:
         task: What is trained.
-        method: By which optimizer.
-        data: On what; the test samples are those that the target is asked for on.
+        method: The optimizer to train with.
+        data: The samples; the target is asked for on the test samples.
         trial: With which settings.
-        seed: Of weights and batches.
+        seed: The seed of weights and batches.
         limit: Steps after which a run that has not reached the target has lost.
         stop: Whether to stop where the target is reached.
     """

@@ -203,7 +203,7 @@ def _bias_gradient(
     """``db [O]`` alone: ``dy^T u`` with ``u``, the emended column of ones, in the matrix's type.
 
     Args:
-        x: In the unit.
+        x: The input in its unit.
     """
     form, matrix, unit = kept.form, _matrix(kept), kept.unit
     if form == "dual":

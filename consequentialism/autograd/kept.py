@@ -35,7 +35,7 @@ class EmendedInput(NamedTuple):
         return False
 
     def flat(self) -> Flat:
-        """As arguments of a Function."""
+        """What is kept, as arguments of a Function."""
         return "emended", (), self.emended, self.column
 
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:
@@ -74,7 +74,7 @@ class Inverse(NamedTuple):
         return True
 
     def flat(self) -> Flat:
-        """As arguments of a Function."""
+        """What is kept, as arguments of a Function."""
         return "inverse", (self.form,), self.inverse, self.unit
 
     def column(self, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Conjugate(NamedTuple):
         return True
 
     def flat(self) -> Flat:
-        """As arguments of a Function."""
+        """What is kept, as arguments of a Function."""
         return "conjugate", (self.system,), self.gram, self.unit
 
     def corrected(self, plain: Tensor, rank: int, rows: int) -> Tensor:
@@ -174,7 +174,7 @@ class Conjugate(NamedTuple):
 
 
 class FusedCall(NamedTuple):
-    """Nothing but ``x``: one op makes both gradients in backward."""
+    """Nothing is kept but ``x``: one op makes both gradients in backward."""
 
     bias: bool
     ridge: Ridge
@@ -184,7 +184,7 @@ class FusedCall(NamedTuple):
         return True
 
     def flat(self) -> Flat:
-        """As arguments of a Function."""
+        """What is kept, as arguments of a Function."""
         return "fused", tuple(self), None, None
 
     def weight_grad(self, x: Tensor | None, dy: Tensor, backend: Ops, need_weight: bool, need_bias: bool) -> Gradients:

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo.
 
     Args:
-        arguments: Of the command line; None, those of the process.
+        arguments: The command line's arguments; None takes those of the process.
 
     Returns:
         The exit code: 0, or 2 after one line on stderr about what the user can mend.

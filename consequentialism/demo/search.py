@@ -27,7 +27,7 @@ def search(
     """Run the grids.
 
     Args:
-        optimizers: Whose grids.
+        optimizers: The optimizers whose grids are searched.
         model: Which the grids depend on.
         run_trial: Trains with a trial, once a seed.
         target: The target accuracy; None for the rule above, which takes at least one plain optimizer.

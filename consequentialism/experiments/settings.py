@@ -152,7 +152,7 @@ def grid(optimizer: str, model: str) -> list[Trial]:
 
 
 def recorded_optimizers(data: str, model: str) -> list[str]:
-    """Those with a recorded trial; all where there is no record."""
+    """The optimizers with a recorded trial; all where there is no record."""
     trials = RECORDED.get((SAME_AS.get(data, data), model), ())
     return [trial.optimizer for trial in trials] or list(OPTIMIZERS)
 

@@ -52,7 +52,7 @@ class Run:
 
     Attributes:
         trial: The optimizer and its hyper-parameters.
-        seed: Of the initial weights and the order of the batches.
+        seed: The seed of the initial weights and of the order of the batches.
         steps: Steps taken.
         seconds: Time spent in training steps, evaluations left out.
         train_loss: Mean loss over the first training samples, at most 1,000 by default.
@@ -101,7 +101,7 @@ def train_together(
     Args:
         trials: Optimizers with learning rates and damping.
         problem: The network and its loss.
-        data: On the device to train on.
+        data: The samples, on the device to train on.
         schedule: Epochs, batch size and evaluations.
         seed: See above.
         after_round: Called after a step of every trial, outside the measured time.

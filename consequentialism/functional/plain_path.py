@@ -126,7 +126,7 @@ def refusal(layer: object, rewriter: str) -> str:
 
 
 class _Nothing:
-    """Nothing has been announced so far."""
+    """The state in which nothing has been announced so far."""
 
 
 _announced: weakref.ref[Any] = weakref.ref(_Nothing())  # what traced when the last warning was given

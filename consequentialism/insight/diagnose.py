@@ -26,35 +26,35 @@ class Layer(Figures):
     """What `diagnose` found of one layer.
 
     Attributes:
-        name: In the model.
-        kind: Its class.
+        name: The layer's name in the model.
+        kind: The name of its class.
         rows: ``N``: all leading dimensions, or batch times positions; over all calls of the layer.
         inputs: ``I`` of a group, the bias's among them.
         outputs: ``O``.
-        groups: Of a convolution; each has a Gram of its own, and figures are taken over all of them.
+        groups: A convolution's groups; each has a Gram of its own, and figures are taken over all of them.
         form: ``"dual"`` (the Gram is ``[N, N]``), ``"primal"`` (``[I, I]``) or ``"diagonal"`` (an embedding's).
         damping: The option's value.
         damping_c: The ridge ``c``, the mean of the groups'.
         effective_rank: The exponential of the entropy of the Gram's spectrum (Roy and Vetterli, EUSIPCO 2007).
         mean_share: Share of the trace that lies in the direction of the mean row.
         top_share: Share of the 16 leading directions.
-        condition: Of ``G + c I``.
-        spectrum_rows: Of how many rows the spectrum is; all, unless ``min(N, I)`` is above 2,048.
+        condition: The condition number of ``G + c I``.
+        spectrum_rows: How many rows the spectrum is taken from; all, unless ``min(N, I)`` is above 2,048.
         spectrum: Eigenvalues, largest first.
-        interference: Of a plain step: the change that the other rows' steps make to a row's outputs, in units of the
+        interference: In a plain step, the change that the other rows' steps make to a row's outputs, in units of the
             change that its own makes; root mean square over rows. 0 where no row disturbs another.
         interference_emended: The same of an emended step.
-        undone: Of a plain step: the share of what the rows' own steps do against the loss, to first order, that the
+        undone: In a plain step, the share of what the rows' own steps do against the loss, to first order, that the
             others' steps undo.
         undone_emended: The same of an emended step.
         matrix: ``M_jk [n, n]`` of a plain step: what row ``k``'s step does for row ``j``, in units of its own; negative
             where it undoes. Of evenly spaced rows where there are more than ``most_rows``.
         matrix_emended: The same of an emended step.
-        cosine: Of the plain and the emended gradient of weight and bias.
+        cosine: The cosine between the plain and the emended gradient of weight and bias.
         norm_ratio: The emended gradient's norm, with the layer's ``scale``, in units of the plain one's: by about so
             much a learning rate for SGD is to be divided.
         predicted_cost: Operations of forward and backward in those of the plain layer; None for an embedding.
-        measured_cost: Seconds, likewise.
+        measured_cost: Seconds of forward and backward in those of the plain layer.
         plain_ms: Milliseconds of the plain layer's forward and backward.
         retries: Factors that broke down and were tried again with more damping.
     """
@@ -105,7 +105,7 @@ class Report:
 
     Attributes:
         layers: A `Layer` each, in the model's order.
-        loss: Of the batch.
+        loss: The loss of the batch.
         left_out: Why the other layers with a weight are not there, by name.
     """
 

@@ -53,7 +53,7 @@ def figures(seen: Seen, options: Options, most_rows: int) -> Figures:
     """The figures of a layer whose rows are damped as ``options`` say.
 
     Args:
-        most_rows: Of so many evenly spaced rows the matrices are given; the numbers are of all rows.
+        most_rows: The matrices are of at most so many evenly spaced rows; the numbers are of all rows.
     """
     return (
         _of_lookup(seen, options, most_rows) if seen.form.like is nn.Embedding else _of_rows(seen, options, most_rows)
@@ -68,7 +68,7 @@ class _Solved:
         c: The ridge of each group, ``[groups]``.
         plain: ``dy^T x [groups, O, I]``.
         emended: The same with emended rows, unscaled.
-        direction: Of the mean row, ``[groups, I]`` of length 1.
+        direction: The direction of the mean row, ``[groups, I]`` of length 1.
     """
 
     def __init__(self, seen: Seen, options: Options) -> None:
@@ -99,11 +99,11 @@ class _Solved:
         return self._seen.blocks() if self._whole is None else self._whole
 
     def emended_rows(self, x: Tensor) -> Tensor:
-        """Of a piece of the rows."""
+        """The emended rows of a piece of the rows."""
         return self._y if self._whole else x @ self._inverse
 
     def smaller_gram(self) -> Tensor:
-        """Of all rows."""
+        """``x x^T`` or ``x^T x`` of all rows, the smaller."""
         return _smaller_gram(self._whole[0][0]) if self._whole else self.gram
 
     def scaled(self, options: Options) -> Tensor:

@@ -51,7 +51,7 @@ class Found:
     Attributes:
         tries: All trials, the plain ones among them.
         start: The loss before any step.
-        steps: Of each trial.
+        steps: The number of steps of each trial.
         target: What takes the damping: ``"convert"`` or ``"Emended"``.
         at_border: Whether the best damping or rate is the least or the largest that was tried.
     """
@@ -87,7 +87,7 @@ class Found:
 
     @property
     def options(self) -> dict[str, float]:
-        """For ``convert(model, **options)``, or ``Emended(optimizer, model, **options)``."""
+        """The options for ``convert(model, **options)``, or for ``Emended(optimizer, model, **options)``."""
         return {"damping": self.damping}
 
     def __str__(self) -> str:

@@ -31,9 +31,9 @@ class Seen:
     """A layer and its calls.
 
     Attributes:
-        name: In the model.
+        name: The layer's name in the model.
         module: The layer.
-        inputs: Of each call, a copy.
+        inputs: A copy of the input of each call.
         errors: The loss's gradient at the output of each call.
     """
 

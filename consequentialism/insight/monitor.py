@@ -81,13 +81,13 @@ class Monitor:
     and ``"retries"``: factors that broke down since the last sample. A figure that has no meaning is NaN.
 
     Args:
-        model: Whose forward runs in train mode.
-        optimizer: Whose steps count. Its hooks are used: `torch.optim.Optimizer.register_step_post_hook`.
+        model: The model whose forward runs in train mode.
+        optimizer: The optimizer whose steps count. Its hooks are used: `torch.optim.Optimizer.register_step_post_hook`.
         every: Steps from a sample to the next, at least 1. The first step is one.
         log: Where figures go: a function called as ``log(step, figures)``; the path of a CSV file, which is written
             anew, a line a layer; a TensorBoard ``SummaryWriter``, or anything with ``add_scalar(name, value, step)``;
             several of these in a list; or None. `latest` has the last ones in any case.
-        rows: Of each layer, evenly spaced, at most so many.
+        rows: The most rows of each layer that are looked at, evenly spaced.
         warn: Whether to warn.
 
     Raises:
@@ -303,7 +303,7 @@ def _figures(taken: Sequence[_Taken], options: Sequence[Options]) -> Tensor:
 
 
 def _interference(change: Tensor, errors: Tensor) -> Tensor:
-    """By ``H`` and ``D``, ``[layers, n, n]``: that of `figures`."""
+    """The interference of `figures`, from ``H`` and ``D``, ``[layers, n, n]``."""
     own = change.diagonal(dim1=1, dim2=2)
     others = change - torch.diag_embed(own)
     size = (own.square() * errors.diagonal(dim1=1, dim2=2)).sum(1)

@@ -254,7 +254,7 @@ OURS = (*_SAVED, KEY, SERIAL)
 
 
 def without_beside(state: dict[str, Any], layer: EmendedModule) -> dict[str, Any]:
-    """Of a layer's attributes, or the state that its class makes of them, what its plain class has too."""
+    """A layer's attributes, or the state that its class makes of them, without what only the emended class has."""
 
     def is_ours(name: str, value: Any) -> bool:  # and not one that a class's own state calls so
         own = layer.__dict__.get(name)
@@ -343,7 +343,7 @@ def own_method(layer: EmendedModule, name: str) -> Callable[..., Any] | None:
 
 
 def _method_below(layer: EmendedModule, name: str) -> Callable[..., Any] | None:
-    """Such a method, of those that ``super()`` finds in `EmendedModule`; None without one."""
+    """The `own_method` that ``super()`` finds in `EmendedModule`; None without one."""
     order = type(layer).__mro__
     return _method_of(order[order.index(EmendedModule) + 1 :], layer, name)
 

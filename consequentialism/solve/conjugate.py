@@ -140,7 +140,7 @@ class _Shift(NamedTuple):
 
 
 def _shift(diagonal: Tensor, ridge: Ridge, rank: int, unit: Tensor | None) -> _Shift:
-    """From the Gram's diagonal ``[..., n]``; a trace of zero gets a ridge of 1."""
+    """The ridge, from the Gram's diagonal ``[..., n]``; 1 where the trace is zero."""
     damping, excess = limited_damping(ridge.damping, ridge.damping_mode, diagonal.dtype)
     order = max(diagonal.shape[-1], 1)
     mean = (diagonal / order).sum(-1)[..., None, None]  # divided first: the trace itself may overflow

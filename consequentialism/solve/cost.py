@@ -51,11 +51,11 @@ class Plan(NamedTuple):
     """How a call is emended, decided once in a forward.
 
     Attributes:
-        form: Of the Gram.
+        form: The form of the Gram, dual or primal.
         applied_to: The side on which the inverse is applied.
-        solver: What stands for the inverse.
-        gram: Whether conjugate gradients have a stored one.
-        type: The Gram's.
+        solver: How the system is solved.
+        gram: Whether conjugate gradients store the Gram or multiply by ``x`` and ``x^T``.
+        type: The type of the Gram and its inverse.
     """
 
     form: Form
@@ -243,8 +243,8 @@ def conv_method(
     """How a convolution's Gram is summed up: from its patches, or from ``x`` times itself displaced.
 
     Args:
-        device_type: Of a type without either, ``"direct"``. Where a kernel finds no room for displaced products, it
-            takes patches.
+        device_type: The type of device; the answer is ``"direct"`` for one that has neither kernel. A kernel that
+            finds no room for displaced products takes patches.
         channels: ``C`` of one group.
         positions: Output positions along each dimension.
     """

@@ -137,7 +137,7 @@ def sum_over(grams: Sequence[Gram], groups: Sequence[dist.ProcessGroup], beside:
     """Sum Grams and their counts ``[1]`` over groups, one after the other: one message for each type and device.
 
     Args:
-        grams: In the same order on all ranks; their tensors are then views of what was received.
+        grams: The Grams, in the same order on all ranks; afterwards their tensors are views of what was received.
         beside: Numbers ``[K]`` that the first message carries too; summed in place.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[Gram]] = {}

@@ -179,7 +179,7 @@ def conv_gram(
 
     Args:
         x: ``[B, C, *spatial]``.
-        dtype: In which it is computed and returned, float32 or float64.
+        dtype: The type in which it is computed and returned, float32 or float64.
 
     Raises:
         ValueError: See `check_conv`.

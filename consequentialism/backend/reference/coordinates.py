@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def block_spans(inputs: int, blocks: int) -> list[tuple[int, int]]:
-    """Where each of so many blocks begins and ends, of nearly equal size, the larger ones first."""
+    """The begin and end of each block, where inputs are cut into blocks of nearly equal size, the larger ones first."""
     each, more = divmod(inputs, blocks)
     ends = [(i + 1) * each + min(i + 1, more) for i in range(blocks)]
     return list(zip([0, *ends], ends, strict=False))

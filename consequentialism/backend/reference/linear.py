@@ -125,8 +125,8 @@ def gram_inverse(
     """``scale * (x x^T + c I)^-1 [N, N]`` (dual) or ``scale * (x^T x + c I)^-1 [I, I]`` (primal).
 
     Args:
-        gram_dtype: Of the Gram and the inverse until it is returned: float64 where float32 would lose its digits, as
-            `precision.gram_type` decides; None, the type of sums over ``x``.
+        gram_dtype: The type of the Gram, and of the inverse until it is returned: float64 where float32 would lose its
+            digits, as `precision.gram_type` decides; None, the type of sums over ``x``.
         narrow_up_to: For backends that look at the Gram; see `precision.GramType`.
     """
     inverse, _, unit = _wide_inverse(x, bias, form, Ridge(damping, damping_mode, scale), gram_dtype)
@@ -141,7 +141,7 @@ def _wide_inverse(
     """`gram_inverse` of ``x / unit``, its rows with the bias's column ``[N, I]``, and the unit, as `unit_of`.
 
     Args:
-        dtype: In which all are computed; None, that of sums over ``x``.
+        dtype: The type in which all are computed; None, that of sums over ``x``.
     """
     rows, inputs = x.shape[0], x.shape[1] + bias
     rank = max(min(rows, inputs), 1)

@@ -11,7 +11,7 @@ from .language import element, helper, store
 
 @helper
 def block_begin(inputs, blocks, index):
-    """Where a block begins; the next one begins where it ends."""
+    """The input at which a block begins; the next block begins where it ends."""
     more = inputs % blocks
     return index * (inputs // blocks) + tl.minimum(index, more)
 

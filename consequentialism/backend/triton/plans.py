@@ -76,14 +76,14 @@ def _most_splits(inner: int) -> int:
 
 
 def _split(plan: GramPlan, outer: int, inner: int, grams: int = 1) -> GramPlan:
-    """As many splits as fill the chip once."""
+    """The number of splits that fills the chip once."""
     splits = min(_most_splits(inner), max(1, PROCESSORS // (grams * _tiles(outer, plan))))
     length = ceil_div(ceil_div(max(inner, 1), splits), plan.depth) * plan.depth
     return plan._replace(splits=ceil_div(max(inner, 1), length), length=length)
 
 
 def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
-    """For the Gram of an operand ``[outer, inner]``, multiplied in a type of so many bytes."""
+    """The plan for the Gram of an operand ``[outer, inner]``, multiplied in a type of so many bytes."""
     plan = GRAM_SMALL[element_bytes]
     if outer > plan.tile:
         plan = GRAM_LARGE[element_bytes]
@@ -96,7 +96,7 @@ def plan_gram(outer: int, inner: int, element_bytes: int) -> GramPlan:
 
 
 def plan_decayed_gram(size: int, rows: int, blocks: int, element_bytes: int) -> GramPlan:
-    """For the Grams of so many blocks of ``size`` columns each, over so many rows."""
+    """The plan for the Grams of ``blocks`` blocks of ``size`` columns each, over ``rows`` rows."""
     plan = GRAM_SMALL[element_bytes]
     if size > plan.tile:
         plan = GRAM_LARGE[element_bytes]
@@ -104,7 +104,7 @@ def plan_decayed_gram(size: int, rows: int, blocks: int, element_bytes: int) -> 
 
 
 def plan_symmetric(order: int, element_bytes: int) -> GramPlan:
-    """For products of symmetric matrices ``[order, order]``, float32 or float64."""
+    """The plan for products of symmetric matrices ``[order, order]``, float32 or float64."""
     small = GRAM_SMALL[element_bytes]
     return small if order <= small.tile else GRAM_LARGE[element_bytes]
 
@@ -114,12 +114,12 @@ CONV_GRAM = {2: GramPlan(64, 32, 8, 1), 4: GramPlan(32, 32, 4, 1), 8: GramPlan(3
 
 
 def plan_conv_gram(groups: int, entries: int, rows: int, element_bytes: int) -> GramPlan:
-    """For the Grams of so many groups, of ``rows`` patches of so many entries each."""
+    """The plan for the Grams of ``groups`` groups, of ``rows`` patches of ``entries`` entries each."""
     return _split(CONV_GRAM[element_bytes], entries, rows, groups)
 
 
 def plan_emend(rows: int, inputs: int, element_bytes: int) -> EmendPlan:
-    """For an emended input ``[rows, inputs]``, multiplied in a type of so many bytes."""
+    """The plan for an emended input ``[rows, inputs]``, multiplied in a type of so many bytes."""
     large = EMEND_LARGE[element_bytes]
     enough = ceil_div(rows, large.rows) * ceil_div(inputs, large.inputs) >= PROCESSORS
     return large if enough else EMEND_SMALL[element_bytes]
@@ -171,7 +171,7 @@ MULTIPLY_TILE = 32
 
 
 def plan_damped_inverse(order: int, element_bytes: int) -> InversePlan:
-    """For matrices ``[order, order]``, float32 or float64."""
+    """The plan for inverses of matrices ``[order, order]``, float32 or float64."""
     return INVERSE_SMALL[element_bytes] if order <= 64 else INVERSE_LARGE[element_bytes]
 
 
@@ -193,6 +193,6 @@ FUSED_CANDIDATES = {
 
 
 def plan_fused(rows: int, element_bytes: int) -> FusedPlan | None:
-    """For a gradient of so many rows, or None where a program cannot hold them."""
+    """The plan for a gradient of ``rows`` rows, or None where a program cannot hold them."""
     fitting = (plan for plan in FUSED_CANDIDATES[element_bytes] if plan.size >= rows)
     return next(fitting, None)
