@@ -300,7 +300,7 @@ def test_readme_says_how_soon_each_optimizer_in_coordinates_is_where_the_same_on
     assert recipe_report.overview(tmp_path) == ""
     plain, faster = [2 - k / 20 for k in range(21)], [2 - k / 10 for k in range(21)]
     ends = {"adamw": plain, "coordinates-adamw": faster, "muon": faster, "coordinates-muon": faster}
-    ends["cholesky-adamw"] = [2 - k / 5 for k in range(21)]
+    ends["cholesky-adamw"] = ends["outputs-adamw"] = [2 - k / 5 for k in range(21)]
     rows = [row(name, scores, seed) for name, scores in ends.items() for seed in (recipe_stages.SEARCH_SEED, 0, 1)]
     rows += [row(name, scores, 0, steps=40) for name, scores in ends.items()]  # of a longer schedule one seed alone
     table.write(rows, RecipeRow, tmp_path / recipe_stages.FILE)
@@ -321,6 +321,7 @@ def test_readme_says_how_soon_each_optimizer_in_coordinates_is_where_the_same_on
     text = recipe_report.overview(tmp_path)
     assert ", 20 steps | 1.000 / 0.000 | 0.50 (1.00) | 0.000 / 0.000 | 1.00 (2.00) |" in text
     assert ', 20 steps, `root="cholesky"` | 1.000 / -2.000 | 0.25 (0.50) |  |  |' in text
+    assert ', 20 steps, `root="cholesky"`, `output_exponent=1/3` | 1.000 / -2.000 | 0.25 (0.50) |  |  |' in text
 
 
 def test_a_share_is_where_the_line_between_evaluations_is_as_good_as_the_others_end() -> None:

@@ -11,7 +11,7 @@ from statistics import median
 from .. import table
 from ..markdown import markdown, number, where
 from . import grid_report, recipe_stages, step_cost
-from .methods import CHOLESKY, COORDINATES
+from .methods import CHOLESKY, COORDINATES, OUTPUTS
 from .recipe_stages import SEARCH_SEED, RecipeRow, RecipeTimeRow
 from .recipes import EVALUATIONS, LABELS, RECIPES, START, Kind, Recipe
 from .step_cost import StepCostRow
@@ -47,14 +47,18 @@ def text(folder: Path, pictures: str) -> list[str]:
     return parts
 
 
-FORMS = {COORDINATES: "", CHOLESKY: ', `root="cholesky"`'}  # of the optimizers in coordinates
+FORMS = {  # of the optimizers in coordinates
+    COORDINATES: "",
+    CHOLESKY: ', `root="cholesky"`',
+    OUTPUTS: ', `root="cholesky"`, `output_exponent=1/3`',
+}
 
 
 def overview(folder: Path) -> str:
     """README's table: when an optimizer in coordinates is as good as the plain one is at its end.
 
-    Optimizers in coordinates have the package's default refresh and blocks; those in Cholesky's coordinates have lines
-    of their own. Each task is shown with the longest schedule that several seeds ran; nothing where there is none.
+    Optimizers in coordinates have the package's default refresh and blocks; those in Cholesky's coordinates, and in
+    coordinates of the outputs too, have lines of their own. Each task is shown with the longest schedule that several seeds ran; nothing where there is none.
     """
     found = recipe_stages.rows_in(folder)
     times = _times(folder)
