@@ -58,7 +58,8 @@ def overview(folder: Path) -> str:
     """README's table: when an optimizer in coordinates is as good as the plain one is at its end.
 
     Optimizers in coordinates have the package's default refresh and blocks; those in Cholesky's coordinates, and in
-    coordinates of the outputs too, have lines of their own. Each task is shown with the longest schedule that several seeds ran; nothing where there is none.
+    coordinates of the outputs too, have lines of their own. Each task is shown with the longest schedule that several
+    seeds ran; nothing where there is none.
     """
     found = recipe_stages.rows_in(folder)
     times = _times(folder)
