@@ -49,6 +49,8 @@ CPU_SOURCES = [
     "csrc/cpu/dot_products.cpp",
     "csrc/cpu/decayed_gram.cpp",
     "csrc/cpu/inverse_root.cpp",
+    "csrc/cpu/symmetric_product.cpp",
+    "csrc/cpu/orthogonalised.cpp",
     "csrc/cpu/root_product.cpp",
     "csrc/cpu/coordinate_step.cpp",
     "csrc/cpu/step_loops.cpp",

@@ -55,6 +55,10 @@ TORCH_LIBRARY(consequentialism, m) {
       "adam_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, "
       "Tensor(d!)[] counts, Tensor[] roots, Tensor[] output_roots, int[] kinds, int[] members, float[] kept, "
       "float[] coupled, float[] rates, float beta1, float beta2, float epsilon) -> ()");
+  m.def(
+      "muon_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor[] roots, "
+      "Tensor[] output_roots, int[] kinds, int[] members, float[] kept, float[] coupled, float[] rates, "
+      "float momentum, bool nesterov, float[] coefficients, int steps, float epsilon, int parts) -> ()");
 }
 
 // The derivative belongs to emended_linear and to the autograd Functions in Python; differentiating one of the others
@@ -74,4 +78,5 @@ TORCH_LIBRARY_IMPL(consequentialism, Autograd, m) {
   m.impl("sgd_step_", torch::autograd::autogradNotImplementedFallback());
   m.impl("rmsprop_step_", torch::autograd::autogradNotImplementedFallback());
   m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("muon_step_", torch::autograd::autogradNotImplementedFallback());
 }

@@ -17,6 +17,7 @@ import consequentialism as cw
 from consequentialism.backend import compiled
 from consequentialism.optim import outputs
 from consequentialism.optim.at_once import AtOnce
+from consequentialism.optim.steps import orthogonalised
 
 OPERATORS = torch.ops.consequentialism
 
@@ -111,6 +112,68 @@ def test_numbers_are_those_of_the_steps_in_python(
         assert_close(key, parameter, expected, 10 * TOLERANCE[dtype])
         for moment, value in other.state[expected].items():
             assert_close(f"{key} {moment}", own.state[parameter][moment], value, 10 * TOLERANCE[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_numbers_of_muon_are_those_of_the_steps_in_python(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of matrices, one, and three in one weight, and AdamW's parameters beside them."""
+    torch.manual_seed(0)
+    model = Network().to(dtype)
+    model.one = nn.Linear(5, 2, dtype=dtype)
+    twin = copy.deepcopy(model)
+    tokens = torch.randint(11, (40,), generator=torch.Generator().manual_seed(1))
+    served: list[int] = []
+    found = AtOnce.take
+
+    def take(self: AtOnce) -> None:
+        served[:] = [len(self.left), *sorted(len(call.entries) for call in self._calls.values()), self.all_others]
+        found(self)
+
+    monkeypatch.setattr(AtOnce, "take", take)
+    results = []
+    for network in (model, twin):
+        own = cw.optim.Muon(network, 0.02, aux={"lr": 0.01}, qkv=("wide",), block=5, refresh_every=3, damping=0.1)
+        train(network, own, tokens, 6)
+        results.append(own)
+        if network is model:
+            # wide; conv, turned and head; the table, biases, the norm and the last layer; nothing is left
+            assert served == [0, 1, 3, 8, True]
+        steps_in_python(monkeypatch)
+    for (key, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert_close(key, parameter, expected, 100 * TOLERANCE[dtype])  # the iteration multiplies rounding
+        for moment, value in results[1].state[expected].items():
+            assert_close(f"{key} {moment}", results[0].state[parameter][moment], value, 100 * TOLERANCE[dtype])
+
+
+SPECTRA = {"even": 0, "to 1e-8": 8, "of rank 3": math.inf}
+
+
+@needs_kernels
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (5, 9), (40, 30), (24, 48), (90, 30), (1, 12), (150, 310)], ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 5, 8])
+def test_polar_factor_errs_no_more_than_twice_as_much_as_one_step_at_a_time(
+    shape: tuple[int, int], steps: int, spectrum: str
+) -> None:
+    order, exponent = min(shape), SPECTRA[spectrum]
+    left, right = (torch.linalg.qr(randn(n, order, seed=n)).Q for n in shape)
+    values = (
+        (torch.arange(order) < 3).double() if exponent == math.inf else torch.logspace(0, -exponent, order).double()
+    )
+    matrix = (left * values) @ right.mT
+    coefficients = (3.4445, -4.7750, 2.0315)
+    made = {}
+    for dtype in (F32, F64):
+        parameter = torch.zeros(shape, dtype=dtype)
+        lists = [[parameter], [matrix.to(dtype)], [torch.zeros(shape, dtype=dtype)], [], [], [0], [1], [0.0], [0.0]]
+        OPERATORS.muon_step_(*lists, [-1.0], 0.0, False, coefficients, steps, 1e-7, 1)
+        made[dtype] = parameter.double()
+    exact = orthogonalised(matrix.float().double(), coefficients, steps, 1e-7)
+    plain = orthogonalised(matrix.float(), coefficients, steps, 1e-7).double()
+    assert_close("float64", made[F64], orthogonalised(matrix, coefficients, steps, 1e-7), 1e-9)
+    allowed = 2 * float((plain - exact).norm()) + 1e-5 * float(exact.norm())
+    assert float((made[F32] - exact).norm()) <= allowed
 
 
 CHANGES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Any]] = {
@@ -238,13 +301,33 @@ def test_the_operator_refuses_what_does_not_fit_and_changes_nothing(case: str) -
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["sgd_step_", "rmsprop_step_", "adam_step_"])
+def test_the_operator_of_muon_takes_matrices_alone() -> None:
+    parameters, gradients, buffers, _, _, *places, _, _, _ = arguments()
+    with pytest.raises(ValueError, match=r"parameters\[1\] must have 2 matrices one above the other"):
+        OPERATORS.muon_step_(parameters, gradients, buffers, *places, 0.9, True, [3.0, -4.0, 2.0], 5, 1e-7, 2)
+    matrices = [parameters[:1], gradients[:1], buffers[:1], [], [], [0], [1], [1.0], [0.0], [0.1], 0.9, True]
+    for wrong, message in (
+        (([3.0], 5, 1e-7, 1), "coefficients must be 3, got 1"),
+        (([3.0, -4.0, 2.0], -1, 1e-7, 1), "steps must be at least 0, got -1"),
+        (([3.0, -4.0, 2.0], 5, 1e-7, 0), "parts must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPERATORS.muon_step_(*matrices, *wrong)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["sgd_step_", "rmsprop_step_", "adam_step_", "muon_step_"])
 def test_opcheck(name: str) -> None:
     parameters, gradients, first, second, counts, *places, _, _, _ = arguments()
     calls = {
         "sgd_step_": (parameters, gradients, first, *places, 0.9, 0.1, True),
         "rmsprop_step_": (parameters, gradients, first, second, counts, *places, 0.9, 0.8, 1e-8),
         "adam_step_": (parameters, gradients, first, second, counts, *places, 0.9, 0.99, 1e-8),
+        "muon_step_": (
+            *(own[:1] for own in (parameters, gradients, first)),
+            *([torch.eye(5, dtype=F64)[None, None]], places[1], [1], [1], [0.9], [0.1], [0.1]),
+            *(0.9, True, [3.0, -4.0, 2.0], 2, 1e-7, 2),
+        ),
     }
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(OPERATORS, name).default, calls[name], test_utils=checks)

@@ -119,6 +119,11 @@ STEP_OPS: dict[str, Op] = {
         "float epsilon) -> ()",
         _nothing,
     ),
+    "muon_step_": Op(
+        f"({_PARAMETERS} buffers, {_PLACES}, float momentum, bool nesterov, float[] coefficients, int steps, "
+        "float epsilon, int parts) -> ()",
+        _nothing,
+    ),
 }
 
 

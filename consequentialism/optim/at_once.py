@@ -1,8 +1,8 @@
 """Steps of many parameters by one call of a compiled operator, without Python between the products.
 
-It serves torch's SGD, RMSprop and Adam on the host, in float32 and float64. What it does not serve, and the first step
-of each parameter, which makes its state, is left to the optimizer itself and to `inside.step_weight_by_weight`, whose
-numbers are the same but for rounding.
+It serves torch's SGD, RMSprop, Adam and Muon on the host, in float32 and float64. What it does not serve, and the first
+step of each parameter, which makes its state, is left to the optimizer itself and to `inside.step_weight_by_weight`,
+whose numbers are the same but for rounding.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Operator(NamedTuple):
         keys: Those that there are with a group's options.
         numbers: Its last arguments, one for all parameters.
         without: Options that it does not know.
+        factor: Of a parameter's rate; None where it is none that the operator serves.
     """
 
     name: str
@@ -41,6 +42,16 @@ class Operator(NamedTuple):
     keys: Callable[[Group], tuple[str, ...]]
     numbers: Callable[[Group], tuple[Any, ...]]
     without: tuple[str, ...]
+    factor: Callable[[Tensor, Group], float | None] = lambda parameter, group: 1
+
+
+def _muon_factor(parameter: Tensor, group: Group) -> float | None:
+    """Of the matrices that stand one above the other in a parameter."""
+    parts = group.get("parts", 1)
+    if parameter.ndim < 2 or parameter.numel() == 0 or parameter.shape[0] % parts:
+        return None
+    rows = parameter.shape[0]
+    return steps.size_factor(torch.Size((rows // parts, parameter.numel() // rows)), group["adjust_lr_fn"])
 
 
 OPERATORS: dict[Rule, Operator] = {
@@ -65,6 +76,21 @@ OPERATORS: dict[Rule, Operator] = {
         lambda group: (*group["betas"], group["eps"]),
         ("maximize", "differentiable", "capturable", "amsgrad"),
     ),
+    steps.muon: Operator(
+        "muon_step_",
+        ("momentum_buffer",),
+        lambda group: ("momentum_buffer",),
+        lambda group: (
+            group["momentum"],
+            group["nesterov"],
+            tuple(group["ns_coefficients"]),
+            group["ns_steps"],
+            group["eps"],
+            group.get("parts", 1),
+        ),
+        (),
+        _muon_factor,
+    ),
 }
 
 
@@ -72,24 +98,28 @@ class Options(NamedTuple):
     """What one group says in this step.
 
     Attributes:
-        shared: What parameters of one call have in common.
-        own: What is kept of a parameter, its coupled decay and its rate.
+        numbers: With the operator, what the parameters of one call have in common.
+        kept: By decoupled decay.
     """
 
+    operator: Operator
     keys: tuple[str, ...]
-    shared: tuple[Any, ...]
-    own: tuple[float, float, float]
+    numbers: tuple[Any, ...]
+    kept: float
+    coupled: float
+    rate: float
 
 
 class Call:
-    """The arguments of one call: its parameters have one type, and options that differ in rate and decay alone.
+    """One call of an operator: its parameters have one type, and options that differ in rate and decay alone.
 
     Attributes:
         entries: Of each parameter itself, its gradient, the tensors of its state, and the last three of its options.
     """
 
     def __init__(self, options: Options) -> None:
-        self.keys, self.numbers = ("parameter", "gradient", *options.keys), options.shared
+        self.operator, self.numbers = options.operator, options.numbers
+        self.keys = ("parameter", "gradient", *options.keys)
         self.entries: list[tuple[Any, ...]] = []
         self.roots: list[Tensor] = []
         self.output_roots: list[Tensor] = []
@@ -105,8 +135,9 @@ class Call:
                 own.append(root)
         self.entries += entries
 
-    def take(self, operator: Operator) -> None:
+    def take(self) -> None:
         """Take the steps."""
+        operator = self.operator
         *tensors, kept, coupled, rates = zip(*self.entries, strict=True)
         by_key = dict(zip(self.keys, tensors, strict=True))
         lists = [by_key.get(key, ()) for key in ("parameter", "gradient", *operator.lists)]
@@ -133,11 +164,9 @@ class AtOnce:
         self.all_others = False
         self.left: list[Part] = list(parts)
         self._calls: dict[Any, Call] = {}
-        operator = OPERATORS.get(rule)
-        if operator is None or "cpu" not in compiled.step_device_types or not isinstance(optimizer.state, dict):
+        if "cpu" not in compiled.step_device_types or not isinstance(optimizer.state, dict):
             return
-        self._operator = operator
-        self._found = _tensors_of(optimizer, operator)
+        self._found = _entries_of(optimizer, rule)
         if together:
             self.left = [part for part in parts if not self._takes_part(part)]
         inside = {id(parameter) for part in parts for parameter in part.parameters}
@@ -161,53 +190,60 @@ class AtOnce:
 
     def _takes(self, kind: int, roots: Roots, parameters: Sequence[Tensor]) -> bool:
         """Whether a weight, alone or with its bias, is served; it is then in one of the calls."""
-        dtype, entries, shared = parameters[0].dtype, [], None
+        dtype, entries, same = parameters[0].dtype, [], None
         for root in roots:
             if root is not None and root.dtype is not dtype:
                 return False
         for parameter in parameters:
-            options, tensors = self._found.get(id(parameter), (None, ()))
-            if options is None or parameter.dtype is not dtype or shared not in (None, options.shared):
+            options, entry = self._found.get(id(parameter), (None, ()))
+            if options is None or parameter.dtype is not dtype:
                 return False
-            shared = options.shared
-            entries.append((*tensors, *options.own))
-        call = self._calls.get((dtype, shared))
+            key = options.operator.name, options.numbers, dtype
+            if same not in (None, key):
+                return False
+            same = key
+            entries.append(entry)
+        call = self._calls.get(same)
         if call is None:
             assert options is not None
-            call = self._calls[dtype, shared] = Call(options)
+            call = self._calls[same] = Call(options)
         call.add(kind, roots, entries)
         return True
 
     def take(self) -> None:
         """Take the steps."""
         for call in self._calls.values():
-            call.take(self._operator)
+            call.take()
 
 
-def _tensors_of(optimizer: torch.optim.Optimizer, operator: Operator) -> dict[int, tuple[Options, tuple[Tensor, ...]]]:
-    """The options and tensors of each parameter that the operator serves, by the parameter's id."""
-    rule, name = rule_of(optimizer), type(optimizer).__name__
-    found = {}
+def _entries_of(optimizer: torch.optim.Optimizer, rule: Rule) -> dict[int, tuple[Options, tuple[Any, ...]]]:
+    """The options and the entry in `Call` of each parameter that an operator serves, by the parameter's id."""
+    decay, name = rule_of(optimizer), type(optimizer).__name__
+    found: dict[int, tuple[Options, tuple[Any, ...]]] = {}
     for group in optimizer.param_groups:
-        options = _options(operator, group, decay_of(rule, group, name))
-        if options is not None:
-            own = list(group["params"])
-            for parameter, tensors in zip(own, compiled.step_tensors(own, optimizer.state, options.keys), strict=True):
-                if tensors is not None:
-                    found[id(parameter)] = options, tensors
+        options = _options(rule, group, decay_of(decay, group, name))
+        if options is None:
+            continue
+        _, keys, _, kept, coupled, rate = options
+        own, factor_of = list(group["params"]), options.operator.factor
+        for parameter, tensors in zip(own, compiled.step_tensors(own, optimizer.state, keys), strict=True):
+            factor = None if tensors is None else factor_of(parameter, group)
+            if tensors is not None and factor is not None:
+                found[id(parameter)] = options, (*tensors, kept, coupled, rate * factor)
     return found
 
 
-def _options(operator: Operator, group: Group, decay: str) -> Options | None:
-    """None where the operator does not serve the group."""
-    numbers = operator.numbers(group)
-    if any(group.get(name) for name in operator.without):
+def _options(rule: Rule, group: Group, decay: str) -> Options | None:
+    """None where no operator serves the group."""
+    operator = OPERATORS.get(steps.rule_in(rule, group))
+    if operator is None or any(group.get(name) for name in operator.without):
         return None
+    numbers = operator.numbers(group)
     if any(isinstance(value, Tensor) for value in (*numbers, group["lr"], group["weight_decay"])):
         return None
     kept = share_of(decay, group)
     coupled = group["weight_decay"] if decay == "coupled" else 0
-    return Options(operator.keys(group), numbers, (kept, coupled, group["lr"]))
+    return Options(operator, operator.keys(group), numbers, kept, coupled, group["lr"])
 
 
 def _kind_of(kind: Kind, weight: Tensor) -> int | None:

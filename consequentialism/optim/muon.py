@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..options import as_count, as_number
 from ..solve.root import Kind as RootKind
 from . import steps
+from .at_once import AtOnce
 from .checks import check_model, check_rate
 from .composite import AttentionInput, composite_kinds
 from .emended import Emended
@@ -169,11 +170,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             groups.append({"params": rest, "use_muon": False, **own, **_ADAM_ONLY})
         super().__init__(groups, {"use_muon": True, "parts": 1, **options})
 
-    @staticmethod
-    def emended_rule(entries: Sequence[steps.Entry]) -> list[Tensor]:
-        """The steps of some parameters without their decay."""
-        rule = steps.muon if entries[0].group["use_muon"] else steps.adam  # a bias has the weight's
-        return rule(entries)
+    emended_rule = staticmethod(steps.muon_with_adam)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -188,8 +185,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 raise ValueError(
                     f"gradients must be dense, got a {gradient.layout} one of shape {list(gradient.shape)}"
                 )
+        at_once = AtOnce(self, (), self.emended_rule, together=True)
+        at_once.take()
+        done = {id(parameter) for parameter in at_once.others}
         for group in self.param_groups:
-            chosen = [parameter for parameter in group["params"] if parameter.grad is not None]
+            chosen = [p for p in group["params"] if p.grad is not None and id(p) not in done]
             entries = [steps.Entry(p, steps.local(p.grad), self.state[p], group) for p in chosen]
             for entry in entries if group["use_muon"] else steps.adamw_(entries):
                 (change,) = self.emended_rule([entry._replace(gradient=entry.gradient.clone())])

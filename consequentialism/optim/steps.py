@@ -43,6 +43,11 @@ def rule_for(optimizer: torch.optim.Optimizer) -> Rule | None:
     return plain.get(type(optimizer), getattr(optimizer, "emended_rule", None))
 
 
+def rule_in(rule: Rule, group: Group) -> Rule:
+    """The rule of one group, where a rule serves groups of several kinds."""
+    return (muon if group["use_muon"] else adam) if rule is muon_with_adam else rule
+
+
 def sgd(entries: Sequence[Entry]) -> list[Tensor]:
     """SGD's steps."""
     return [_sgd(*entry) for entry in entries]
@@ -167,6 +172,11 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Gro
     root = second.sqrt() if isinstance(second, Tensor) else math.sqrt(second)
     denominator = torch.sqrt(square, out=gradient).div_(root).add_(group["eps"])
     return torch.div(mean, denominator, out=denominator).mul_(-group["lr"] / first)
+
+
+def muon_with_adam(entries: Sequence[Entry]) -> list[Tensor]:
+    """Muon's or Adam's steps without their decay, as the group's ``use_muon`` says; a bias has the weight's."""
+    return rule_in(muon_with_adam, entries[0].group)(entries)
 
 
 def muon(entries: Sequence[Entry]) -> list[Tensor]:

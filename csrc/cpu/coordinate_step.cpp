@@ -1,5 +1,5 @@
-// Steps of SGD, RMSprop and Adam on many parameters, of a weight in emended coordinates with the bias beside it: for
-// one weight after the other [g | g_bias] S, what the rule wants to add, and [W | bias] <- kept [W | bias] + change
+// Steps of SGD, RMSprop, Adam and Muon on many parameters, of a weight in emended coordinates with the bias beside it:
+// for one weight after the other [g | g_bias] S, what the rule wants to add, and [W | bias] <- kept [W | bias] + change
 // S^T, in room for the largest of them. With a root L of the outputs the rule sees L [g | g_bias] S, and L change S^T
 // is added. consequentialism/optim/inside.py does the same in Python.
 #include <ATen/Dispatch.h>
@@ -7,6 +7,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 
 #include "../block_spans.h"
 #include "../guards.h"
+#include "orthogonalised.h"
 #include "step_loops.h"
 
 namespace consequentialism::cpu {
@@ -218,6 +220,30 @@ class Coordinates {
   int64_t groups_, blocks_, order_, outputs_, inputs_;
 };
 
+// Muon, whose change is that of whole matrices, one above the other.
+struct Muon : Momentum {
+  double rate;
+  at::ArrayRef<double> coefficients;
+  int64_t steps;
+  double epsilon;
+  int64_t parts;
+};
+
+// What a rule makes of a parameter's change, or of its gradient where there is none, as a whole.
+template <typename Rule, typename scalar_t>
+void make_whole(const Rule&, const at::Tensor&, scalar_t*) {}
+
+template <typename scalar_t>
+void make_whole(const Muon& rule, const at::Tensor& parameter, scalar_t* change) {
+  const int64_t rows = parameter.size(0), columns = parameter.numel() / rows;
+  const at::Tensor matrices = at::from_blob(change, {rule.parts, rows / rule.parts, columns}, parameter.options());
+  for (int64_t part = 0; part < rule.parts; ++part) {
+    const at::Tensor matrix = matrices.select(0, part);
+    orthogonalise_(matrix, rule.coefficients, rule.steps, rule.epsilon);
+    matrix.mul_(-rule.rate);
+  }
+}
+
 // Takes the steps of all parameters, of one type; rule_of(p) is that of one.
 template <typename scalar_t, typename RuleOf>
 void step_each(const Arguments& given, int64_t moments, const RuleOf& rule_of) {
@@ -235,6 +261,7 @@ void step_each(const Arguments& given, int64_t moments, const RuleOf& rule_of) {
       const auto from = [&](scalar_t* values) { return values == nullptr ? nullptr : values + begin; };
       apply(rule, end - begin, own + begin, from(first), from(second));
     });
+    make_whole(rule, given.parameters[p], own);
   };
   size_t p = 0, rooted = 0, squares = 0;
   for (size_t i = 0; i < given.kinds.size(); ++i) {
@@ -332,10 +359,32 @@ void adam_step_(
   });
 }
 
+void muon_step_(
+    at::TensorList parameters, at::TensorList gradients, at::TensorList buffers, at::TensorList roots,
+    at::TensorList output_roots, at::IntArrayRef kinds, at::IntArrayRef members, at::ArrayRef<double> kept,
+    at::ArrayRef<double> coupled, at::ArrayRef<double> rates, double momentum, bool nesterov,
+    at::ArrayRef<double> coefficients, int64_t steps, double epsilon, int64_t parts) {
+  TORCH_CHECK_VALUE(coefficients.size() == 3, "coefficients must be 3, got ", coefficients.size());
+  TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
+  TORCH_CHECK_VALUE(parts >= 1, "parts must be at least 1, got ", parts);
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    const at::Tensor& own = parameters[p];
+    TORCH_CHECK_VALUE(
+        own.dim() >= 2 && own.numel() > 0 && own.size(0) % parts == 0, "parameters[", p, "] must have ", parts,
+        " matrices one above the other, got the shape ", own.sizes());
+  }
+  const Arguments given{parameters,   gradients, buffers, {},   {},      roots,
+                        output_roots, kinds,     members, kept, coupled, rates};
+  step_all(given, 1, false, [&](size_t p) {
+    return Muon{{momentum, nesterov}, rates[p], coefficients, steps, epsilon, parts};
+  });
+}
+
 }  // namespace consequentialism::cpu
 
 TORCH_LIBRARY_IMPL(consequentialism, CPU, m) {
   m.impl("sgd_step_", consequentialism::cpu::sgd_step_);
   m.impl("rmsprop_step_", consequentialism::cpu::rmsprop_step_);
   m.impl("adam_step_", consequentialism::cpu::adam_step_);
+  m.impl("muon_step_", consequentialism::cpu::muon_step_);
 }

@@ -51,6 +51,16 @@ CONSEQUENTIALISM_INLINE void adam_body(
 }
 
 template <typename scalar_t>
+CONSEQUENTIALISM_INLINE void momentum_body(
+    const Momentum& rule, int64_t n, scalar_t* __restrict change, scalar_t* __restrict buffer) {
+  const scalar_t momentum = rule.momentum, share = 1 - rule.momentum;
+  for (int64_t i = 0; i < n; ++i) {
+    buffer[i] += share * (change[i] - buffer[i]);
+    change[i] = rule.nesterov ? change[i] + momentum * (buffer[i] - change[i]) : buffer[i];
+  }
+}
+
+template <typename scalar_t>
 CONSEQUENTIALISM_INLINE void add_change_body(
     int64_t n, scalar_t* __restrict parameter, const scalar_t* __restrict change, scalar_t kept) {
   for (int64_t i = 0; i < n; ++i) parameter[i] = kept * parameter[i] + change[i];
@@ -121,6 +131,14 @@ CONSEQUENTIALISM_CLONES void apply(const Adam& rule, int64_t n, float* change, f
 
 CONSEQUENTIALISM_CLONES void apply(const Adam& rule, int64_t n, double* change, double* mean, double* square) {
   adam_body<double>(rule, n, change, mean, square);
+}
+
+CONSEQUENTIALISM_CLONES void apply(const Momentum& rule, int64_t n, float* change, float* buffer, float*) {
+  momentum_body<float>(rule, n, change, buffer);
+}
+
+CONSEQUENTIALISM_CLONES void apply(const Momentum& rule, int64_t n, double* change, double* buffer, double*) {
+  momentum_body<double>(rule, n, change, buffer);
 }
 
 CONSEQUENTIALISM_CLONES void add_change(int64_t n, float* parameter, const float* change, double kept) {

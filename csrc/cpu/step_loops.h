@@ -20,15 +20,23 @@ struct Adam {
   double beta1, beta2, epsilon;
 };
 
+struct Momentum {
+  double momentum;
+  bool nesterov;
+};
+
 // What an optimizer wants to add to n entries, with torch's numbers but for rounding: change holds the gradient and
 // becomes the change, the moments become those of this step. They are torch's: momentum_buffer alone; square_avg and
-// momentum_buffer; exp_avg and exp_avg_sq. A buffer is not touched without a momentum.
+// momentum_buffer; exp_avg and exp_avg_sq. A buffer is not touched without a momentum. Momentum is Muon's, whose change
+// is still to be made orthogonal.
 void apply(const Sgd& rule, int64_t n, float* change, float* buffer, float* none);
 void apply(const Sgd& rule, int64_t n, double* change, double* buffer, double* none);
 void apply(const Rmsprop& rule, int64_t n, float* change, float* square, float* buffer);
 void apply(const Rmsprop& rule, int64_t n, double* change, double* square, double* buffer);
 void apply(const Adam& rule, int64_t n, float* change, float* mean, float* square);
 void apply(const Adam& rule, int64_t n, double* change, double* mean, double* square);
+void apply(const Momentum& rule, int64_t n, float* change, float* buffer, float* none);
+void apply(const Momentum& rule, int64_t n, double* change, double* buffer, double* none);
 
 // parameter <- kept parameter + change, n entries.
 void add_change(int64_t n, float* parameter, const float* change, double kept);
