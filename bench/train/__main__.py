@@ -88,11 +88,12 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, recipe_stages.Bench, list[
     add("--device", choices=list(PROFILES), default="cpu", help="its tasks are larger on cuda (default: cpu)")
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--data", type=Path, help="folder with tinyshakespeare.txt, and CIFAR-10's binaries or cifar10-jpeg.tar.xz")
-    add("--steps", type=_whole, help="of the schedules (default: each task's own)")
+    add("--steps", type=_whole, help="length of a recipe's schedule (default: each task's own)")
     add("--seeds", type=_whole, help="runs with the best trial (default: 3; 1 with --quick)")
-    add("--trials", type=_whole, help=f"of a recipe's search (default: {TRIALS}; 4 with --quick)")
-    add("--refresh-every", type=_whole, help="of a recipe's search in coordinates, in steps (default: the package's)")
-    add("--block", type=_whole, help="likewise, the most inputs taken together (default: the package's)")
+    add("--trials", type=_whole, help=f"trials of a recipe's search (default: {TRIALS}; 4 with --quick)")
+    add("--refresh-every", type=_whole,
+        help="steps between refreshes in a recipe's search in coordinates (default: the package's)")  # fmt: skip
+    add("--block", type=_whole, help="most inputs taken together in such a search (default: the package's)")
     add("--quick", action="store_true", help=f"tasks {' and '.join(QUICK)}, 4 trials an optimizer, one seed")
     add("--workers", type=_whole, help="processes for grid search and runs (default: the cores; 1 for cuda)")
     add("--out", type=Path, help="folder of the CSV files (default: out/bench/train/DEVICE)")

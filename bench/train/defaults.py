@@ -1,6 +1,6 @@
 """The default damping of emended layers beside the two of the grid: at the grid's rates, on its split, with its seed.
 
-Every search is four lines of ``defaults.csv``, written as it comes; one that is there is not made again.
+Every search is four lines of ``defaults.csv``, written when it ends. One that is already in the file is not repeated.
 """
 
 from __future__ import annotations

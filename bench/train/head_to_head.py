@@ -1,9 +1,9 @@
-"""The head-to-head grid on nanoGPT: exponent, damping and placing of the coordinates; then how often they are
-refreshed, their memory and their blocks, one at a time.
+"""The head-to-head grid on nanoGPT.
 
-Everybody's rate is found by a walk over octaves, with a seed of its own: that of a plain optimizer, and in coordinates
-that of each placing and exponent. Every run is a line of ``head_to_head.csv``, written as
-it comes; a run that is there is not made again.
+It varies exponent, damping and placing of the coordinates; then how often they are refreshed, their memory and their
+blocks, one at a time. Each rate is found by a walk over octaves, with a seed of its own: one walk for a plain
+optimizer, and in coordinates one for each placing and exponent. Every run is a line of ``head_to_head.csv``, written
+when it ends; a run that is already in the file is not repeated.
 """
 
 from __future__ import annotations
@@ -74,8 +74,7 @@ def beginning(setting: Setting) -> Setting:
 
 
 def walk(lr: float, score: Callable[[float], float]) -> float:
-    """The rate with the lowest score of those from half to four times ``lr``, an octave apart, and of as many beyond as
-    it takes until the best is not the last."""
+    """The rate with the lowest score: from half to four times ``lr``, an octave apart, and beyond while the best is last."""
     found = {lr * factor: score(lr * factor) for factor in (0.5, 1.0, 2.0, 4.0)}
     while True:
         best = min(found, key=lambda tried: found[tried])
@@ -86,8 +85,7 @@ def walk(lr: float, score: Callable[[float], float]) -> float:
 
 
 def walked(rows: Iterable[RecipeRow]) -> dict[Setting, tuple[float, int]]:
-    """The best rate of each walk, by `beginning`, and on how many steps it was found: of those that came to their end
-    that on the most."""
+    """The best rate of each finished walk, by `beginning`, and the steps of its schedule: the longest counts."""
     scores: dict[tuple[int, Setting], dict[float, float]] = {}
     for row in rows:
         if row.seed == SEARCH_SEED:

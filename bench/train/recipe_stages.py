@@ -1,7 +1,7 @@
 """The stages of the recipes: the search, the runs that count and the cost of a step.
 
-Every run is a line of ``recipes.csv``, written as it comes; a run that is there is not made again, so that what was cut
-goes on where it stood. Runs go one after the other in this process.
+Every run is a line of ``recipes.csv``, written when the run ends. A run that is already in the file is not repeated, so
+an interrupted stage goes on where it stopped. Runs go one after the other in this process.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RecipeRow(Environment):
     seed: int
     steps: int
     score: float  # validation loss, or accuracy, after the last step; infinity or 0 where it diverged
-    train_loss: float  # likewise, on training samples
+    train_loss: float  # the loss on training samples after the last step
     scores: str  # of all evaluations, evenly spread, the first before any step; infinity or 0 once it diverged
 
     @property
@@ -146,14 +146,14 @@ def row_of(
     steps: int | None = None,
     file: str = FILE,
 ) -> RecipeRow:
-    """A run's row: the one that is there, or that of a run now, which is added to the file.
+    """A run's row: read from the file, or made by a run now and added to the file.
 
     Args:
-        bench: See there.
+        bench: Folders, device and settings.
         task: The task's name.
-        setting: The optimizer's.
+        setting: The optimizer and its settings.
         seed: The seed of the initial weights and of the order of the batches.
-        evaluations: After the one before any step; the last is after the last step.
+        evaluations: How many evaluations follow the one before any step; the last is after the last step.
         steps: The length of the schedule; None: ``bench.budget``.
         file: The CSV file's name in ``bench.out``.
     """

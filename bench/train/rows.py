@@ -35,7 +35,7 @@ class RunRow(Environment):
     target: float
     steps: int | None  # to the target; None: not reached
     score: float  # accuracy or loss on the test samples, median of the last five evaluations
-    train_loss: float  # likewise, on training samples
+    train_loss: float  # on training samples at the last evaluation
     jump: float  # standard deviation of the change of the batch's loss from one step to the next
 
 

@@ -1,8 +1,8 @@
 """What a training step costs with each optimizer: a transformer's block and a head, by rows and width.
 
-What Emended and SOAP do on one step in ten, and `Muon` in coordinates on one in 25, they do here on every fourth, and
-ordinary steps and those are timed apart: a step costs what it does of either in its optimizer's own period. The
-optimizers take turns of four steps, the first of which brings back to the caches what the others drove out of them.
+Emended and SOAP have a dear step, which refreshes, once in ten steps, and `Muon` in coordinates once in 25. Here every
+fourth step is dear, and ordinary and dear steps are timed separately. The cost of a step is their average over the
+optimizer's own period. The optimizers take turns of four steps; the first of them only warms the caches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .models import Block
 
 SHAPES = ((768, 128), (4096, 256), (8192, 512))
 FILE = "step_cost.csv"
-MEASURED = 4  # steps from one of the dear ones to the next, as made here; `PERIODS` are those that are meant
-TIMED = 3  # of a turn: two ordinary ones and, last, a dear one
+MEASURED = 4  # steps from one dear step to the next in this measurement; `PERIODS` has the optimizers' own
+TIMED = 3  # steps of a turn: two ordinary ones and, last, a dear one
 CONTEXT, CLASSES = 64, 64
 RATE = 1e-5
 LABELS = {
@@ -38,8 +38,8 @@ LABELS = {
     "coordinates-adamw": "AdamW in coordinates",
     "coordinates-muon": "Muon in coordinates",
 }
-PERIODS = {"soap": 10, "coordinates-adamw": 10, "coordinates-muon": 25}  # their defaults, which a test holds them to
-INSIDE = {"soap": "adamw", "coordinates-adamw": "adamw", "coordinates-muon": "muon"}  # whom the ratio is to
+PERIODS = {"soap": 10, "coordinates-adamw": 10, "coordinates-muon": 25}  # their defaults; a test compares
+INSIDE = {"soap": "adamw", "coordinates-adamw": "adamw", "coordinates-muon": "muon"}  # the baseline of each ratio
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class StepCostRow(Environment):
     optimizer: str
     rows: int
     width: int
-    ms: float  # a step, one in `PERIODS` a dear one; median over rounds
+    ms: float  # a step, averaged over the optimizer's period; median over rounds
     ordinary_ms: float
     dear_ms: float
-    ratio: float  # to AdamW's, or of Muon in coordinates to Muon's; median over rounds
-    ordinary_ratio: float  # likewise, of an ordinary step
+    ratio: float  # of a step to the baseline's in `INSIDE`; median over rounds
+    ordinary_ratio: float  # of an ordinary step to the baseline's
     rounds: int
 
 

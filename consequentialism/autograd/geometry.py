@@ -236,7 +236,7 @@ class TransposedGeometry(Geometry):
         return gram
 
     def _classes(self, i: int, size: int, positions: int) -> Iterator[_Class]:
-        """Along the ``i``-th dimension, of an input of this size, those that read some of it."""
+        """The classes of positions along the ``i``-th dimension that read some of an input of this size."""
         kernel, stride, padding, dilation = (numbers[i] for numbers in self._numbers())
         common = math.gcd(stride, dilation)
         step = stride // common

@@ -1,6 +1,6 @@
 """The ops of a traced emended layer: schemas, fakes, and implementations that are loaded when one is first called.
 
-They are defined when the package is imported, for a program that was exported names them in a process that has traced
+They are defined when the package is imported, because an exported program may name them in a process that has traced
 nothing. `traced` has the implementations, and says what the ops are for.
 """
 

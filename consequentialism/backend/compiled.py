@@ -117,7 +117,7 @@ if module is not None:
     add_fakes(_library, {**OPS, **COORDINATE_OPS, **STEP_OPS})
     count_ops_of("consequentialism")
 
-# Of steps in coordinates, likewise: see `dispatch.for_coordinates`.
+# The types of device with kernels for steps in coordinates: see `dispatch.for_coordinates`.
 coordinate_device_types = _device_types(*COORDINATE_OPS)
 step_device_types = _device_types(*STEP_OPS)
 _ops: Ops = reference if module is None else wrappers("consequentialism")

@@ -1,7 +1,7 @@
 """Reader of MNIST's IDX files, raw or gzipped.
 
-torchvision reads them too, and downloads them here; but files that are there already should not need a package of its
-size, which fits one torch release alone.
+torchvision reads them too, and is used here to download them. Files that are already on disk should not need a package
+of its size, each release of which fits only one release of torch.
 """
 
 from __future__ import annotations

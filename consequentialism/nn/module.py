@@ -193,10 +193,10 @@ class EmendedModule(nn.Module):
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of the plain class, a dict, and all that is the emended layer's under one key of it.
+        """The state of the plain class, a dict, with everything that belongs to the emended layer under one key.
 
-        A class that is built on an emended one has that among the rest, for it may write a state into its `__dict__`,
-        where none of the names is in a state of its own.
+        In a class that is built on an emended one these attributes stand among the others, unless a name of theirs is
+        already in its state, because such a class may write a state into its `__dict__`.
         """
         own = _method_below(self, "__getstate__")
         state, saved = self.__dict__ if own is None else own(), saved_beside(self)
@@ -206,7 +206,7 @@ class EmendedModule(nn.Module):
         return {**rest, **({KEY: saved} if self._emended_plain is not None or rest.keys() & saved.keys() else saved)}
 
     def __setstate__(self, state: Any) -> None:
-        """Take a state, also one without that key; options are then those that the layer has already."""
+        """Take a state. One without that key leaves the layer the options that it has."""
         state, saved = _divided(state) if isinstance(state, dict) else (state, {})
         beside = restored_beside(saved, self.options)
         self.__dict__.update(beside)

@@ -1,12 +1,12 @@
 """`Watch`: after the first gradients, whether each layer of a `convert` made its own.
 
 A module that computes ``F.linear(x, self.qkv.weight)`` never calls ``self.qkv``, and gives its weight the plain
-gradient whatever the layer's class. So when the first layer of a `convert` runs, the weights of the others get a hook
-each, which is gone as soon as the layer runs; what gets a gradient with its hook still there did not run. In later
-steps there is nothing left but those that never ran. The first run also looks whether the model has got layers since
-its `convert`, such as adapters, which are plain ones.
+gradient whatever the layer's class. When the first layer of a `convert` runs, a hook is therefore put on the weight of
+every other layer, and taken off as soon as that layer runs. A weight that gets a gradient while it still has its hook
+belongs to a layer that did not run. In later steps only layers that never ran have a hook. The first run also checks
+whether the model has new layers since its `convert`, such as adapters, which are plain.
 
-Layers that torch.compile traces are not watched, for its code may serve layers that it never saw.
+Layers that torch.compile traces are not watched, because compiled code may serve layers that it never saw.
 """
 
 from __future__ import annotations

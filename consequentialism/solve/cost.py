@@ -72,9 +72,9 @@ class Plan(NamedTuple):
 
 
 def flops(plan: Plan, rows: int, inputs: int, outputs: int, iterations: int = 0, factor: int = 1) -> int:
-    """Operations beyond plain backward; a symmetric product counts half, one of the factor ``factor``.
+    """Operations beyond plain backward; a symmetric product counts half, an operation of the factor ``factor`` times.
 
-    Of conjugate gradients, those that would take as long where the outputs are few.
+    With few outputs conjugate gradients wait for memory, and count as many operations as would take as long.
     """
     n, m = (rows, inputs) if plan.form == "dual" else (inputs, rows)
     if plan.solver == "cg":

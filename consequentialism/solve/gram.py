@@ -44,9 +44,9 @@ class Gram:
         return cls(ops.input_gram(x, bias, form), total, max(min(total, x.shape[1] + bias), 1))
 
     def add_(self, other: Gram) -> Gram:
-        """Add a batch's in place, and nothing of one that is not finite; the device decides that.
+        """Add the Gram of a batch in place, unless it is not finite, which the device decides.
 
-        Not ``+=``, which would write an attribute too: no traced checkpoint may.
+        It is not ``+=``, which would also write an attribute: a traced checkpoint may not do that.
         """
         own = other.matrix
         trace = own.sum() if own.ndim == 1 else own.diagonal(dim1=-2, dim2=-1).sum()

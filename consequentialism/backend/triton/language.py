@@ -78,7 +78,7 @@ def add_product(sums: tl.tensor, a: tl.tensor, b: tl.tensor, PRECISION: tl.const
 
 @helper
 def subtract_product(sums: tl.tensor, a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """``sums - a b``, likewise."""
+    """``sums - a b``, a product of its own that is subtracted with one rounding."""
     return sums - tl.dot(a, b, input_precision=PRECISION, out_dtype=sums.dtype)
 
 
