@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from consequentialism.errors import Parser, UserError
+from consequentialism.errors import Parser, UserError, prepare_file, prepare_folder
 
 from . import compare, plot, registry, show, table
 from .case import Case, Row
@@ -151,11 +151,14 @@ def _run(chosen: argparse.Namespace, own: list[str]) -> int:
         compare.report(*older)
         return 0
     cases = _cases(chosen, occasion, device)
+    if chosen.out is not None:  # before any work, not after it
+        prepare_file(chosen.out)
+    if chosen.plot is not None:
+        prepare_folder(chosen.plot, "--plot")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal"
         if chosen.out is not None:  # beside the CSV, where it outlives this process too
             path = chosen.out.with_suffix(".journal")
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
         end = time.time() + (chosen.seconds or SECONDS[device.type, chosen.quick and not chosen.rehearse])
         command = [sys.executable, "-m", "consequentialism", "bench", *own, "--worker", str(path), str(end)]

@@ -28,11 +28,14 @@ COMMANDS = {
 }
 
 
+STOPPED = 130  # as shells say it of SIGINT
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, 1 where a check failed, 2 for bad arguments.
+        The exit code: 0, 1 where a check failed, 2 for bad arguments, `STOPPED` after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="consequentialism",
@@ -53,6 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 0
+    except KeyboardInterrupt:
+        print(f"\nconsequentialism {chosen.command}: stopped", file=sys.stderr)
+        return STOPPED
     return code
 
 

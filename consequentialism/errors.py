@@ -37,16 +37,34 @@ def need(module: str) -> Any:
         raise UserError(f"{error.name} is not installed: pip install {package}") from None
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, argument: str = "--out") -> None:
     """Make ``folder`` and try whether it can be written.
+
+    Args:
+        argument: The one that names the folder, for the message.
 
     Raises:
         UserError: It cannot.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{argument} {folder} cannot be written: it is a file, and must be a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder)
         os.close(handle)
         os.unlink(name)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{argument} {folder} cannot be written: {error.strerror or error}") from None
+
+
+def prepare_file(path: Path, argument: str = "--out") -> None:
+    """Make the folder of a file that will be written, and try whether it can be; what stands there stays.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{argument} {path} cannot be written: it is a folder, and must be a file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{argument} {path} cannot be written: Permission denied")
+    prepare_folder(path.parent, argument)

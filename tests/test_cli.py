@@ -95,6 +95,44 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert_one_clear_line(run(), "error:")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "saying"),
+    [
+        (["demo", "--out", "file"], "--out {}/file cannot be written: it is a file, and must be a folder"),
+        (["bench-train", "--task", "digits", "--out", "file"], "{}/file cannot be written: it is a file"),
+        (["bench", "--out", "file/x.csv"], "--out {}/file cannot be written: it is a file, and must be a folder"),
+        (["bench", "--out", "folder"], "--out {}/folder cannot be written: it is a folder, and must be a file"),
+        (["bench", "--plot", "file"], "--plot {}/file cannot be written: it is a file"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], saying: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    done = run_here(capsys, *arguments[:-1], tmp_path / arguments[-1])
+    assert_one_clear_line(done, saying.format(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_a_task_without_its_data_is_no_success(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = run_here(capsys, "bench-train", "--task", "nanogpt", "--data", tmp_path, "--out", tmp_path / "out")
+    assert_one_clear_line(
+        done, f"argument --task: nothing is left to run. nanogpt: no tinyshakespeare.txt in {tmp_path}"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "backends", stopped)
+    done = run_here(capsys, "info")
+    assert (done.returncode, done.stderr) == (130, "\nconsequentialism info: stopped\n")
+
+
 def test_bench_writes_its_csv(tmp_path: Path) -> None:
     out = tmp_path / "new" / "cost.csv"
     peers = ("naive", "isaac", "consequentialism", "reference", "stock")

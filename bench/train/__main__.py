@@ -118,6 +118,9 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, recipe_stages.Bench, list[
         out=chosen.out or Path("out/bench/train") / slug(chosen.device),
     )
     without = recipes.missing((name for name in asked if name in recipes.RECIPES), chosen.data)
+    if all(name in without for name in asked):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in without.items())
+        raise UserError(f"argument --task: nothing is left to run. {reasons}")
     for name, reason in without.items():
         print(f"skipped: {name}: {reason}", file=sys.stderr)
     bench = recipe_stages.Bench(
