@@ -74,7 +74,7 @@ def beginning(setting: Setting) -> Setting:
 
 
 def walk(lr: float, score: Callable[[float], float]) -> float:
-    """The rate with the lowest score: from half to four times ``lr``, an octave apart, and beyond while the best is last."""
+    """The rate with the lowest score: half to four times ``lr``, an octave apart, and beyond while the last is best."""
     found = {lr * factor: score(lr * factor) for factor in (0.5, 1.0, 2.0, 4.0)}
     while True:
         best = min(found, key=lambda tried: found[tried])

@@ -149,7 +149,7 @@ def refuse_jacobian(ctx: Any, first: int) -> None:
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` whose output is not a view: a view that a Function returns refuses in-place changes."""
+    """`torch.nn.functional.linear` whose output is no view: views that a Function returns refuse in-place changes."""
     y = F.linear(x, weight, bias)
     return y if y.ndim == 2 else _torch.not_a_view(y)
 
