@@ -1,7 +1,7 @@
 """The cost of layers, training steps and single ops beside torch's own, as a table, a CSV and plots.
 
-On the processor and on a GPU alike: providers take turns, each is held to float64 before it is timed, and each row
-stands beside its floor from bytes and operations. What cannot be measured has a row that says why.
+It works the same way on the CPU and on a GPU. Providers take turns, each is compared with float64 before it is timed,
+and each row has its floor from bytes and operations. What cannot be measured has a row that says why.
 """
 
 from __future__ import annotations
@@ -77,23 +77,24 @@ def parser() -> Parser:
         + "\n".join(f"  {op.name:18} {op.numbers}" for op in registry.OPS.values()),
     )
     again = "may be repeated"
-    made.add_argument("--op", choices=list(registry.OPS), action="append", help=f"instead of all; {again}")
-    made.add_argument("--provider", action="append", help=f"besides each op's baseline, instead of all; {again}")
-    made.add_argument("--shape", type=numbers, action="append", help=f"instead of the op's own, N,I,O; {again}")
-    made.add_argument("--dtype", choices=list(DTYPES), action="append", help=f"instead of the op's own; {again}")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    made.add_argument("--threads", type=threads, help="of the processor (default: 2)")
-    made.add_argument("--seconds", type=seconds, help="for all; what is not begun by then is skipped, and says so")
+    made.add_argument("--op", choices=list(registry.OPS), action="append", help=f"an op (default: all); {again}")
+    made.add_argument("--provider", action="append", help=f"a provider beside the baseline (default: all); {again}")
+    made.add_argument("--shape", type=numbers, action="append", help=f"a shape, N,I,O (default: the op's own); {again}")
+    made.add_argument("--dtype", choices=list(DTYPES), action="append", help=f"a type (default: the op's own); {again}")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="where to measure (default: a GPU where there is one)")
+    made.add_argument("--threads", type=threads, help="threads of the CPU (default: 2)")
+    made.add_argument("--seconds", type=seconds, help="time for all cases; those not begun by then are skipped")
     made.add_argument("--quick", action="store_true", help="fewer shapes, and nothing that must be compiled")
-    made.add_argument("--out", type=Path, metavar="CSV", help="write the rows here")
-    made.add_argument("--plot", type=Path, metavar="FOLDER", help="draw them here")
+    made.add_argument("--out", type=Path, metavar="CSV", help="a file for the rows")
+    made.add_argument("--plot", type=Path, metavar="FOLDER", help="a folder for plots of the rows")
     made.add_argument(
         "--against",
         nargs="+",
         metavar="CSV|COMMIT",
-        help="compare with a CSV, or with the one of this device that a commit has; of two of them nothing is measured",
+        help="compare with a CSV file, or with a commit's for this device; two of them are compared with each other, "
+        "and nothing is measured",
     )
-    made.add_argument("--rehearse", action="store_true", help="a GPU's cases on the processor, at small shapes")
+    made.add_argument("--rehearse", action="store_true", help="run a GPU's cases on the CPU, at small shapes")
     made.add_argument("--patience", type=float, default=PATIENCE, help=argparse.SUPPRESS)
     made.add_argument("--cases", help=argparse.SUPPRESS)  # module:function, instead of the registry
     made.add_argument("--worker", nargs=2, metavar=("JOURNAL", "END"), help=argparse.SUPPRESS)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=list(COMMANDS))
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; COMMAND --help shows them")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own; COMMAND --help lists them")
     chosen = parser.parse_args(arguments)
     command = {"demo": _demo, "info": _info, "bench": _bench, "bench-train": _bench_train, "check": _check}[
         chosen.command
@@ -125,7 +125,7 @@ def _check(arguments: list[str]) -> int:
         "--backend",
         action="append",
         choices=list(BACKENDS[1:]),
-        help="instead of all; fails where it is not there; may be repeated",
+        help="a backend to test (default: all); fails where it is not available; may be repeated",
     )
     code = 0
     for result in check(parser.parse_args(arguments).backend):

@@ -85,7 +85,7 @@ def _plan(arguments: list[str] | None) -> tuple[Plan, recipe_stages.Bench, list[
         help="repeatable; default: all of " + ", ".join(METHODS))  # fmt: skip
     add("--stage", action="append", choices=ALL_STAGES,
         help=f"repeatable; run and cost read --out (default: all but {', '.join(ASKED)})")  # fmt: skip
-    add("--device", choices=list(PROFILES), default="cpu", help="its tasks are larger on cuda (default: cpu)")
+    add("--device", choices=list(PROFILES), default="cpu", help="where to train; larger tasks on cuda (default: cpu)")
     add("--root", type=Path, default=Path("data"), help="folder of MNIST's four IDX files (default: data)")
     add("--data", type=Path, help="folder with tinyshakespeare.txt, and CIFAR-10's binaries or cifar10-jpeg.tar.xz")
     add("--steps", type=_whole, help="length of a recipe's schedule (default: each task's own)")

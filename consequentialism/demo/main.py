@@ -222,14 +222,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", choices=list(MODELS), default="mlp")
     add("--optimizer", action="append", choices=OPTIMIZERS, metavar="NAME",
         help="repeatable; default: those recorded, of " + ", ".join(OPTIMIZERS))  # fmt: skip
-    add("--epochs", type=_whole, help="default: by data set and model")
-    add("--batch-size", type=_whole, help="default: 128")
-    add("--damping", type=_positive, help="of the emended layers, relative; default: the recorded one")
-    add("--target", type=_share, help="test accuracy, 0 to 1; default: see above")
-    add("--seed", type=_seed, default=0, help="of weights and batches (default: 0)")
-    add("--seeds", type=_whole, default=1, help="so many seeds from --seed on, medians shown (default: 1)")
-    add("--device", default="cpu", help="default: cpu")
-    add("--threads", type=_whole, default=1, help="of torch on the CPU; 1 gives the steadiest timings (default: 1)")
+    add("--epochs", type=_whole, help="number of epochs (default: by data set and model)")
+    add("--batch-size", type=_whole, help="samples in a batch (default: 128)")
+    add("--damping", type=_positive, help="relative damping of the emended layers (default: the recorded one)")
+    add("--target", type=_share, help="test accuracy to reach, 0 to 1 (default: see above)")
+    add("--seed", type=_seed, default=0, help="first seed of weights and batches (default: 0)")
+    add("--seeds", type=_whole, default=1, help="number of seeds, from --seed on; medians are shown (default: 1)")
+    add("--device", default="cpu", help="torch's device to train on (default: cpu)")
+    add("--threads", type=_whole, default=1, help="torch's CPU threads; 1 gives the steadiest timings (default: 1)")
     add("--out", type=Path, default=Path("out/demo"), help="folder for picture and results (default: out/demo)")
     add("--grid", action="store_true", help="repeat the search for learning rates and damping, 12 trials an optimizer")
     return parser
