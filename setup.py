@@ -78,6 +78,7 @@ CUDA_SOURCES = [
     "csrc/cuda/emended_input_plan.cpp",
     "csrc/cuda/fused_weight_grad_plan.cpp",
     "csrc/cuda/damped_inverse.cu",
+    "csrc/cuda/factored_inverse.cu",
     "csrc/cuda/input_gram.cu",
     "csrc/cuda/conv_gram.cu",
     "csrc/cuda/conv_gram_displaced.cu",

@@ -1,12 +1,13 @@
-"""Where the predicted time of one float32 inverse on CUDA goes: sums over the steps of csrc/cuda/damped_inverse.cuh and
-damped_inverse_resident.cuh of the counts in csrc/cuda/cycles.txt.
+"""Where the predicted time of one float32 inverse on CUDA goes: sums over the steps of csrc/cuda/damped_inverse.cuh,
+damped_inverse_resident.cuh and factored_inverse.cuh of the counts in csrc/cuda/cycles.txt.
 
     python tools/inverse_budget.py              a row an order, microseconds of an H100 at 1.755 GHz
 
 A prediction, not a measurement. A step takes as long as the slowest of: the chain of its first warp, the rounds of the
 other warps, what shared memory takes to feed their products. Assumed beside the counts: the constants below. Left out:
-the launch, the loads of the Gram and the stores of the inverse, barriers of a block (some 40 cycles each), bank
-conflicts, misses of the instruction cache, and what warps that share a quarter of a processor take from each other.
+the first launch, the loads of the Gram and the stores of the inverse, barriers of a block (some 40 cycles each), bank
+conflicts, what shared memory takes to feed substitutions, misses of the instruction cache, and, but for a strip's
+products, what warps that share a quarter of a processor take from each other.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ GIGAHERTZ = 1.755
 SHARED = 384  # cycles of shared memory for a product: 96 reads of 16 bytes a lane, of one warp, 4 cycles each
 SHARED_PAIR = 512  # for two that share an operand: 128
 PAIR = 1.45  # of a product's latency, for such two
+PAIRS_FROM = 13  # rows of tiles that are left
+SHARED_GROUP = 544  # for a warp's three tiles by a strip of 16: 112 such reads, and 12 KiB that come to be read
+SHARED_SQUARE = 576  # for a product of V V^T by two warps: 64 such reads of each, and 8 KiB
 CLUSTER_BARRIER = 1200
 L2_LATENCY = 300
 L2_BYTES = 64  # a cycle, for one processor
 TILE_BYTES = 32 * 36 * 4
 CLUSTER_WARPS = 8  # of a block
+GROUP = 3  # tiles of a column that a warp of a strip's block works on
+PROCESSORS = 132
+QUARTERS = 4  # of a processor, each issues one instruction a cycle
+LAUNCH = 3500  # from the end of one launch to the work of the next
 FOLLOWED = 4  # groups of rows, of which the last is left when a tile is factored
 Counts = dict[str, Count]
 
@@ -49,32 +57,40 @@ class Pieces(NamedTuple):
     of_rows: int
     of_columns: int
     half_of_rows: int
+    strip: int
+    of_group: int
+    of_square: int
 
     @classmethod
     def of(cls, counts: Counts) -> Pieces:
         names = ("factor_tile", "scale_factor", "substitute_forward", "substitute_backward")
         products = ("product_of_rows", "product_of_columns", "half_product_of_rows")
-        return cls(*(counts[f"{name}_piece<float>"].cycles for name in (*names, *products)))
+        of_strips = ("solve_strip", "product_of_group", "product_of_square")
+        return cls(*(counts[f"{name}_piece<float>"].cycles for name in (*names, *products, *of_strips)))
 
 
 def rounds(tasks: int, warps: int) -> int:
     return -(-tasks // max(warps, 1))
 
 
-def products(count: int, warps: int, latency: int) -> int:
-    """Cycles of so many products that are free of each other, by the warps of one block."""
-    return max(rounds(count, warps) * latency, count * SHARED)
+def products(tasks: list[int], warps: int, latency: int) -> tuple[float, float]:
+    """Cycles of the warps of one block that take turns at these products, one or two at once, which are free of each
+    other; and of the last warp."""
+    turns = [0.0] * max(warps, 1)
+    for index, width in enumerate(tasks):
+        turns[index % len(turns)] += latency * (PAIR if width == 2 else 1)
+    return max(*turns, sum(SHARED_PAIR if width == 2 else SHARED for width in tasks)), turns[-1]
 
 
-def row_of_factor(one: Pieces, first: bool, updates: int, panels: int, warps: int) -> float:
+def row_of_factor(one: Pieces, first: bool, updates: list[int], panels: int, warps: int) -> float:
     """A step of the factor in a block that factors its tile: the first warp's chain, beside it the others' products of
     the row before, and their solutions of the row, which end a group of rows after the factor at the earliest. The
     tile's own product is half the last warp's, who comes to the others, of which it has the fewest, later."""
     others = max(warps - 1, 1)
     half = 0 if first else one.half_of_rows
     chain = half + one.factor
-    rest = products(updates, others, one.of_rows)
-    helper = half + updates // others * one.of_rows
+    rest, last = products(updates, others, one.of_rows)
+    helper = half + last
     if panels == 0:
         return max(chain, rest, helper)
     ends = max(chain + one.forward / FOLLOWED, rest + one.forward, helper + panels // others * one.forward)
@@ -90,19 +106,20 @@ def block(order: int, counts: Counts) -> Budget:
     for k in range(tiles):
         panels = tiles - 1 - k
         updates = panels + panels * (panels + 1) // 2 if k > 0 else 0
-        factor += row_of_factor(one, k == 0, updates, panels, warps)
+        factor += row_of_factor(one, k == 0, [1] * updates, panels, warps)
     inverse = rounds(tiles, warps) * one.scale
     for k in range(tiles):
         inverse += rounds(tiles - k, warps) * one.backward
         for first in range(0, k, warps):
-            inverse += products(min(warps, k - first) * (tiles - k), warps, one.of_columns)
+            inverse += products([1] * (min(warps, k - first) * (tiles - k)), warps, one.of_columns)[0]
     lengths = [tiles - j for j in range(tiles) for _ in range(j + 1)]  # of the sum that tile (i, j) is
     shares = [sum(lengths[warp::warps]) for warp in range(warps)]
     return Budget(factor, inverse, max(max(shares) * one.of_columns, sum(lengths) * SHARED))
 
 
 def cluster(order: int, blocks: int, counts: Counts) -> Budget:
-    """By a cluster whose blocks keep their tiles in shared memory; the slowest block of each step, and a barrier."""
+    """The factor by a cluster whose blocks keep their tiles in shared memory: the slowest block of each step, and a
+    barrier. The rest by all processors."""
     one, tiles, warps = Pieces.of(counts), -(-order // 32), CLUSTER_WARPS
     rows = 4 if blocks == 16 else 2
     columns = blocks // rows
@@ -114,38 +131,45 @@ def cluster(order: int, blocks: int, counts: Counts) -> Budget:
     def fetched(count: int) -> float:
         return L2_LATENCY + count * TILE_BYTES / L2_BYTES
 
+    def updates(row: int, column: int, k: int) -> list[int]:
+        """First those of row k, then of each column the rest, by twos where many are left."""
+        solves = row == k % rows
+        own_columns = [j for j in range(k + 1, tiles) if j % columns == column]
+        tasks = [1] * len(own_columns) if solves else []
+        for j in own_columns:
+            count = sum(i % rows == row for i in range(k + solves, j + 1))
+            pairs = count // 2 if tiles - k >= PAIRS_FROM else 0
+            tasks += [2] * pairs + [1] * (count - 2 * pairs)
+        return tasks
+
     def step_of_factor(row: int, column: int, k: int) -> float:
         fetch = fetched(own(k, row, rows) + own(k, column, columns) + 1) if k > 0 else 0
-        updates = sum(
-            i % rows == row and j % columns == column for j in range(k + 1, tiles) for i in range(k, j + 1) if k > 0
-        )
+        tasks = updates(row, column, k) if k > 0 else []
         if row != k % rows:
-            return fetch + products(updates, warps, one.of_rows)
-        return fetch + row_of_factor(one, k == 0, updates, own(k + 1, column, columns), warps)
-
-    def step_of_inverse(row: int, column: int, k: int) -> float:
-        solved = own(k, column, columns)
-        above = own(0, row, rows) - own(k, row, rows)
-        cycles = rounds(solved, warps) * one.backward if row == k % rows else 0
-        return cycles + (fetched(solved) + products(above * solved, warps, one.of_columns) if k > 0 else 0)
+            return fetch + products(tasks, warps, one.of_rows)[0]
+        return fetch + row_of_factor(one, k == 0, tasks, own(k + 1, column, columns), warps)
 
     factor = sum(max(step_of_factor(*place, k) for place in grid) + CLUSTER_BARRIER for k in range(tiles))
-    inverse = sum(max(step_of_inverse(*place, k) for place in grid) + CLUSTER_BARRIER for k in range(tiles))
-    return Budget(factor, inverse, square_of_cluster(tiles, blocks, one.of_columns))
+    issued = counts["product_of_group_piece<float>"].instructions
+    return Budget(factor, longest_strip(tiles, one, issued), square(tiles, one))
 
 
-def square_of_cluster(tiles: int, blocks: int, latency: int) -> float:
-    """All warps take turns over the blocks, there and back; two tiles at once where each has several to make."""
-    turns = blocks * CLUSTER_WARPS
-    pairs = tiles * (tiles + 1) // 2 > 4 * turns
-    tasks = [(tiles - j, min(1 + pairs, j + 1 - i)) for j in range(tiles) for i in range(0, j + 1, 1 + pairs)]
-    warp_cycles, shared_cycles = [0.0] * turns, [0.0] * blocks
-    for index, (length, width) in enumerate(tasks):
-        turn = index % turns
-        turn = turn if index // turns % 2 == 0 else turns - 1 - turn
-        warp_cycles[turn] += length * latency * (PAIR if width == 2 else 1)
-        shared_cycles[turn % blocks] += length * (SHARED_PAIR if width == 2 else SHARED)
-    return max(*warp_cycles, *shared_cycles)
+def longest_strip(tiles: int, one: Pieces, issued: int) -> float:
+    """The last column of tiles; all others are done before. A step is the slower of its first warp and the others."""
+    cycles: float = LAUNCH + L2_LATENCY + one.backward
+    for k in range(tiles - 1, 0, -1):
+        groups = rounds(k - 1, GROUP)
+        shared, copied = groups * SHARED_GROUP, (k - 1) * TILE_BYTES / L2_BYTES
+        others = max(one.of_group, rounds(groups, QUARTERS) * issued, shared, copied) if groups else 0
+        cycles += max(one.strip, others)
+    return cycles
+
+
+def square(tiles: int, one: Pieces) -> float:
+    """A block for each tile, all at once, dealt to the processors in turn: the longest sum or the fullest of them."""
+    lengths = [tiles - j for j in range(tiles) for _ in range(j + 1)]
+    fullest = max(sum(lengths[processor::PROCESSORS]) for processor in range(PROCESSORS))
+    return LAUNCH + max(L2_LATENCY + tiles * one.of_square, fullest * SHARED_SQUARE)
 
 
 def main() -> None:

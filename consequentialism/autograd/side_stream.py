@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import _torch
 from ..options import Options
 
-# Beside each one, taken in turn: the factor of a Gram up to order 192 is one block, and occupies one SM; above, where
+# Beside each one, taken in turn: the factor of a Gram up to order 160 is one block, and occupies one SM; above, where
 # the chip has clusters, it is 8 or 16 blocks.
 STREAMS = 4
 RING = 32  # torch.cuda.Stream() hands out as many of a device, one after the other, and then the first again

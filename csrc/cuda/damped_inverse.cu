@@ -1,6 +1,7 @@
 #include "damped_inverse.cuh"
 #include "damped_inverse_launcher.h"
 #include "damped_inverse_resident.cuh"
+#include "factored_inverse_launcher.h"
 
 namespace consequentialism::cuda {
 
@@ -49,10 +50,7 @@ __global__ void __launch_bounds__(kInverseClusterThreads) damped_inverse_residen
     tiles.load(item.gram, n, n, ridge, state->unit);
     tiles.factor(state);
   };
-  const auto finish = [&](T multiplier) {
-    tiles.invert();
-    tiles.multiply(n, item.inverse_stride, multiplier, item.inverse);
-  };
+  const auto finish = [](T) {};  // factored_inverse.cuh's
   invert_with_retries(team, item, n, n, state, factor, finish, [breakdowns] { atomicAdd(breakdowns, 1u); });
 #endif
 }
@@ -119,9 +117,13 @@ cudaError_t launch_damped_inverse(
     return launch(damped_inverse_block_kernel<T>, shape, batch, static_cast<int>(n), breakdowns);
   shape.cluster = static_cast<unsigned>(plan.blocks);
   if (plan.team == InverseTeam::kResident) {
-    return launch(
-        damped_inverse_resident_kernel<T>, shape, batch, static_cast<int>(n), plan.resident,
-        static_cast<unsigned char*>(workspace), plan.workspace_bytes, breakdowns);
+    auto* own = static_cast<unsigned char*>(workspace);
+    const cudaError_t error = launch(
+        damped_inverse_resident_kernel<T>, shape, batch, static_cast<int>(n), plan.resident, own, plan.workspace_bytes,
+        breakdowns);
+    if (error != cudaSuccess) return error;
+    return launch_factored_inverse(
+        batch, count, static_cast<int>(n), own, plan.workspace_bytes, count >= plan.tall_squares_from, stream);
   }
   return launch(
       damped_inverse_cluster_kernel<T>, shape, batch, static_cast<int>(n), static_cast<unsigned char*>(workspace),

@@ -27,6 +27,12 @@ struct InverseState {
   int broken;
 };
 
+// Whether an attempt that came to its end left U: else invert_with_retries has filled the inverse.
+template <class T>
+__device__ __forceinline__ bool has_factor(const InverseState<T>& state) {
+  return state.trace != 0 && isfinite(state.trace) && state.attempt <= kInverseRetries;
+}
+
 static_assert(kTile == kInverseTile && sizeof(InverseState<double>) <= kInverseStateBytes);
 static_assert(TileTraits<float>::kElements * sizeof(float) == inverse_tile_bytes(sizeof(float)));
 static_assert(TileTraits<double>::kElements * sizeof(double) == inverse_tile_bytes(sizeof(double)));
@@ -309,16 +315,18 @@ __device__ void invert_tiles(const Team<kTeam>& team, int along, T* tiles, T* sp
   }
 }
 
-// Tile (i, j) of the inverse, or two from there down, and the mirror, <- multiplier * sums, a product of columns.
-template <class T, int kRows>
+// The inverse's rows from first_row and columns from first_column on, and the mirror, <- multiplier * sums, a product
+// of columns.
+template <class T, int kRows, int kColumns>
 __device__ __forceinline__ void store_inverse_tile(
-    const T (&sums)[kRows][8], int i, int j, int n, int stride, T multiplier, T* inverse, int lane) {
+    const T (&sums)[kRows][kColumns], int first_row, int first_column, int n, int stride, T multiplier, T* inverse,
+    int lane) {
 #pragma unroll
   for (int q = 0; q < kRows; ++q) {
 #pragma unroll
-    for (int p = 0; p < 8; ++p) {
-      const int row = i * kTile + fragment_row<T, Inner::kColumns>(lane, q);
-      const int column = j * kTile + fragment_column<T, Inner::kColumns>(lane, p);
+    for (int p = 0; p < kColumns; ++p) {
+      const int row = first_row + fragment_row<T, Inner::kColumns>(lane, q);
+      const int column = first_column + fragment_column<T, Inner::kColumns>(lane, p);
       if (row > column || column >= n) continue;  // of a tile on the diagonal, one triangle and its mirror
       const T value = multiplier * sums[q][p];
       inverse[row * stride + column] = value;
@@ -344,7 +352,7 @@ __device__ void multiply_tiles(const Team<kTeam>& team, int n, int stride, const
       for (int k = along - 1; k >= j; --k) {
         tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, at(i, k), at(j, k), lane);
       }
-      store_inverse_tile(sums, i, j, n, stride, multiplier, inverse, lane);
+      store_inverse_tile(sums, i * kTile, j * kTile, n, stride, multiplier, inverse, lane);
     }
   }
 }

@@ -52,17 +52,15 @@ struct InverseBatch {
   InverseItem<T> items[kMaxInverseItems];
 };
 
-// Who factors a matrix: one block in its shared memory; a cluster whose blocks keep what they work on in theirs; a
-// cluster in global memory (L2); nobody here.
+// Who factors a matrix: one block in its shared memory; a cluster whose blocks keep what they work on in theirs, after
+// which all blocks that a chip has room for make the inverse; a cluster in global memory (L2); nobody here.
 enum class InverseTeam { kNone, kBlock, kResident, kCluster };
 
-// The blocks of a resident cluster as a grid, how many tiles that a block works on its shared memory has room for, and
-// whether a warp makes two products at once in the last step, where it has several to make.
+// The blocks of a resident cluster as a grid, and how many tiles that a block works on its shared memory has room for.
 struct ResidentShape {
   int rows;
   int columns;
   int room;
-  bool pairs;
 };
 
 // How a matrix of order n is factored.
@@ -73,6 +71,7 @@ struct InversePlan {
   size_t shared_bytes = 0;     // of a block
   size_t workspace_bytes = 0;  // of a matrix, in global memory
   ResidentShape resident{};
+  int tall_squares_from = 0;  // as factored_inverse.h has it, after a resident cluster
 };
 
 // Of `count` matrices that are given together.

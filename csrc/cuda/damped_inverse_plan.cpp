@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "damped_inverse.h"
+#include "factored_inverse.h"
 
 namespace consequentialism::cuda {
 
@@ -15,7 +16,7 @@ constexpr int64_t large_cluster_above(size_t element_bytes) {
 // Above, a cluster takes less than nine tenths of one block's time, by the sums of tools/inverse_budget.py. In float64,
 // of which there are none, where a block has no room.
 constexpr int64_t cluster_above(size_t element_bytes) {
-  return element_bytes == 8 ? kMaxInverseOrder : 192;
+  return element_bytes == 8 ? kMaxInverseOrder : 160;
 }
 
 int64_t tiles_along(int64_t n) {
@@ -44,18 +45,18 @@ InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared
     for (int64_t j = column; j < along; j += columns) own += j / rows + 1;
     most_own = std::max(most_own, own);
   }
-  constexpr int64_t kWarps = kInverseClusterThreads / 32;
   const auto most = static_cast<int64_t>(shared_bytes / inverse_tile_bytes(element_bytes));
-  if (most < std::max(panels, 2 * kWarps)) return {};  // of the last step, two for a warp at least, better four
-  const int64_t tiles = std::min(most, std::max(panels + most_own, 4 * kWarps));
+  if (most < panels || strip_bytes(static_cast<int>(along), element_bytes) > shared_bytes) return {};
+  const int64_t tiles = std::min(most, panels + most_own);
   InversePlan plan;
   plan.team = InverseTeam::kResident;
   plan.threads = kInverseClusterThreads;
   plan.blocks = blocks;
   plan.shared_bytes = static_cast<size_t>(tiles) * inverse_tile_bytes(element_bytes);
-  plan.workspace_bytes = kInverseStateBytes + tile_bytes(along, 2, element_bytes);
-  const bool pairs = element_bytes == 4 && tiles >= 3 * kWarps && along * (along + 1) / 2 > 4 * blocks * kWarps;
-  plan.resident = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(tiles - panels), pairs};
+  plan.workspace_bytes =
+      kInverseStateBytes + tile_bytes(along, kMoreTiles, element_bytes) + tile_bytes(along, 0, element_bytes);
+  plan.resident = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(tiles - panels)};
+  plan.tall_squares_from = tall_squares_from(static_cast<int>(along));
   return plan;
 }
 

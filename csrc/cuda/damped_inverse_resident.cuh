@@ -1,8 +1,8 @@
-// The inverse of damped_inverse.cuh, the same sums in the same order, by a cluster whose blocks keep the tiles that
-// they work on in their shared memory.
+// The factor of damped_inverse.cuh, the same sums in the same order, by a cluster whose blocks keep the tiles that they
+// work on in their shared memory.
 //
 // The blocks form a grid: tile (i, j) is worked on by the block of row i mod rows and column j mod columns, and by no
-// other. A row of U, and later of V, that is finished goes to global memory, that is to L2. Of a step a block needs
+// other. A row of U that is finished goes to global memory, that is to L2. Of a step a block needs
 // the finished tiles of its own rows and of its own columns, which it fetches once for all its warps: with 16 blocks
 // each tile is read by 7, for which L2 has more bandwidth than the 4 blocks that have a row would have between them.
 //
@@ -32,9 +32,7 @@ class ResidentTiles {
         shared_(shared),
         finished_(finished),
         room_(shape.room),
-        pairs_(shape.pairs && kMostCount == 2),
-        own_(own_before(along)),
-        slots_((count_of(along, 0, rows_) + count_of(along, 0, columns_) + 1 + room_) / warps_) {}
+        own_(own_before(along)) {}
 
   // The tiles <- unit * (gram + ridge I).
   __device__ void load(const T* gram, int n, int stride, T ridge, T unit) const {
@@ -86,66 +84,11 @@ class ResidentTiles {
     }
   }
 
-  // The finished tiles <- V = U^-1.
-  //
-  // V[k, j] takes U[k, j]'s place, whose last readers staged it before the barrier of step j (j > k) or k + 1 (j = k).
-  __device__ void invert() const {
-    if (row_ == (along_ - 1) % rows_) stage(diagonal(), at(along_ - 1, along_ - 1), warps_ - 1);
-    finish_stages();
-    for (int k = along_ - 1;; --k) {
-      // V[k, j] = U_kk^-1 S[k, j], where S[k, k] is an identity.
-      if (row_ == k % rows_) {
-        int index = 0;
-        for (int j = next_of(k, column_, columns_); j < along_; j += columns_, ++index) {
-          if (index % warps_ == warp_) solve_backward(k, j);
-        }
-      }
-      for (int i = row_; i < k; i += rows_) stage(row_tile(i), at(i, k), i / rows_);
-      if (k > 0 && row_ == (k - 1) % rows_) stage(diagonal(), at(k - 1, k - 1), warps_ - 1);
-      copy_async_commit();
-      copy_async_wait<0>();
-      team_.sync();
-      if (k == 0) return;
-      for (int j = next_of(k, column_, columns_); j < along_; j += columns_) {
-        stage(column_tile(j), at(k, j), j / columns_);
-      }
-      finish_stages();
-      // S[i, j] -= U[i, k] V[k, j], from nothing for j = k.
-      int index = 0;
-      for (int j = next_of(k, column_, columns_); j < along_; j += columns_) {
-        for (int i = row_; i < k; i += rows_, ++index) {
-          if (index % warps_ == warp_) subtract<Inner::kColumns>(home(i, j), row_tile(i), column_tile(j), j == k);
-        }
-      }
-      __syncthreads();
-    }
-  }
-
-  // inverse <- multiplier * V V^T, both triangles. The tiles in shared memory make way for the operands of each warp,
-  // of one product or, where every warp has several to make, of two that share an operand.
-  //
-  // Warps take turns over the blocks, there and back: neighbours sum about as many products, and each block its share.
-  __device__ void multiply(int n, int stride, T multiplier, T* inverse) const {
-    const int blocks = rows_ * columns_, turns = blocks * warps_, own = warp_ * blocks + row_ + column_ * rows_;
-    int index = 0;
-    for (int j = 0; j < along_; ++j) {
-      for (int i = 0; i <= j; i += pairs_ ? 2 : 1, ++index) {
-        const int turn = index % turns;
-        if ((index / turns % 2 == 0 ? turn : turns - 1 - turn) != own) continue;
-        if (pairs_ && i < j) {
-          multiply_tiles_from<kMostCount>(i, j, n, stride, multiplier, inverse);
-        } else {
-          multiply_tiles_from<1>(i, j, n, stride, multiplier, inverse);
-        }
-      }
-    }
-  }
-
  private:
   static constexpr int kElements = TileTraits<T>::kElements;
   static constexpr int kStride = TileTraits<T>::kStride;
-  static constexpr int kMostCount =
-      sizeof(T) == 4 ? 2 : 1;                             // of tiles beside each other that a warp multiplies at once
+  static constexpr bool kPairs = sizeof(T) == 4;
+  static constexpr int kPairsFrom = 14;                   // rows of tiles that are left
   static constexpr int kUnroll = sizeof(T) == 4 ? 9 : 1;  // of copies: otherwise ptxas takes registers until it spills
 
   // How many of 0, 1, ..., below - 1 are own mod count.
@@ -208,21 +151,20 @@ class ResidentTiles {
     __syncwarp();
   }
 
-  // As subtract_product, from zero where fresh, the tile read and written 16 bytes at once: one element at a time four
-  // or eight lanes would meet in a bank.
-  template <Inner kInnerA>
-  __device__ __forceinline__ void subtract(T* tile, const T* a, const T* b, bool fresh) const {
+  // As subtract_product of A^T B, of one tile or of two that share b, whose a lie behind one another. A tile is read
+  // and written 16 bytes at once: one element at a time four or eight lanes would meet in a bank.
+  template <int kTiles>
+  __device__ __forceinline__ void subtract(T* const (&tiles)[kTiles], const T* a, const T* b) const {
     constexpr int kPack = TileTraits<T>::kPack;
-    T sums[4][8] = {};
-    const auto load = [&](T* pack, int q, int p) {
+    T sums[4 * kTiles][8];
+    for_each_pack(tiles, [&](T* pack, int q, int p) {
       T values[kPack];
       load_pack(pack, values);
 #pragma unroll
       for (int e = 0; e < kPack; ++e) sums[q][p + e] = values[e];
-    };
-    if (!fresh) for_each_pack<kInnerA>(tile, load);
-    tile_product<kInnerA, Inner::kRows, Sum::kSubtractUp>(sums, a, b, lane_);
-    for_each_pack<kInnerA>(tile, [&](T* pack, int q, int p) {
+    });
+    tile_product<Inner::kRows, Inner::kRows, Sum::kSubtractUp>(sums, a, b, lane_);
+    for_each_pack(tiles, [&](T* pack, int q, int p) {
       T values[kPack];
 #pragma unroll
       for (int e = 0; e < kPack; ++e) values[e] = sums[q][p + e];
@@ -230,48 +172,14 @@ class ResidentTiles {
     });
   }
 
-  // Tile (i, j) of the inverse, and with kCount = 2 tile (i + 1, j), by one warp. Of a product's operands those of the
-  // next one are under way where there is room for both.
-  template <int kCount>
-  __device__ __forceinline__ void multiply_tiles_from(int i, int j, int n, int stride, T multiplier, T* inverse) const {
-    constexpr int kOperands = kCount + 1;
-    const bool ahead = slots_ >= 2 * kOperands;
-    const auto operands = [&](int k) {
-      return shared_ + (warp_ * slots_ + (ahead ? k % 2 * kOperands : 0)) * kElements;
-    };
-    const auto fetch = [&](int k) {
-      T* to = operands(k);
+  template <int kTiles, class Step>
+  __device__ __forceinline__ void for_each_pack(T* const (&tiles)[kTiles], const Step& step) const {
 #pragma unroll
-      for (int t = 0; t < kCount; ++t) stage(to + t * kElements, at(i + t, k), warp_);
-      if (kCount > 1 || i != j) stage(to + kCount * kElements, at(j, k), warp_);
-      copy_async_commit();
-    };
-    T sums[4 * kCount][8] = {};
-    if (ahead) fetch(along_ - 1);
-#pragma unroll 1
-    for (int k = along_ - 1; k >= j; --k) {
-      if (!ahead) fetch(k);
-      if (ahead && k > j) {
-        fetch(k - 1);
-        copy_async_wait<1>();
-      } else {
-        copy_async_wait<0>();
+    for (int q = 0; q < 4 * kTiles; ++q) {
+#pragma unroll
+      for (int p = 0; p < 8; p += TileTraits<T>::kPack) {
+        step(&fragment_element<Inner::kRows>(tiles[q / 4], lane_, q % 4, p), q, p);
       }
-      __syncwarp();
-      const T* left = operands(k);
-      const T* right = left + (kCount > 1 || i != j ? kCount * kElements : 0);
-      tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, left, right, lane_);
-      __syncwarp();
-    }
-    store_inverse_tile(sums, i, j, n, stride, multiplier, inverse, lane_);
-  }
-
-  template <Inner kInnerA, class Step>
-  __device__ __forceinline__ void for_each_pack(T* tile, const Step& step) const {
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-#pragma unroll
-      for (int p = 0; p < 8; p += TileTraits<T>::kPack) step(&fragment_element<kInnerA>(tile, lane_, q, p), q, p);
     }
   }
 
@@ -294,31 +202,32 @@ class ResidentTiles {
     }
   }
 
-  // The own tiles of the rows from `first` to `end`, but for the one on the diagonal of row k + 1.
+  // The own tiles of the rows from `first` to `end`, but for the one on the diagonal of row k + 1. By twos of a column,
+  // which read two thirds as much, where there are enough of them for all warps.
   __device__ __forceinline__ void update_rows(int k, int first, int end, int own, int others) const {
+    const bool pairs = kPairs && along_ - k >= kPairsFrom;
     int index = 0;
     for (int j = next_of(k + 2, column_, columns_); j < along_; j += columns_) {
-      for (int i = next_of(first, row_, rows_); i <= j && i < end; i += rows_, ++index) {
-        if (index % others != own) continue;
-        T* tile = home(i, j);
-        subtract<Inner::kRows>(tile, row_tile(i), column_tile(j), false);
-        if (i == j && i == k + 2) {
-          __syncwarp();
-          copy(pending(i), tile);
-        }
+      const int below = min(j + 1, end);
+      for (int i = next_of(first, row_, rows_); i < below; ++index) {
+        const bool pair = pairs && i + rows_ < below;
+        if (index % others == own) update(k, i, j, pair);
+        i += pair ? 2 * rows_ : rows_;
       }
     }
   }
 
-  __device__ __forceinline__ void solve_backward(int k, int j) const {
-    const T* from = home(k, j);
-    T* to = at(k, j);
-    T column[kTile];
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) column[i] = j == k ? T(i == lane_) : from[i * kStride + lane_];
-    substitute_backward(diagonal(), column);
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) to[i * kStride + lane_] = column[i];
+  // Tile (i, j), and the next own one of the column.
+  __device__ __forceinline__ void update(int k, int i, int j, bool pair) const {
+    if constexpr (kPairs) {
+      if (pair) return subtract<2>({home(i, j), home(i + rows_, j)}, row_tile(i), column_tile(j));
+    }
+    T* tile = home(i, j);
+    subtract<1>({tile}, row_tile(i), column_tile(j));
+    if (i == j && i == k + 2) {
+      __syncwarp();
+      copy(pending(i), tile);
+    }
   }
 
   Team<InverseTeam::kCluster> team_;
@@ -330,9 +239,7 @@ class ResidentTiles {
   T* shared_;
   T* finished_;
   int room_;  // own tiles in shared memory
-  bool pairs_;
   int own_;
-  int slots_;  // tiles of shared memory for each warp, of the last step
 };
 
 }  // namespace consequentialism::cuda

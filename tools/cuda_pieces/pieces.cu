@@ -2,7 +2,7 @@
 // counts what lies between them; on a GPU main() below runs the same kernels and prints what the clock says.
 #include <cstdio>
 
-#include "damped_inverse.cuh"
+#include "factored_inverse.cuh"
 
 namespace consequentialism::cuda {
 
@@ -14,7 +14,7 @@ __device__ __forceinline__ unsigned clock_now() {
   return now;
 }
 
-constexpr int kTiles = 3;
+constexpr int kTiles = 5;
 
 // tiles and cycles lie in global memory, what a piece works on in shared memory, as in a block's factor.
 template <class T, class Piece>
@@ -77,6 +77,36 @@ __global__ void __launch_bounds__(32) product_of_columns_piece(T* tiles, unsigne
 }
 
 template <class T>
+__global__ void __launch_bounds__(32) solve_strip_piece(T* tiles, unsigned* cycles) {
+  measure(tiles, cycles, [](T* a, T* b, T* c, int lane) {
+    T* known = c + TileTraits<T>::kElements;
+    solve_strip(c, c, a, known, b, known + kTile * kStrip, false, lane);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(32) product_of_group_piece(T* tiles, unsigned* cycles) {
+  measure(tiles, cycles, [](T* a, T*, T*, int lane) {
+    T* strip = a + kGroup * TileTraits<T>::kElements;
+    StripSums<T, kGroup> sums;
+    sums.template subtract_product<kTile, TileTraits<T>::kStride>(a, strip, lane);
+    unroll<kGroup>([&](auto own) { sums.template store<own>(a + own * kTile * kStrip, lane); });
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(32) product_of_square_piece(T* tiles, unsigned* cycles) {
+  measure(tiles, cycles, [](T* a, T* b, T* c, int lane) {
+    T sums[4][SquareTraits<T, 1>::kColumns] = {};
+    tile_product<Inner::kColumns, Inner::kColumns, Sum::kAddDown>(sums, a, b, lane);
+    for (int q = 0; q < 4; ++q) {
+      for (int p = 0; p < SquareTraits<T, 1>::kColumns; ++p)
+        c[(8 * q + p) * static_cast<int>(kWarpSize) + lane] = sums[q][p];
+    }
+  });
+}
+
+template <class T>
 using Kernel = void (*)(T*, unsigned*);
 
 // The least of several runs: the first one fetches the instructions.
@@ -121,6 +151,9 @@ int main() {
   CONSEQUENTIALISM_RUN(scale_factor_piece);
   CONSEQUENTIALISM_RUN(product_of_rows_piece);
   CONSEQUENTIALISM_RUN(product_of_columns_piece);
+  CONSEQUENTIALISM_RUN(solve_strip_piece);
+  CONSEQUENTIALISM_RUN(product_of_group_piece);
+  CONSEQUENTIALISM_RUN(product_of_square_piece);
   run<float>("half_product_of_rows_piece", "float", half_product_of_rows_piece<float>);
 #undef CONSEQUENTIALISM_RUN
 }

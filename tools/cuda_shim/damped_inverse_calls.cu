@@ -17,10 +17,10 @@ InversePlan plan_of(int64_t n, size_t element_bytes, int64_t shared_limit, int64
 template <class T>
 int damped_inverse(
     const T* gram, T* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns, int64_t count,
-    int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, bool pairs, double damping, double rank,
+    int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, bool tall, double damping, double rank,
     double factor, bool relative, bool scaled_by_c) {
   InversePlan plan = plan_of(n, sizeof(T), shared_limit, resident_blocks);
-  plan.resident.pairs = plan.resident.pairs || pairs;
+  if (tall) plan.tall_squares_from = 1;
   std::vector<InverseItem<T>> items;
   const int64_t stride = n + padding;
   for (int64_t i = 0; i < count; ++i) {
@@ -35,19 +35,19 @@ int damped_inverse(
 
 extern "C" int call_damped_inverse_float(
     const float* gram, float* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, bool pairs,
-    double damping, double rank, double multiplier, bool relative, bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, bool tall, double damping,
+    double rank, double multiplier, bool relative, bool scaled_by_c) {
   return damped_inverse(
-      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, resident_blocks, pairs, damping,
+      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, resident_blocks, tall, damping,
       rank, multiplier, relative, scaled_by_c);
 }
 
 extern "C" int call_damped_inverse_double(
     const double* gram, double* inverse, const int* only_if, unsigned char* workspace, unsigned* breakdowns,
-    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, bool pairs,
-    double damping, double rank, double multiplier, bool relative, bool scaled_by_c) {
+    int64_t count, int64_t n, int64_t padding, int64_t shared_limit, int64_t resident_blocks, bool tall, double damping,
+    double rank, double multiplier, bool relative, bool scaled_by_c) {
   return damped_inverse(
-      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, resident_blocks, pairs, damping,
+      gram, inverse, only_if, workspace, breakdowns, count, n, padding, shared_limit, resident_blocks, tall, damping,
       rank, multiplier, relative, scaled_by_c);
 }
 
