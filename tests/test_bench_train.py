@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench import report, table
 from bench.environment import environment
-from bench.train import claims, defaults, show, stages
+from bench.train import claims, defaults, show, stages, training_report
 from bench.train.__main__ import main
 from bench.train.methods import METHODS, TRIALS, Method, missing
 from bench.train.rows import FILES, CurveRow, GridRow, RunRow, SkipRow, TimeRow
@@ -302,12 +302,12 @@ def line(optimizer: str, steps: float, ms: float) -> show.Line:
 def test_verdicts_say_who_wins_and_why() -> None:
     adam, soap = line("adam", 100, 1.0), line("soap", 20, 10.0)
     for steps, word in ((40, "wins"), (50, "ties"), (80, "loses"), (math.inf, "loses")):
-        text = report.verdicts({"digits": [adam, soap, line("emended-sgd", steps, 2.0)]})
+        text = training_report.verdicts({"digits": [adam, soap, line("emended-sgd", steps, 2.0)]})
         assert f"**{word}" in text
-    text = report.verdicts({"digits": [adam, line("emended-sgd", 40, 2.0)]})
+    text = training_report.verdicts({"digits": [adam, line("emended-sgd", 40, 2.0)]})
     assert "takes 40 steps and Adam 100; a step costs 2.00 times as much, and the ratio of seconds is 0.80" in text
     assert dataclasses.replace(adam, start_ms=50.0).seconds == pytest.approx(adam.seconds + 0.05)
-    assert "0.08 (40)" in report.summary({"digits": [adam, line("emended-sgd", 40, 2.0)]})
+    assert "0.08 (40)" in training_report.summary({"digits": [adam, line("emended-sgd", 40, 2.0)]})
 
 
 def test_within_twice_is_a_share_of_an_optimizers_own_settings() -> None:
