@@ -204,8 +204,8 @@ def compiler_flags() -> tuple[list[str], list[str]]:
     """The flags for compiling and for linking. at::parallel_for is a header: without OpenMP it runs on one thread."""
     if os.name == "nt":
         return ["/O2", "/std:c++20", "/openmp"], []
-    # Without -g, which Python's own flags hold: it makes autograd.cpp take two and a half times as long to compile.
-    # Nobody reads errno, for whose sake GCC vectorizes no loop with a square root.
+    # -g0 undoes the -g of Python's own flags, with which autograd.cpp takes two and a half times as long to compile.
+    # Nothing here reads errno; while square roots may set it, GCC vectorizes no loop that has one.
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-parameter"]
     if sys.platform == "darwin":
         return [*flags, "-Wno-unknown-pragmas"], []

@@ -1,4 +1,4 @@
-"""Every result is held to float64: the plain gradients, the emended ones, and the peer's own update."""
+"""Comparison of every result with float64: the plain gradients, the emended ones, and the peer's own update."""
 
 from __future__ import annotations
 

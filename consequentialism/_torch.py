@@ -134,7 +134,7 @@ def not_a_view(tensor: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
 
 
-@functools.cache  # at the first use, for it imports the compiler
+@functools.cache  # at the first use, because it imports the compiler
 def outside_graphs(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     """The function, which torch.compile then never traces; ``reason`` is what a full graph's error says."""
     return torch.compiler.disable(function, reason=reason)
@@ -156,7 +156,7 @@ def without_memory(cls: Any, like: Tensor) -> Any:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded; told by name, for the module of DTensor is slow to import."""
+    """Whether a tensor is sharded; told by name, because the module of DTensor is slow to import."""
     return type(tensor).__name__ == "DTensor"
 
 

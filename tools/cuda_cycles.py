@@ -1,4 +1,4 @@
-"""Counts the cycles that one warp takes through the kernels' serial pieces, and holds them to a committed table.
+"""Counts the cycles that one warp takes through the kernels' serial pieces, and compares them with a committed table.
 
     python tools/cuda_cycles.py                     compile, count, compare with csrc/cuda/cycles.txt
     python tools/cuda_cycles.py --update            write the table

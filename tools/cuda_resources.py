@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel and holds its registers, spills and shared memory to a committed table.
+"""Compiles every CUDA kernel and compares its registers, spills and shared memory with a committed table.
 
     python tools/cuda_resources.py                  compile, print, compare with csrc/cuda/resources.txt
     python tools/cuda_resources.py --update         write the table

@@ -123,7 +123,7 @@ def _unit_of(x: Tensor, geometry: Geometry, bias: bool, options: Options, dtype:
 
 
 def in_unit(x: Tensor, unit: Tensor | None) -> Tensor:
-    """``x / unit`` of ``x [B, C, *spatial]`` and a unit for each group: exact, for it is a power of two."""
+    """``x / unit`` of ``x [B, C, *spatial]`` and a unit for each group; exact, because units are powers of two."""
     if unit is None:
         return x
     by = unit.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # [groups, 1, ...]

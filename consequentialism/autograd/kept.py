@@ -1,9 +1,9 @@
 """What forward keeps of a layer's input for backward: one small class for each kind.
 
-For a linear layer each gives the emended gradients (`weight_grad`) or takes a step along them without ever having them
-(`step_`). For a convolution, which keeps an `Inverse` or a `Conjugate`, `autograd.conv` makes the plain gradient and
-asks for its correction (`corrected`). A Function carries them flat, for a compiler must see every tensor among its
-arguments: `flat`, and back by `restored`.
+For a linear layer each class gives the emended gradients (`weight_grad`), or takes a step along them without storing
+them (`step_`). For a convolution, which keeps an `Inverse` or a `Conjugate`, `autograd.conv` makes the plain gradient
+and asks for its correction (`corrected`). A Function carries them flat, because a compiler must see every tensor among
+its arguments: `flat` gives these arguments, `restored` takes them back.
 """
 
 from __future__ import annotations

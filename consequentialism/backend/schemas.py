@@ -1,6 +1,6 @@
 """The ops, each once: name -> schema and fake, from which every namespace of `torch.ops` gets its fakes and wrappers.
 
-The compiled ops have their schemas in ``csrc/ops.cpp`` too, for they need no Python; a test holds them equal to these.
+The compiled ops have their schemas in ``csrc/ops.cpp`` too, because they work without Python; a test compares the two.
 Shapes and meanings are those of `reference`.
 """
 

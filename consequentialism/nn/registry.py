@@ -230,7 +230,7 @@ def _forward_of(cls: type[nn.Module], own: type[EmendedModule]) -> Callable[...,
 
 
 def _reduce(module: EmendedModule, protocol: Any) -> Any:
-    """Pickles by the plain class, for nobody else can find the emended one; by its own way where it has one."""
+    """Reduce a layer to its plain class, which a reader can find by name; in the class's own way where it has one."""
     emended = type(module)
     plain: Any = emended._emended_plain
     by_protocol, by_itself = own_method(module, "__reduce_ex__"), own_method(module, "__reduce__")

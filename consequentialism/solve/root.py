@@ -42,14 +42,15 @@ class Plan(NamedTuple):
 
 
 def method(exponent: float, device_type: str, kind: Kind = "symmetric", turns: bool = False) -> Method:
-    """How ``S`` is made, and so whether it is symmetric or, by "factor", triangular.
+    """The method by which ``S`` is made: "factor" makes it triangular, the others symmetric.
 
     Args:
         exponent: Above 0 and at most 1.
-        device_type: On the host eigenvalues, in float64, are more accurate and as fast on one thread (the iteration in
-            float32 takes .59 to 1.20 of their seconds, measured at orders 64 to 1024); they make a GPU's host wait.
-        kind: ``"auto"``: triangular on the host where it changes nothing, for it takes a fifth of the eigenvalues'
-            seconds (measured at orders 129 to 513).
+        device_type: The type of device. On the host, eigenvalues in float64 are more accurate and as fast on one thread
+            (the iteration in float32 takes .59 to 1.20 of their seconds, measured at orders 64 to 1024). On a GPU they
+            would make the host wait.
+        kind: `Emended`'s ``root``. ``"auto"`` is triangular on the host where that changes nothing, because it takes a
+            fifth of the eigenvalues' seconds (measured at orders 129 to 513).
         turns: Whether the step is the same with any ``S``.
     """
     if kind == "cholesky" or (kind == "auto" and turns and exponent == 0.5 and device_type == "cpu"):

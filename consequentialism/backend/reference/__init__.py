@@ -1,10 +1,10 @@
-"""Every formula in plain PyTorch: any dtype, any device. The other backends are held to this.
+"""Every formula in plain PyTorch: any dtype, any device. Every other backend is tested against this.
 
 ``N`` rows, ``I`` inputs, ``O`` outputs; ``x [N, I]``, ``dy [N, O]``, ``dw [O, I]``, ``db [O]``. With
-``bias`` every formula reads ``x`` with a constant 1 appended, so ``I`` counts it. Half types are computed
+``bias`` every formula reads ``x`` with a constant 1 appended, so ``I`` counts it. Half-precision types are computed
 in float32, float32 and float64 as they are. Nothing here synchronises the host.
 
-Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; the derivation is in the README.
+Source: Paeedeh and Ghiasi-Shirazi, arXiv 2003.05164; the derivation is in docs/method.md.
 """
 
 from __future__ import annotations

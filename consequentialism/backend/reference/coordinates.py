@@ -1,7 +1,7 @@
 """The ops of steps in emended coordinates, in plain PyTorch: the decayed Gram, the inverse root, products with it.
 
-The other backends are held to this, as to `reference`, which has these functions too. ``N`` rows, ``I`` inputs, a
-bias's one counted; ``n`` diagonal blocks of order ``b``.
+Every other backend is tested against these functions, which `reference` has too. ``N`` rows, ``I`` inputs, with a
+bias's; ``n`` diagonal blocks of order ``b``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Whatever decides in which order numbers are added follows a fixed rule of shape 
 the bit: splits, depths, tiles (64 rows of a product take a warpgroup's instruction on a Hopper chip, fewer do not), and
 warps where a kernel sums across threads. What is left to time are the stages of a pipeline and, in a dual Gram, which
 sums nothing across threads, the warps. `make test` and `make triton-compile` compile all that a rule or the tuner can
-pick, hold it to the chip's registers and shared memory, and hold the candidates of a launch to one order of sums.
+pick, and check that it fits the chip's registers and shared memory and that a launch's candidates sum in one order.
 
 Not timed: launches below TUNED_PRODUCTS or of small tiles, which are over in microseconds or bound by memory, while to
 compile a candidate takes a second; factor and fused kernel, which sum the Gram's trace across threads, so that their
