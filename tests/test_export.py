@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import subprocess
@@ -206,3 +207,56 @@ def test_rewriters_are_told_the_remedy() -> None:
     model, _ = made("Linear")
     with pytest.raises(TypeError, match=r"consequentialism\.revert\(model\)"):
         torch.jit.script(model)
+
+
+def under_emended() -> tuple[nn.Module, cw.optim.Emended, Tensor]:
+    """In training mode, the next forward recorded."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    optimizer = cw.optim.Emended(torch.optim.AdamW(model.parameters()), model)
+    assert optimizer.is_recording
+    return model, optimizer, torch.randn(4, 2, 3, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_no_gram_is_in_a_graph_of_a_model_under_emended() -> None:
+    model, _optimizer, x = under_emended()
+    program = torch.export.export(model, (x,))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called == ["aten.conv2d.default", "aten.relu.default", "aten.flatten.using_ints", "aten.linear.default"]
+    traced = torch.jit.trace(model, x)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert {kind for kind in kinds if kind.startswith("aten::")} == {
+        "aten::_convolution",
+        "aten::relu",
+        "aten::flatten",
+        "aten::linear",
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_a_model_under_emended_names_the_way() -> None:
+    model, optimizer, x = under_emended()
+    with pytest.raises(AttributeError, match=r"script consequentialism\.revert\(copy\.deepcopy\(model\)\), or delete"):
+        torch.jit.script(model)
+    copied = cw.revert(copy.deepcopy(model))
+    assert_identical("output", torch.jit.script(copied)(x), model(x))
+    assert not any(module._forward_hooks or module._forward_hooks_with_kwargs for module in copied.modules())
+    cw.revert(model)
+    model(x).sum().backward()
+    optimizer.step()
+    assert float(optimizer.state[model[3].weight]["gram_rows"]) > 0, "it is still seen"
+    del optimizer
+    torch.jit.script(model)
+
+
+def test_a_pickled_model_under_emended_asks_for_no_package() -> None:
+    model, _optimizer, x = under_emended()
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    assert b"consequentialism" not in saved.getvalue()
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    assert_identical("output", loaded(x), model(x))
+    for twin in (loaded, copy.deepcopy(model)):
+        assert_identical("output", torch.compile(twin, fullgraph=True, backend="eager")(x), model(x))

@@ -96,6 +96,17 @@ def test_layers_that_an_optimizer_steps_in_coordinates() -> None:
     del muon
 
 
+@pytest.mark.filterwarnings("ignore:.*left alone")
+def test_a_tied_weight_counts_where_it_is_stepped_in_coordinates() -> None:
+    made = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7, bias=False))
+    made[1].weight = made[0].weight
+    optimizer = cw.optim.Emended(torch.optim.SGD(made.parameters(), 0.1), made)
+    table = cw.summary(made)
+    assert [(row.kind, row.parameters) for row in table.rows] == [("Linear", 21), ("Embedding", 0)]
+    assert (table.layers_in_coordinates, table.parameters_in_coordinates) == (1, 21)
+    del optimizer
+
+
 def test_a_model_without_layers_and_what_is_no_model() -> None:
     assert "all params: 0 || emended%: 0.0000" in str(cw.summary(nn.ReLU()))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..backend import compiled as ops
+from ..nn.hooks import spent
 from ..nn.watch import listed
 from ..optim.emended import Emended
-from ..optim.record import NoHook, gram_of
+from ..optim.record import gram_of
 from ..options import Options, as_count
 from ..precision import HALF_TYPES
 from .figures import evenly_spaced
@@ -333,11 +334,11 @@ class _Hook:
 
         output.register_hook(keep)
 
-    def __reduce__(self) -> tuple[type[NoHook], tuple[()]]:
-        return NoHook, ()
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return spent().__reduce__()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoHook:
-        return NoHook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return spent()
 
 
 def _some_rows(seen: Seen, x: Tensor, most: int) -> tuple[_Taken, Callable[[Tensor], Tensor]]:

@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from .._torch import is_dtensor
 from ..functional.checks import FLOATING_TYPES
 from ..options import Options, OptionsDict, as_number, options_from
+from .hooks import drop_spent, stepped_by
 from .module import OURS, EmendedModule, begin, hidden_name, restored_beside
 from .registry import emended_class, form_of, like_name, plain_class
 from .watch import Watch
@@ -73,7 +74,7 @@ def convert(
         candidate = emended or form_of(type(module)) is not None or like_name(type(module)) is not None
         if filter_fn is not None and candidate and not filter_fn(module, name):
             continue
-        if candidate and _stepped_by(module) is not None:
+        if candidate and stepped_by(module) is not None:
             raise ValueError(
                 f"model: consequentialism.optim.Emended steps layer {name!r} in coordinates already, and a gradient is "
                 "emended once; leave the layer out by a filter_fn, there or here"
@@ -104,12 +105,6 @@ def convert(
     return model
 
 
-def _stepped_by(module: nn.Module) -> str | None:
-    """The optimizer that steps a layer in coordinates, if one does; its hooks say so."""
-    names = (getattr(hook, "steps_in_coordinates", None) for hook in module._forward_hooks.values())
-    return next((name for name in names if name is not None), None)
-
-
 def _class_obstacle(cls: type[nn.Module]) -> str | None:
     """Why no emended class can be made of a layer's class, if none can."""
     form = form_of(cls)
@@ -123,7 +118,7 @@ def _class_obstacle(cls: type[nn.Module]) -> str | None:
 
 
 def revert(model: Model) -> Model:
-    """Give every emended layer of ``model`` torch's own class again, in place.
+    """Give every emended layer of ``model`` torch's own class again, in place, and a copy's layers no hook of ours.
 
     A class that was derived at run time from an emended one (by `parametrize`, ``fully_shard`` or a user) is derived
     again from torch's own.
@@ -137,6 +132,8 @@ def revert(model: Model) -> Model:
     """
     _check_model(model)
     emended = [(m, plain_class(type(m))) for m in model.modules() if isinstance(m, EmendedModule)]
+    for module in model.modules():
+        drop_spent(module)
     for module, plain in emended:
         if module.watched is not None:
             module.watched.leave(module)
@@ -218,7 +215,7 @@ def survey(model: nn.Module, optimizers: bool = True) -> Iterator[tuple[str, nn.
             yield name, module, "emended", module.emended_parameters()
         else:
             whole = isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
-            by = _stepped_by(module) if optimizers else None
+            by = stepped_by(module) if optimizers else None
             state = _obstacle(module, tied) or NOT_CONVERTED if by is None else f"{IN_COORDINATES} by {by}"
             yield name, module, state, module.parameters(recurse=whole)
 

@@ -93,7 +93,9 @@ def summary(model: nn.Module) -> Summary:
     """
     counted: set[int] = set()
     found: dict[tuple[str, str], Row] = {}
-    for name, module, state, parameters in survey(model):
+    # A tied weight that is emended or stepped in coordinates counts there.
+    by_state = sorted(survey(model), key=lambda layer: layer[2] != EMENDED and not layer[2].startswith(IN_COORDINATES))
+    for name, module, state, parameters in by_state:
         kind = type(module).__name__
         new = {id(p): p.numel() for p in parameters if id(p) not in counted and not is_lazy(p)}
         counted.update(new)

@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import _torch
 from ..autograd.linear import full_precision
+from ..functional.plain_path import is_exported
+from ..nn.hooks import SCRIPTED, spent
 from ..precision import moment_dtype, widest_dtype
 from ..solve.gram import Gram
 from .blocks import Blocks
@@ -216,7 +218,7 @@ class Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         recorder = self.recorder
-        if not recorder.recording or not module.training or not torch.is_grad_enabled():
+        if not recorder.recording or not module.training or not torch.is_grad_enabled() or is_exported():
             return
         weight = self.kind.weight(module)
         if getattr(module, "_is_replica", False):
@@ -272,18 +274,15 @@ class Hook:
         for output in outputs:
             output.register_hook(entry)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return NoHook, ()
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(SCRIPTED)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoHook:
-        return NoHook()
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return spent().__reduce__()
 
-
-class NoHook:
-    """The hook of a copied model, which does nothing."""
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return spent()
 
 
 class _Entry:
