@@ -158,42 +158,44 @@ def page() -> str:
         for model in MODELS
     )
     said = [
-        f"Predictions, not measurements, but for the last table: what `optim.Emended` adds to a training step of a "
-        f"transformer, counted by `tools/scale.py` (which writes this page) for blocks of {BLOCK} inputs, "
-        f"{ROWS_A_RANK:,} tokens a rank and float32 moments. Shares are of the arithmetic of forward and backward on "
-        f"that rank, 6 a token and parameter. A Gram is counted once a weight, though layers of one input share it; a "
-        f"root as {ROOT_PRODUCTS} products of its order, which is assumed, and meant to be too many. Tensor "
-        f"parallelism is over 8 ranks, by outputs; weights split by inputs are refused today, and are counted as if "
-        f"they were served. Where two numbers stand, they are for a refresh every {REFRESH[0]} and {REFRESH[1]} steps. "
-        f"*Sharded*: A and S a rank with `shard_state=True`.",
-        f"Data parallel, GPT-2 124M on 8 ranks: A and S are {small.moments / 1e6:.0f} MB beside {state:.0f} MB of "
-        f"AdamW's own state; Grams, roots and products together are {share:.1f} % of the step's arithmetic.",
+        "This page says what `optim.Emended` adds to a training step of a transformer. All figures are predictions, "
+        "except in the last table. They are counted by `tools/scale.py`, which writes this page, for blocks of "
+        f"{BLOCK} inputs, {ROWS_A_RANK:,} tokens a rank and float32 moments. Shares are of the arithmetic of forward and "
+        "backward on that rank, 6 operations a token and parameter. A Gram is counted once for each weight, although "
+        f"layers with the same input share it. A root is counted as {ROOT_PRODUCTS} products of its order; this is "
+        "assumed, and meant to be too many.",
+        "Tensor parallelism is over 8 ranks, by outputs. Weights that are split by inputs are refused today; here they "
+        f"are counted as if they were served. Two numbers in a cell are for a refresh every {REFRESH[0]} and "
+        f"{REFRESH[1]} steps. *Sharded* is A and S a rank with `shard_state=True`.",
+        f"Data parallel, GPT-2 124M on 8 ranks: A and S are {small.moments / 1e6:.0f} MB, beside {state:.0f} MB of "
+        f"AdamW's own state. Grams, roots and products together are {share:.1f} % of the step's arithmetic.",
         f"FSDP2, 7B on 1,024 ranks: on every rank A and S are {seven.moments / 1e9:.1f} GB, where AdamW's own sharded "
-        f"state is {own:.0f} MB. With `shard_state=True` a rank keeps {seven.share / 1e6:.0f} MB, and receives all "
-        f"roots in every step, {roots / 1e9:.2f} GB, beside the {passed / 1e9:.0f} GB of float32 weights, twice, and "
-        f"gradients that FSDP2 itself moves: {100 * roots / passed:.1f} %. On refresh steps the Grams, "
-        f"{roots / 1e9:.2f} GB, stand on every rank from forward to the step all the same: `filter_fn` or a smaller "
-        f"`block` bounds them.",
-        "Without it every rank makes every root: their share falls with the tokens of a rank and with "
-        "`refresh_every`, not with the number of ranks. With it a rank makes its own.",
-        f"Where it stops paying: at few tokens a rank, for roots and products do not shrink with them. All three "
-        f"together are a tenth of the step's arithmetic under DDP at so many tokens a rank, with `refresh_every` "
+        f"state is {own:.0f} MB. With `shard_state=True` a rank keeps {seven.share / 1e6:.0f} MB. It then receives all "
+        f"roots in every step, {roots / 1e9:.2f} GB, which is {100 * roots / passed:.1f} % of the "
+        f"{passed / 1e9:.0f} GB that FSDP2 itself moves (float32 weights, twice, and gradients). On refresh steps the Grams, "
+        f"{roots / 1e9:.2f} GB, are still on every rank from forward to the step; `filter_fn` or a smaller `block` "
+        "bounds them.",
+        "Without `shard_state=True` every rank makes every root. The share of roots then falls with the tokens of a "
+        "rank and with `refresh_every`, but not with the number of ranks. With `shard_state=True` a rank makes only "
+        "its own.",
+        "It stops paying at few tokens a rank, because roots and products do not shrink with them. Under DDP all three "
+        "together are a tenth of the step's arithmetic at these numbers of tokens a rank, with `refresh_every` "
         f"{REFRESH[0]} and {REFRESH[1]}: {least}.",
     ]
     gloo = (
         "Measured with gloo (`tools/scale_gloo.py`): DDP with AdamW over 4 times the four weights of a transformer 256 "
-        "wide, float32, 1,024 rows a rank, a thread a process. Processor time of the rank that took longest, as a "
-        "multiple of its own forward and backward without Grams, so that waiting is not in it; bytes that are handed "
-        "to collectives."
+        "wide, float32, 1,024 rows a rank, one thread a process. Times are processor time of the rank that took "
+        "longest, so waiting is not in them, as a multiple of its own forward and backward without Grams. Bytes are "
+        "those handed to collectives."
     )
     last = (
-        "Not in these counts: how far from its peak a kernel runs, the latency of collectives, stragglers, and what of "
-        "the sending hides behind arithmetic. Those only several machines can show."
+        "These counts leave out how far from its peak a kernel runs, the latency of collectives, stragglers, and how "
+        "much of the sending hides behind arithmetic. Only several machines can show that."
     )
     paragraphs = [textwrap.fill(text, 119) for text in (*said, gloo, last)]
     tables = ["\n".join(table()), "\n".join(measured())]
     return (
-        "\n\n".join(["# Scale, on paper", paragraphs[0], tables[0], *paragraphs[1:-1], tables[1], paragraphs[-1]])
+        "\n\n".join(["# Scale, on paper", *paragraphs[:2], tables[0], *paragraphs[2:-1], tables[1], paragraphs[-1]])
         + "\n"
     )
 
