@@ -160,10 +160,10 @@ def page() -> str:
     said = [
         "This page says what `optim.Emended` adds to a training step of a transformer. All figures are predictions, "
         "except in the last table. They are counted by `tools/scale.py`, which writes this page, for blocks of "
-        f"{BLOCK} inputs, {ROWS_A_RANK:,} tokens a rank and float32 moments. Shares are of the arithmetic of forward and "
-        "backward on that rank, 6 operations a token and parameter. A Gram is counted once for each weight, although "
-        f"layers with the same input share it. A root is counted as {ROOT_PRODUCTS} products of its order; this is "
-        "assumed, and meant to be too many.",
+        f"{BLOCK} inputs, {ROWS_A_RANK:,} tokens a rank and float32 moments. Shares are of the arithmetic of forward "
+        "and backward on that rank, 6 operations a token and parameter. A Gram is counted once for each weight, "
+        f"although layers with the same input share it. A root is counted as {ROOT_PRODUCTS} products of its order, "
+        "which is assumed, and meant to be too many.",
         "Tensor parallelism is over 8 ranks, by outputs. Weights that are split by inputs are refused today; here they "
         f"are counted as if they were served. Two numbers in a cell are for a refresh every {REFRESH[0]} and "
         f"{REFRESH[1]} steps. *Sharded* is A and S a rank with `shard_state=True`.",
@@ -172,9 +172,9 @@ def page() -> str:
         f"FSDP2, 7B on 1,024 ranks: on every rank A and S are {seven.moments / 1e9:.1f} GB, where AdamW's own sharded "
         f"state is {own:.0f} MB. With `shard_state=True` a rank keeps {seven.share / 1e6:.0f} MB. It then receives all "
         f"roots in every step, {roots / 1e9:.2f} GB, which is {100 * roots / passed:.1f} % of the "
-        f"{passed / 1e9:.0f} GB that FSDP2 itself moves (float32 weights, twice, and gradients). On refresh steps the Grams, "
-        f"{roots / 1e9:.2f} GB, are still on every rank from forward to the step; `filter_fn` or a smaller `block` "
-        "bounds them.",
+        f"{passed / 1e9:.0f} GB that FSDP2 itself moves (float32 weights, twice, and gradients). On refresh steps the "
+        f"Grams, {roots / 1e9:.2f} GB, are still on every rank from forward to the step; `filter_fn` or a smaller "
+        "`block` bounds them.",
         "Without `shard_state=True` every rank makes every root. The share of roots then falls with the tokens of a "
         "rank and with `refresh_every`, but not with the number of ranks. With `shard_state=True` a rank makes only "
         "its own.",
