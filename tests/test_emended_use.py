@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import emended_helpers
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -395,6 +396,22 @@ def test_groups_of_their_own_and_added_ones() -> None:
         own = model[0] if layer is twin[0] else model[2]
         assert_close("weight", own.weight, layer.weight - change[:, :-1], EXACT)
         assert_close("bias", own.bias, layer.bias - change[:, -1], EXACT)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
+def test_steps_of_the_optimizer_inside_are_announced_once(name: str) -> None:
+    model = mlp(F64)
+    inner = getattr(torch.optim, name)(model.parameters(), 0.01)
+    optimizer = cw.optim.Emended(inner, model)
+    train(model, optimizer, randn(20, 6), 3)
+    with pytest.warns(UserWarning, match=f"the {name} inside is stepped itself, plainly; step the Emended") as caught:
+        train(model, inner, randn(20, 6), 3)
+    assert [warning.filename for warning in caught] == [emended_helpers.__file__]
+    plain = cw.optim.Emended(getattr(torch.optim, name)(model.parameters(), 0.01), model, damping=math.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, plain, randn(20, 6), 2)
+        train(model, plain.optimizer, randn(20, 6), 2)
 
 
 def test_it_cannot_be_copied() -> None:

@@ -37,6 +37,7 @@ from .checks import (
     warn_of_unseen,
 )
 from .inside import (
+    OwnStep,
     Part,
     Rooted,
     hooks_around,
@@ -135,9 +136,8 @@ class Emended(torch.optim.Optimizer):
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An argument out of its range; an optimizer that cannot be wrapped; a model with none of the
-            optimizer's weights in its layers; a weight that two layers use differently; a weight decay of which nothing
-            is known. `declare` tells what must be known of an optimizer's class, and a warning asks for it.
+        ValueError: An argument out of its range; an optimizer that cannot be wrapped; a model of whose layers it has no
+            weight; a weight that two layers use differently; a weight decay of which nothing is known (see `declare`).
     """
 
     def __init__(
@@ -190,8 +190,8 @@ class Emended(torch.optim.Optimizer):
         groups = optimizer.param_groups
         super().__init__([dict(group) for group in groups], dict(optimizer.defaults))
         self.optimizer = optimizer
-        for name in ("_base_groups", "_base_state"):
-            del self.__dict__[name]
+        del self.__dict__["_base_groups"], self.__dict__["_base_state"]
+        optimizer.register_step_pre_hook(OwnStep(self))
         self._attach()
         weakref.finalize(self, self._recorder.detach)
 

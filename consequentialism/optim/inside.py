@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from .rules import Rule, decay_of, share_of
 from .steps import Entry, local, muon, rule_for, sgd
 from .steps import Rule as Step
 from .units import Unit
+
+if TYPE_CHECKING:
+    from .emended import Emended
 
 POSITION = "position"  # the state of optimizers that keep a place in the coordinates
 
@@ -158,12 +163,32 @@ def without_gradients(parameters: Iterable[Any]) -> Iterator[None]:
             parameter.grad = gradient
 
 
+class OwnStep:
+    """A hook that warns, once, where the optimizer inside is stepped in the place of the one in coordinates."""
+
+    def __init__(self, emended: Emended) -> None:
+        self.emended = weakref.ref(emended)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        outer = self.emended()
+        if outer is None or not outer.units:
+            return
+        self.emended = lambda: None  # type: ignore[assignment]
+        warnings.warn(
+            f"consequentialism.optim.Emended: the {type(optimizer).__name__} inside is stepped itself, plainly; step "
+            "the Emended optimizer in its place, also by GradScaler.step",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 @contextlib.contextmanager
 def hooks_around(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The optimizer's own step hooks run before and after all that is done within, with the gradients in place."""
     before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     for hook in list(before.values()):
-        hook(optimizer, (), {})
+        if not isinstance(hook, OwnStep):
+            hook(optimizer, (), {})
     optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:
         yield
