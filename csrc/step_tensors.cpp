@@ -32,9 +32,9 @@ py::object tensors_of(PyObject* parameter, PyObject* states, PyObject* keys) {
   const auto gradient = py::reinterpret_steal<py::object>(THPVariable_Wrap(own->grad()));
   const at::Tensor* const slope = dense_in(gradient.ptr());
   if (slope == nullptr || slope->scalar_type() != dtype) return py::none();
-  PyObject* const state = value_of(states, parameter);
-  if (state == nullptr || !PyDict_Check(state)) return py::none();
   const Py_ssize_t count = PyTuple_GET_SIZE(keys);
+  PyObject* const state = count == 0 ? states : value_of(states, parameter);  // without keys nothing is read of it
+  if (state == nullptr || !PyDict_Check(state)) return py::none();
   py::tuple found(count + 2);
   found[0] = py::handle(parameter);
   found[1] = gradient;

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import consequentialism as cw
 from consequentialism.backend import compiled
+from consequentialism.backend.reference.coordinates import block_order, block_spans
 from consequentialism.optim import outputs
 from consequentialism.optim.at_once import AtOnce
 from consequentialism.optim.steps import orthogonalised
@@ -146,6 +147,35 @@ def test_numbers_of_muon_are_those_of_the_steps_in_python(dtype: torch.dtype, mo
             assert_close(f"{key} {moment}", results[0].state[parameter][moment], value, 100 * TOLERANCE[dtype])
 
 
+@needs_kernels
+@pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize(("inputs", "blocks"), [(1, 1), (63, 1), (64, 1), (65, 1), (128, 1), (150, 1), (171, 2)])
+@pytest.mark.parametrize("columns", [False, True])
+def test_products_with_a_triangular_root_leave_out_its_zeros(
+    inputs: int, blocks: int, columns: bool, triangular: bool
+) -> None:
+    """A weight and its bias, in blocks: ``W - [g | g_bias] S S^T``. One entry below the diagonal counts too."""
+    order = block_order(inputs, blocks, True)
+    root = randn(1, blocks, order, order).triu()
+    if not triangular:
+        root[..., -1, 0] = 1.0
+    weight, gradient = randn(5, inputs), randn(5, inputs, seed=1)
+    bias, slope = randn(5, seed=2), randn(5, seed=3)
+    whole, expected = torch.cat([gradient, slope[:, None]], 1), torch.cat([weight, bias[:, None]], 1)
+    begin = 0
+    for i, (first, last) in enumerate(block_spans(inputs, blocks)):
+        size = last - first + (i == blocks - 1)
+        square = root[0, i, :size, :size]
+        expected[:, begin : begin + size] -= whole[:, begin : begin + size] @ square @ square.mT
+        begin += size
+    pairs = (weight, bias), (gradient, slope)
+    lists = [[values.T.contiguous() if columns else values, beside] for values, beside in pairs]
+    kind = 2 if columns else 1
+    OPERATORS.sgd_step_(*lists, [], [root], [], [kind], [2], [1.0] * 2, [0.0] * 2, [1.0] * 2, 0.0, 0.0, False)
+    own = lists[0][0].T if columns else lists[0][0]
+    assert_close("weight and bias", torch.cat([own, bias[:, None]], 1), expected, 10 * TOLERANCE[F64])
+
+
 SPECTRA = {"even": 0, "to 1e-8": 8, "of rank 3": math.inf}
 
 
@@ -227,6 +257,22 @@ def test_the_optimizer_inside_steps_what_is_not_served_and_knows_that_there_was_
         for name, gradient in gradients_of(model).items():
             assert_identical(name, gradient, gradients[name])
     schedule.step()
+
+
+@needs_kernels
+def test_a_rule_that_keeps_nothing_is_served_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of SGD without a momentum there is no state, nor of the norms."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *_: pytest.fail("the optimizer inside steps"))
+    optimizer = cw.optim.Emended(inner, model)
+    seen: list[int] = []
+    inner.register_step_post_hook(lambda own, *_: seen.append(len(own.param_groups)))
+    before = parameters_of(model)
+    train(model, optimizer, randn(20, 6, dtype=F32), 2)
+    assert seen == [1, 1]
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(parameter, was)
 
 
 @needs_kernels

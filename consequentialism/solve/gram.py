@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,9 +52,14 @@ class Gram:
         """
         own = other.matrix
         trace = own.sum() if own.ndim == 1 else own.diagonal(dim1=-2, dim2=-1).sum()
+        assert isinstance(self.count, Tensor)
+        if trace.device.type == "cpu" and not torch.compiler.is_compiling():  # nothing is to be waited for
+            if math.isfinite(trace.item()):
+                self.matrix.add_(own)
+                self.count.add_(other.count)
+            return self
         finite = trace.isfinite()
         self.matrix.add_(torch.where(finite, own, 0))
-        assert isinstance(self.count, Tensor)
         self.count.add_(torch.where(finite, other.count, 0))
         return self
 
@@ -67,7 +74,9 @@ class Gram:
         """
         assert isinstance(self.count, Tensor)
         assert isinstance(window.count, Tensor)
-        count = window.count.view(())
+        count: Any = window.count.view(())
+        if count.device.type == "cpu":  # numbers cost less than tensors of one entry
+            return self._decayed_on_host(memory, window, count.item())
         kept, new = memory * self.count, (1 - memory) * count
         total = kept + new
         share = new / torch.where(count == 0, 1, total)
@@ -75,6 +84,15 @@ class Gram:
         mean = mean / torch.where(count == 0, 1, count).to(mean.dtype)
         matrix = torch.lerp(self.matrix, mean, share.to(mean.dtype))
         return replace(self, matrix=matrix, count=torch.where(count == 0, self.count, total))
+
+    def _decayed_on_host(self, memory: float, window: Gram, count: float) -> Gram:
+        assert isinstance(self.count, Tensor)
+        if count == 0:
+            return replace(self, matrix=self.matrix.clone())
+        new = (1 - memory) * count
+        total = memory * self.count.item() + new
+        matrix = torch.lerp(self.matrix, window.matrix.view(self.matrix.shape) / count, new / total)
+        return replace(self, matrix=matrix, count=torch.full_like(self.count, total))
 
     def equals(self, other: Gram) -> bool:
         """Whether both are sums over the same rows. Waits for the device."""

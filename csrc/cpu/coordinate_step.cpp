@@ -25,6 +25,7 @@ namespace consequentialism::cpu {
 namespace {
 
 constexpr int64_t kGrain = int64_t{1} << 15;  // entries that are worth a thread
+constexpr int64_t kPanel = 64;                // columns of a triangular root that one product takes
 
 // How a weight kinds beside its root: without one; as [O, ...] and [groups, n, b, b]; as [I, O] and [1, n, b, b]; as
 // [V, E] and a diagonal [V].
@@ -152,8 +153,7 @@ class Coordinates {
       for (int64_t i = 0; i < blocks_; ++i) {
         const int64_t begin = block_begin(inputs_, blocks_, i), size = block_begin(inputs_, blocks_, i + 1) - begin;
         const int64_t from = group * outputs_ * inputs_ + begin * (by_columns_ ? outputs_ : 1);
-        at::Tensor part = rows(out, from, size);
-        at::addmm_out(part, part, rows(values, from, size), square(group * blocks_ + i, size, transposed), kept, 1);
+        add_square_product_(out, values, from, size, group * blocks_ + i, kept, transposed);
         if (column == nullptr || i < blocks_ - 1) continue;
         const scalar_t* last = root_.const_data_ptr<scalar_t>() + (group * blocks_ + i) * order_ * order_;
         const scalar_t* bottom = last + size * order_;
@@ -199,6 +199,34 @@ class Coordinates {
   }
 
  private:
+  // One block's inputs of `add_product_`, of which there are so many, from an entry on.
+  void add_square_product_(
+      const at::Tensor& out, const at::Tensor& values, int64_t from, int64_t size, int64_t block, double kept,
+      bool transposed) const {
+    const at::Tensor whole = square(block, size, transposed);
+    const int64_t panel = is_upper(block, size) ? kPanel : size, stride = by_columns_ ? outputs_ : 1;
+    for (int64_t begin = 0; begin < size; begin += panel) {
+      const int64_t end = std::min(begin + panel, size);
+      // Of these columns of S the rows above end, of S^T those from begin on.
+      const int64_t first = transposed ? begin : 0, last = transposed ? size : end;
+      at::Tensor part = rows(out, from + begin * stride, end - begin);
+      at::addmm_out(
+          part, part, rows(values, from + first * stride, last - first),
+          whole.narrow(0, first, last - first).narrow(1, begin, end - begin), kept, 1);
+    }
+  }
+
+  // Whether a block is zero below the squares of kPanel on its diagonal, as a triangular root; a symmetric one is not
+  // by its first entry.
+  bool is_upper(int64_t block, int64_t size) const {
+    const scalar_t* entries = root_.const_data_ptr<scalar_t>() + block * order_ * order_;
+    for (int64_t i = kPanel; i < size; ++i) {
+      const scalar_t* row = entries + i * order_;
+      if (std::any_of(row, row + i / kPanel * kPanel, [](scalar_t entry) { return entry != 0; })) return false;
+    }
+    return true;
+  }
+
   // So many inputs of all outputs [O, n], or of so many [m, n], from an entry on.
   at::Tensor rows(const at::Tensor& value, int64_t from, int64_t size) const {
     return rows(value, from, size, outputs_);
