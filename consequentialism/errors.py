@@ -14,6 +14,12 @@ class UserError(Exception):
     """A mistake that the user can mend; the message is the one line shown on stderr."""
 
 
+def shown(value: Any) -> str:
+    """A value of the wrong type and that type, in one line, however many layers a model has."""
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
 class Parser(argparse.ArgumentParser):
     """A command's arguments; what is wrong with them is one line, without the usage."""
 

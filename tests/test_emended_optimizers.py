@@ -326,6 +326,9 @@ def test_optimizers_that_cannot_be_wrapped() -> None:
         cw.optim.Emended(inner, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model: the optimizer has none of its parameters"):
         cw.optim.Emended(inner, mlp(F64))
+    large = nn.Sequential(*(nn.Linear(9, 9) for _ in range(9)))
+    with pytest.raises(TypeError, match=r"Optimizer, got Sequential\( \(0\): Linear\(.{,80}\.\.\. \(Sequential\)$"):
+        cw.optim.Emended(large, inner)  # type: ignore[arg-type]
     norm = nn.LayerNorm(3)
     of_norm = torch.optim.SGD(norm.parameters(), 0.1)
     with pytest.raises(ValueError, match="no layer that can be stepped"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -302,3 +303,13 @@ def test_bad_arguments(samples: Any, error: type[Exception]) -> None:
     assert layer.samples is None
     with pytest.raises(TypeError, match="model"):
         cw.set_samples("a model", 4)  # type: ignore[arg-type]
+
+
+def test_a_model_without_emended_layers_is_warned_of() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match="set_samples: the model has no emended layer") as caught:
+        cw.set_samples(model, 5)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cw.set_samples(model, None)

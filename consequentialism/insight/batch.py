@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from .. import _torch
+from ..errors import shown
 
 # A loss function whose first argument has one of these names gets the model and the batch.
 TAKES_MODEL = ("model", "module", "net", "network", "m")
@@ -70,7 +71,7 @@ def check(model: Any, batch: Any, loss_fn: Any) -> nn.Module:
         TypeError, ValueError: What no batch can be run with; nothing has run then.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {loss_fn!r} ({type(loss_fn).__name__})")
     if isinstance(model, DistributedDataParallel):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..backend import compiled as ops
+from ..errors import shown
 from ..nn.hooks import spent
 from ..nn.watch import listed
 from ..optim.emended import Emended
@@ -107,11 +108,9 @@ class Monitor:
         warn: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+            raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})"
-            )
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
         if not isinstance(warn, bool):
             raise TypeError(f"warn must be True or False, got {warn!r} ({type(warn).__name__})")
         self.every = as_count("every", every, "an integer above 0")

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from typing_extensions import Unpack
 
 from .._torch import is_dtensor
+from ..errors import shown
 from ..functional.checks import FLOATING_TYPES
 from ..options import Options, OptionsDict, as_number, options_from
 from .hooks import drop_spent, stepped_by
@@ -237,7 +238,7 @@ def _added_since(model: nn.Module) -> Callable[[], list[str]]:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
 
 
 def _swap(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from .. import _torch
 from ..autograd import side_stream
+from ..errors import shown
 from ..functional import plain_path
 from ..options import (
     OPTION_NAMES,
@@ -409,7 +410,8 @@ def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:
         cw.set_samples(model, labels != -100)
 
     Do not change it until backward has ended, because checkpointing runs forward again there. It is not saved in
-    ``state_dict``, copies or pickles. ``scale="raw"`` and ``"gradient"`` do not count samples.
+    ``state_dict``, copies or pickles. ``scale="raw"`` and ``"gradient"`` do not count samples, nor does
+    `optim.Emended`: a model without emended layers is warned of.
 
     Args:
         model: Any module, also a single layer.
@@ -422,13 +424,18 @@ def set_samples(model: nn.Module, samples: int | Tensor | None) -> None:
         ValueError: A number below 0.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     if samples is not None:
         check_samples(samples)
+    layers = [layer for layer in model.modules() if isinstance(layer, EmendedModule)]
+    if not layers and samples is not None:
+        warnings.warn(
+            "consequentialism.set_samples: the model has no emended layer, and nothing else counts samples",
+            UserWarning,
+            stacklevel=2,
+        )
     counts: dict[torch.device, Tensor] = {}  # a tensor, so that torch.compile does not compile for each number
-    for layer in model.modules():
-        if not isinstance(layer, EmendedModule):
-            continue
+    for layer in layers:
         if samples is None:
             layer.samples = None
             continue

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _torch
+from ..errors import shown
 from ..nn.module import EmendedModule
 from ..options import as_count, as_number, check_choice
 from ..solve.root import KINDS
@@ -24,7 +25,7 @@ from .units import Unit
 
 def check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r} ({type(optimizer).__name__})")
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
     refused, name = why_refused(optimizer), type(optimizer).__name__
     if refused is not None:
         raise ValueError(f"optimizer: {name} cannot be stepped in coordinates, for {refused}")
@@ -34,7 +35,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 def check_model(model: Any, filter_fn: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {filter_fn!r} ({type(filter_fn).__name__})")
 

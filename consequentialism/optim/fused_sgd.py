@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from .. import _torch
 from ..autograd.kept import Kept
+from ..errors import shown
 from ..functional.linear import emended_linear_with
 from ..nn.linear import Linear
 from ..nn.recorder import Recorder
@@ -278,7 +279,7 @@ class FusedSGD(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, lr: float | Tensor, *, other_lr: float | Tensor | None = None) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {model!r} ({type(model).__name__})")
+            raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
         check_rate("lr", lr)
         lr = lr if isinstance(lr, Tensor) else float(lr)  # a numpy scalar too, which no checkpoint should hold
         if other_lr is not None:
