@@ -24,7 +24,7 @@ struct StripSums {
 
   T values[kRows][kColumns] = {};
 
-  // step(pack, q, p) for the elements [q][p..] of a strip that a pack of 16 bytes holds, of tile `tile`.
+  // step(pack, q, p) for each 16 bytes of a strip: a lane's elements [q][p], [q][p + 1], ...
   template <class Step>
   static __device__ __forceinline__ void for_each_pack(T* strip, int lane, const Step& step) {
 #pragma unroll
@@ -35,7 +35,7 @@ struct StripSums {
     }
   }
 
-  // The first tile's <- strip.
+  // The sums of the first tile <- strip.
   __device__ __forceinline__ void load(T* strip, int lane) {
     for_each_pack(strip, lane, [&](T* pack, int q, int p) {
       T own[TileTraits<T>::kPack];
@@ -45,7 +45,7 @@ struct StripSums {
     });
   }
 
-  // strip <- those of tile kTile.
+  // strip <- the sums of tile kOwn.
   template <int kOwn>
   __device__ __forceinline__ void store(T* strip, int lane) const {
     for_each_pack(strip, lane, [&](T* pack, int q, int p) {
@@ -56,11 +56,11 @@ struct StripSums {
     });
   }
 
-  // -= A B, kDepth columns of A, whose rows are kStride apart, and as many rows of the strip B.
+  // sums -= A B, of kDepth columns of A, whose rows are kStride apart, and as many rows of the strip B.
   template <int kDepth, int kStride>
   __device__ __forceinline__ void subtract_product(const T* a, const T* b, int lane) {
     if constexpr (kFloat) {
-#pragma unroll 1
+#pragma unroll
       for (int k = 0; k < kDepth; k += 4) {
         T left[kRows][4], right[4][8];
 #pragma unroll
@@ -112,7 +112,7 @@ struct StripSums {
   }
 };
 
-// A strip's columns, each held by two lanes, to shared and to global memory.
+// strip and, in a tile, `to` <- the columns, each of which two lanes hold.
 template <class T>
 __device__ __forceinline__ void store_strip(const T (&column)[kTile], T* strip, T* to, int lane) {
   const int own = lane % kStrip;
@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_strip(const T (&column)[kTile], T* strip, 
   }
 }
 
-// A strip <- U^-1 (pending - above known), and, tiles' rows apart, `to`. Fresh: of nothing pending.
+// strip and, in a tile, `to` <- upper^-1 (pending - above known); fresh: where nothing is pending.
 template <class T>
 __device__ __forceinline__ void solve_strip(
     T* strip, T* pending, const T* above, const T* known, const T* upper, T* to, bool fresh, int lane) {
@@ -194,6 +194,7 @@ class InverseStrip {
   // Of this warp's rows those that V[k] changes, but for row k - 1.
   __device__ __forceinline__ int own_rows(int k) const { return min(kGroup, k - 1 - first_row()); }
 
+  // What `solve_rows` reads of U in step k.
   __device__ __forceinline__ void fetch_next(int k) const {
     if (k > 0) {
       copy(diagonal(k), factor_at(k - 1, k - 1));
@@ -213,7 +214,7 @@ class InverseStrip {
   // first warp would hold the others' sums in registers that it needs.
   __device__ __forceinline__ void end_step() const { named_barrier_wait(1, static_cast<int>(blockDim.x)); }
 
-  // Tiles of a column lie behind one another, so their rows do.
+  // Tiles of a column lie behind one another, and so do their rows.
   __device__ __forceinline__ void fetch_stage(int k, int slice) const {
     const int rows = own_rows(k) * kTile;
     const T* from = factor_at(first_row(), k) + slice * kDepth + lane_ % 4 * kPack;
@@ -223,6 +224,7 @@ class InverseStrip {
     copy_async_commit();
   }
 
+  // S[i] -= U[i, k] V[k] for this warp's rows; S[k - 2] is then handed to the first warp.
   __device__ __forceinline__ void update_rows() const {
     StripSums<T, kGroup> sums;
     fetch_stage(j_, 0);
@@ -283,7 +285,8 @@ struct SquareTraits {
   static constexpr size_t kSharedBytes = 2 * kOperands * inverse_tile_bytes(sizeof(T));
 };
 
-// inverse <- multiplier * V V^T for the tiles from (i, j) down to the diagonal, at most kTiles, and their mirrors.
+// inverse <- multiplier * V V^T for the tiles from (i, j) down to the diagonal, at most kTiles, and their mirrors, by
+// one block. `tiles` are V's, and the next column's are under way while one is multiplied.
 template <class T, int kTiles>
 __device__ __forceinline__ void multiply_column(
     int i, int j, int n, int stride, const T* tiles, T multiplier, T* inverse, T* shared) {
