@@ -152,6 +152,11 @@ def test_bad_arguments_of_a_named_variant() -> None:
         cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "both", overload="by")
     with pytest.raises(RuntimeError, match="non-CUDA"):
         cuda_kernel("fused_weight_grad", x, dy, True, *OPTIONS, "recompute", overload="by")
+    inverse = (torch.eye(4), *OPTIONS, 4, 4)
+    with pytest.raises(ValueError, match="variant must be 'block' or 'cluster', got 'both'"):
+        cuda_kernel("damped_inverse", *inverse, "both", overload="by")
+    with pytest.raises(RuntimeError, match="non-CUDA"):
+        cuda_kernel("damped_inverse", *inverse, "cluster", overload="by")
 
 
 @pytest.mark.parametrize("name", ops.NEEDED)

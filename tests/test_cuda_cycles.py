@@ -119,7 +119,7 @@ PIECES = (
     "substitute_backward",
     "product_of_rows",
     "product_of_columns",
-    "half_product_of_rows",
+    "quarter_product",
     "solve_strip",
     "product_of_group",
     "product_of_square",
@@ -162,7 +162,7 @@ def test_the_page_says_what_the_table_does() -> None:
     ):
         float32, float64 = (table[f"{piece}_piece<{kind}>"].cycles for kind in ("float", "double"))
         assert f"| {title} | {float32} | {float64} |" in page
-    assert f"| half of it, for a tile of the diagonal | {table['half_product_of_rows_piece<float>'].cycles} | |" in page
+    assert f"| a quarter of it, for a tile of the diagonal | {table['quarter_product_piece<float>'].cycles} | |" in page
     for order in (64, 128, 256):
         microseconds = inverse_budget.block(order, table).microseconds
         assert re.search(rf"^\| {order} \| .* \| {microseconds:.0f} us \|$", page, re.MULTILINE)

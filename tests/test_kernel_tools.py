@@ -401,6 +401,10 @@ def test_addresses_on_a_device_are_asked_for_once_and_never_in_a_capture() -> No
     guard = limits.index("CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed)")
     assert all(guard < limits.index(f"{address}(&") for address in addresses)
     # Whoever needs a counter has asked for the limits before.
-    for name, text in sources.items():
-        if name.endswith("_binding.cpp") and re.search(r"\b(first_fused|breakdown)_counter\(\)", text):
-            assert "limits_of_current_device()" in text, name
+    counted = [
+        name
+        for name, text in sources.items()
+        if name.endswith("_binding.cpp") and re.search(r"\bbreakdown_counter\(\)|\bCounters \w+\(", text)
+    ]
+    assert counted == ["damped_inverse_binding.cpp", "fused_weight_grad_binding.cpp", "weight_grad_binding.cpp"]
+    assert all("limits_of_current_device()" in sources[name] for name in counted)

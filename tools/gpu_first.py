@@ -9,7 +9,8 @@ A line says ``right``, ``WRONG`` with the error or what was found, ``DIED`` with
 that hangs or kills its process costs its own line only. An error of order 1 is a wrong layout or index, one of 1e-3 in
 float32 a lost term of the split. memcheck alone may complain of ``stage_copies`` at ragged edges where nothing is
 wrong: ptxas keeps the size of a partial copy in the low bits of its address. Where racecheck alone reports
-``factor_tile`` against ``substitute_forward``, suspect first how the tool sees ``bar.arrive`` with a partial count.
+``factor_tile`` against ``substitute_forward`` or ``subtract_quarter``, suspect first how the tool sees ``bar.arrive``
+with a partial count.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ GROUP = 3  # tiles of a column that a warp of a strip's block works on
 PROCESSORS = 132
 QUARTERS = 4  # of a processor, each issues one instruction a cycle
 LAUNCH = 3500  # from the end of one launch to the work of the next
+HELPERS = 2  # of the first warp, in its tile's product
 FOLLOWED = 4  # groups of rows, of which the last is left when a tile is factored
 Counts = dict[str, Count]
 
@@ -56,7 +57,7 @@ class Pieces(NamedTuple):
     backward: int
     of_rows: int
     of_columns: int
-    half_of_rows: int
+    quarter: int
     strip: int
     of_group: int
     of_square: int
@@ -64,7 +65,7 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, counts: Counts) -> Pieces:
         names = ("factor_tile", "scale_factor", "substitute_forward", "substitute_backward")
-        products = ("product_of_rows", "product_of_columns", "half_product_of_rows")
+        products = ("product_of_rows", "product_of_columns", "quarter_product")
         of_strips = ("solve_strip", "product_of_group", "product_of_square")
         return cls(*(counts[f"{name}_piece<float>"].cycles for name in (*names, *products, *of_strips)))
 
@@ -73,27 +74,33 @@ def rounds(tasks: int, warps: int) -> int:
     return -(-tasks // max(warps, 1))
 
 
-def products(tasks: list[int], warps: int, latency: int) -> tuple[float, float]:
-    """Cycles of the warps of one block that take turns at these products, one or two at once, which are free of each
-    other; and of the last warp."""
-    turns = [0.0] * max(warps, 1)
+def turns(tasks: list[int], warps: int, latency: int) -> list[float]:
+    """Cycles of each of the warps that take turns at these products, one or two at once."""
+    cycles = [0.0] * max(warps, 1)
     for index, width in enumerate(tasks):
-        turns[index % len(turns)] += latency * (PAIR if width == 2 else 1)
-    return max(*turns, sum(SHARED_PAIR if width == 2 else SHARED for width in tasks)), turns[-1]
+        cycles[index % len(cycles)] += latency * (PAIR if width == 2 else 1)
+    return cycles
+
+
+def products(tasks: list[int], warps: int, latency: int) -> float:
+    """Cycles of the warps of one block for these products, which are free of each other."""
+    return max(*turns(tasks, warps, latency), sum(SHARED_PAIR if width == 2 else SHARED for width in tasks))
 
 
 def row_of_factor(one: Pieces, first: bool, updates: list[int], panels: int, warps: int) -> float:
     """A step of the factor in a block that factors its tile: the first warp's chain, beside it the others' products of
-    the row before, and their solutions of the row, which end a group of rows after the factor at the earliest. The
-    tile's own product is half the last warp's, who comes to the others, of which it has the fewest, later."""
+    the row before, and their solutions of the row, which end a group of rows after the factor at the earliest. Of the
+    tile's own product two quarters are the last warps', who come to the others, of which they have the fewest, later.
+    """
     others = max(warps - 1, 1)
-    half = 0 if first else one.half_of_rows
-    chain = half + one.factor
-    rest, last = products(updates, others, one.of_rows)
-    helper = half + last
+    quarter = 0 if first else one.quarter
+    chain = quarter + one.factor
+    rest = products(updates, others, one.of_rows)
+    updated, solved = turns(updates, others, one.of_rows), turns([1] * panels, others, one.forward)
+    helpers = [quarter + updated[warp] + solved[warp] for warp in range(max(others - HELPERS, 0), others)]
     if panels == 0:
-        return max(chain, rest, helper)
-    ends = max(chain + one.forward / FOLLOWED, rest + one.forward, helper + panels // others * one.forward)
+        return max(chain, rest, *helpers)
+    ends = max(chain + one.forward / FOLLOWED, rest + one.forward, *helpers)
     return ends + max(rounds(panels, others) - 1, 0) * one.forward
 
 
@@ -111,7 +118,7 @@ def block(order: int, counts: Counts) -> Budget:
     for k in range(tiles):
         inverse += rounds(tiles - k, warps) * one.backward
         for first in range(0, k, warps):
-            inverse += products([1] * (min(warps, k - first) * (tiles - k)), warps, one.of_columns)[0]
+            inverse += products([1] * (min(warps, k - first) * (tiles - k)), warps, one.of_columns)
     lengths = [tiles - j for j in range(tiles) for _ in range(j + 1)]  # of the sum that tile (i, j) is
     shares = [sum(lengths[warp::warps]) for warp in range(warps)]
     return Budget(factor, inverse, max(max(shares) * one.of_columns, sum(lengths) * SHARED))
@@ -146,7 +153,7 @@ def cluster(order: int, blocks: int, counts: Counts) -> Budget:
         fetch = fetched(own(k, row, rows) + own(k, column, columns) + 1) if k > 0 else 0
         tasks = updates(row, column, k) if k > 0 else []
         if row != k % rows:
-            return fetch + products(tasks, warps, one.of_rows)[0]
+            return fetch + products(tasks, warps, one.of_rows)
         return fetch + row_of_factor(one, k == 0, tasks, own(k + 1, column, columns), warps)
 
     factor = sum(max(step_of_factor(*place, k) for place in grid) + CLUSTER_BARRIER for k in range(tiles))

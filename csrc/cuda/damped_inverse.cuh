@@ -97,35 +97,49 @@ __device__ __forceinline__ void subtract_product(T* tile, const T* a, const T* b
   }
 }
 
-// As subtract_product of A^T B, for 16 columns of the tile and of B: the first for half = 0, else the last.
-__device__ __forceinline__ void subtract_half(float* tile, const float* a, const float* b, int half, int lane) {
-  float sums[4][4];
-  const auto pack = [&](int q) {
-    const int column = 16 * half + fragment_column<float, Inner::kRows, 4>(lane, 0);
-    return tile + fragment_row<float, Inner::kRows>(lane, q) * TileTraits<float>::kStride + column;
-  };
+// Of a tile of the diagonal the entries from (row, column) on, 16 x 16 of them, -= those of A^T A, in the order of
+// subtract_product. Unrolled: nothing else hides how long loads take.
+__device__ __forceinline__ void subtract_quarter(float* tile, const float* a, int row, int column, int lane) {
+  constexpr int kStride = TileTraits<float>::kStride;
+  const float* left = a + row + lane / 4 * 2;
+  const float* right = a + column + lane % 4 * 4;
+  float* own = tile + (row + lane / 4 * 2) * kStride + column + lane % 4 * 4;
+  float sums[2][4];
 #pragma unroll
-  for (int q = 0; q < 4; ++q) load_pack(pack(q), sums[q]);
-  tile_product<Inner::kRows, Inner::kRows, Sum::kSubtractUp>(sums, a, b + 16 * half, lane);
+  for (int q = 0; q < 2; ++q) load_pack(own + q * kStride, sums[q]);
 #pragma unroll
-  for (int q = 0; q < 4; ++q) store_pack(pack(q), sums[q]);
+  for (int k = 0; k < kTile; ++k) {
+    const float2 factors = *reinterpret_cast<const float2*>(left + k * kStride);
+    float pack[4];
+    load_pack(right + k * kStride, pack);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      sums[0][p] = fma(-factors.x, pack[p], sums[0][p]);
+      sums[1][p] = fma(-factors.y, pack[p], sums[1][p]);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < 2; ++q) store_pack(own + q * kStride, sums[q]);
 }
 
-// A tile of the diagonal -= A^T A: half 0 by a block's first warp, which factors the tile next and returns when both
-// halves are there, half 1 by its last, which has the fewest other products to make. In float64, whose products tensor
-// cores make, by the first warp alone.
+// Beside a block's first warp, who update its tile of the diagonal.
+constexpr int kDiagonalHelpers = 2;
+
+// The upper triangle of a tile of the diagonal -= A^T A: a quarter by a block's first warp (part 0), which factors the
+// tile next and returns when all of it is there, and one by each of its last two, which have the fewest other products
+// to make. In float64, whose products tensor cores make, by the first warp alone.
 template <class T>
-__device__ __forceinline__ void update_diagonal(T* tile, const T* a, int half, int lane) {
+__device__ __forceinline__ void update_diagonal(T* tile, const T* a, int part, int lane) {
   if constexpr (sizeof(T) == 4) {
     constexpr int kBarrier = 1 + kFactorGroups;  // those before are FactorRows'
-    constexpr int kThreads = 2 * static_cast<int>(kWarpSize);
-    subtract_half(tile, a, a, half, lane);
-    if (half == 0) {
+    constexpr int kThreads = (1 + kDiagonalHelpers) * static_cast<int>(kWarpSize);
+    subtract_quarter(tile, a, part == 1 ? 16 : 0, part == 0 ? 0 : 16, lane);
+    if (part == 0) {
       named_barrier_wait(kBarrier, kThreads);
     } else {
       named_barrier_arrive(kBarrier, kThreads);
     }
-  } else if (half == 0) {
+  } else if (part == 0) {
     subtract_product<Inner::kRows>(tile, a, a, lane);
     __syncwarp();
   }
@@ -224,10 +238,10 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* sc
   const int lane = team.thread % static_cast<int>(kWarpSize);
   const auto at = [&](int i, int j) { return tiles + tile_index(i, j) * Traits::kElements; };
   const bool first = is_first_warp(team.warp);
-  const int others = max(team.warps - 1, 1), own = team.warp - 1;  // more than one tile has more than one warp
-  const auto update_tile_of_diagonal = [&](int k, int half) {
+  const int others = max(team.warps - 1, 1), own = team.warp - 1;  // more than one tile has four warps
+  const auto update_tile_of_diagonal = [&](int k, int part) {
     if constexpr (kFollow) {
-      update_diagonal(at(k, k), at(k - 1, k), half, lane);
+      update_diagonal(at(k, k), at(k - 1, k), part, lane);
     } else {
       subtract_product<Inner::kRows>(at(k, k), at(k - 1, k), at(k - 1, k), lane);
       __syncwarp();
@@ -239,7 +253,7 @@ __device__ void factor_tiles(const Team<kTeam>& team, int along, T* tiles, T* sc
       if (k > 0) update_tile_of_diagonal(k, 0);
       if (!factor_tile_of<kTeam>(at(k, k), scratch, lane, rows) && lane == 0) state->broken = 1 + k;
     } else if (k > 0) {
-      if (kFollow && own == others - 1) update_tile_of_diagonal(k, 1);
+      if (kFollow && own >= others - kDiagonalHelpers) update_tile_of_diagonal(k, others - own);
       // Row k first, each tile by the warp that will solve it.
       int index = 0;
       for (int i = k; i < along; ++i) {

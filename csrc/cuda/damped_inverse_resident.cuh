@@ -72,7 +72,7 @@ class ResidentTiles {
           factor_diagonal(next, rows, state);
         } else {
           if (k >= 0) {
-            if (own == others - 1) update_diagonal(diagonal(), row_tile(next), 1, lane_);
+            if (own >= others - kDiagonalHelpers) update_diagonal(diagonal(), row_tile(next), others - own, lane_);
             update_rows(k, next, next + 1, own, others);  // first, each tile by the warp that will solve it
             update_rows(k, next + 1, along_, (own + others - solved % others) % others, others);
             __syncwarp();

@@ -34,6 +34,7 @@ struct FusedTraits {
 
   static constexpr FusedLayout kLayout = fused_layout(kTile, sizeof(T), kBfloat16);
   static_assert(Apply::kThreads == kThreads && Weight::kThreads == kThreads);
+  static_assert(kThreads >= 4 * static_cast<int>(kWarpSize));  // of a factor of more than one tile
   static_assert(kLayout.gram_stages == Gram::P::kSharedBytes);
   static_assert(kLayout.gram == kTile * Apply::kStride * sizeof(G));
   static_assert(

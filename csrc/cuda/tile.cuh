@@ -79,9 +79,9 @@ __device__ __forceinline__ int fragment_column(int lane, int p) {
 
 // sums -= A B or += A B, where A[r, k] = a[r, k] (inner index along columns) or a[k, r] (along rows), B[k,
 // c] = b[k, c] (along rows) or b[c, k] (along columns). With kRows = 8 for two tiles a, the second behind the first,
-// which read two thirds as much for each product; with kColumns = 4 for 16 columns of B, where its inner index is along
-// rows. By fused multiply and add: of terms of TF32 on tensor cores, which cut sums off at float32's digits instead of
-// rounding them, inverses come out up to three times as far off.
+// which read two thirds as much for each product; with kColumns = 4 for 16 columns of B. By fused multiply and add: of
+// terms of TF32 on tensor cores, which cut sums off at float32's digits instead of rounding them, inverses come out up
+// to three times as far off.
 template <Inner kInnerA, Inner kInnerB, Sum kSum, int kRows, int kColumns>
 __device__ __forceinline__ void tile_product(float (&sums)[kRows][kColumns], const float* a, const float* b, int lane) {
   using T = float;

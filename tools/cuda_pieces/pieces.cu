@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(32) product_of_rows_piece(T* tiles, unsigned* 
 }
 
 template <class T>
-__global__ void __launch_bounds__(32) half_product_of_rows_piece(T* tiles, unsigned* cycles) {
-  measure(tiles, cycles, [](T* a, T* b, T* c, int lane) { subtract_half(c, a, b, 0, lane); });
+__global__ void __launch_bounds__(32) quarter_product_piece(T* tiles, unsigned* cycles) {
+  measure(tiles, cycles, [](T* a, T*, T* c, int lane) { subtract_quarter(c, a, 0, 16, lane); });
 }
 
 template <class T>
@@ -154,6 +154,6 @@ int main() {
   CONSEQUENTIALISM_RUN(solve_strip_piece);
   CONSEQUENTIALISM_RUN(product_of_group_piece);
   CONSEQUENTIALISM_RUN(product_of_square_piece);
-  run<float>("half_product_of_rows_piece", "float", half_product_of_rows_piece<float>);
+  run<float>("quarter_product_piece", "float", quarter_product_piece<float>);
 #undef CONSEQUENTIALISM_RUN
 }
