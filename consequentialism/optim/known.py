@@ -83,7 +83,7 @@ _BY_PACKAGE: dict[str, dict[Rule, str]] = {
     "adan_pytorch": {_PROXIMAL: "Adan"},
     "apex": {
         Rule("decoupled", without=("use_master",)): "FusedAdam",
-        _COUPLED: "FusedSGD",
+        Rule("coupled", without=("wd_after_momentum",)): "FusedSGD",
         _SIZED_WITHIN: "FusedLAMB",
     },
     "bitsandbytes": {
