@@ -143,16 +143,18 @@ def check_weights(units: Sequence[Unit]) -> None:
 def check_moved(units: Sequence[Unit], states: Mapping[Any, Any]) -> None:
     """Raise where a weight has another type or device than at its last step, and state was left behind.
 
-    Roots of another type alone serve on: products are in their type.
+    After `check_weights`, by which the weights are those that they were. Roots of another type alone serve on: products
+    are in their type.
     """
     for unit in units:
-        before, now = unit.stepped_as, (unit.weight.dtype, unit.weight.device)
+        weight = unit.own
+        before, now = unit.stepped_as, (weight.dtype, weight.device)
         if before is None or before == now:
             continue
         left = [
             value
-            for key, value in states.get(unit.weight, {}).items()
-            if isinstance(value, Tensor) and value.shape == unit.weight.shape and key not in KEYS
+            for key, value in states.get(weight, {}).items()
+            if isinstance(value, Tensor) and value.shape == weight.shape and key not in KEYS
             if (value.dtype, value.device) == before
         ]
         if left or before[1] != now[1]:

@@ -373,7 +373,7 @@ class Emended(torch.optim.Optimizer):
             else:
                 step_all(self.optimizer, parts, states, self._rule, rooted)
         for part in parts:
-            part.unit.stepped_as = part.unit.weight.dtype, part.unit.weight.device
+            part.unit.stepped_as = part.parameters[0].dtype, part.parameters[0].device
         if waiting and not self._process_groups():  # over several, ranks might not agree
             recorder.begin()
         # Where a checkpoint's place is made there was no forward yet, and the refresh is still due.
