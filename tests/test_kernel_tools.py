@@ -298,6 +298,24 @@ def test_first_contact_says_who_died_and_who_hung(monkeypatch: pytest.MonkeyPatc
     assert gpu_first.apart("graph", "float64", "cpu", 0.5) == "HUNG  graph float64: no end after 0.5 s"
     script.write_text("print('WRONG graph float64: error 1, 1e-10 allowed')")
     assert gpu_first.apart("graph", "float64", "cpu", 20).startswith("WRONG graph float64: error 1, 1e-10 allowed, ")
+    script.write_text("print('passed over: no room'); print('right graph float64: error 0, 1e-10 allowed')")
+    assert gpu_first.apart("graph", "float64", "cpu", 20).endswith(" s; passed over: no room")
+
+
+def test_a_team_without_room_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise ValueError(message)
+
+    monkeypatch.setattr(torch.ops.consequentialism.damped_inverse, "by", refuse, raising=False)
+    assert gpu_kinds.NO_ROOM in (ROOT / "csrc/cuda/damped_inverse_binding.cpp").read_text()
+    message = f"variant 'cluster' {gpu_kinds.NO_ROOM} for a gram of 190 rows in Float"
+    assert gpu_kinds._inverse_by("cluster", torch.eye(2), ()) is None
+    assert capsys.readouterr().out == f"passed over: {message}\n"
+    message = "gram must be square"
+    with pytest.raises(ValueError, match=message):
+        gpu_kinds._inverse_by("cluster", torch.eye(2), ())
 
 
 def test_a_wrong_kernel_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ case ${1:-} in
       --op weight_grad --provider consequentialism --provider warps --provider warpgroups --provider recompute \
       --provider cooperative --provider block --provider cluster --provider cholesky_ex --provider batched
     if command -v ncu > /dev/null; then
-      part ncu 70 ncu --clock-control none --set full -c 16 --page details --log-file "$OUT/ncu.txt" \
+      part ncu 70 ncu --clock-control none --set full -c 24 --page details --log-file "$OUT/ncu.txt" \
         -k "regex:inverse|fused_weight|gram|emended_input|bias_grad" \
         "$python" tools/gpu_first.py --here --device "$device" --type bfloat16 \
         gram_large gram_warpgroups conv_gram_large inverse_cluster apply_large cooperative

@@ -56,7 +56,8 @@ def apart(kind: str, name: str, device: str, seconds: float) -> str:
     if not lines:
         last = (done.stderr.strip() or "nothing was said").splitlines()[-1][:150]
         return f"DIED  {kind} {name}: exit code {done.returncode}: {last}"
-    return f"{lines[-1]}, {time.monotonic() - start:.1f} s"
+    notes = "".join(f"; {line}" for line in done.stdout.splitlines() if line.startswith("passed over"))
+    return f"{lines[-1]}, {time.monotonic() - start:.1f} s{notes}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -86,8 +86,8 @@ InverseItem<T> inverse_item(const at::Tensor& gram, const at::Tensor& inverse, c
   return item;
 }
 
-// scale * (gram + c I)^-1 of Grams of one type, those of one order by one launch, by `team` where one is named; the
-// other Grams are left alone.
+// scale * (gram + c I)^-1 of Grams of one type, those of one order together, by `team` where one is named; the other
+// Grams are left alone.
 template <class T>
 void invert_grams(
     c10::ArrayRef<at::Tensor> grams, c10::ArrayRef<InverseArguments> arguments, InverseTeam team,
