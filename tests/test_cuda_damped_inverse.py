@@ -68,9 +68,11 @@ def plan(
     resident: int = 0,
     forced: bool = False,
     count: int = 1,
+    at_once: int = 16,
 ) -> Plan:
+    """``resident``: blocks of a resident cluster, of which ``at_once`` of 8 run at once."""
     size = torch.empty((), dtype=dtype).element_size()
-    arguments = (shim.empty(6, dtype=torch.int64), n, count, size, shared, clusters, resident, forced)
+    arguments = (shim.empty(6, dtype=torch.int64), n, count, size, shared, clusters, resident, at_once, forced)
     (made,) = shim.run("call_plan_damped_inverse", *arguments, seeds=(0,))
     return Plan(*map(int, made))
 
@@ -414,11 +416,11 @@ def test_a_cluster_where_it_is_predicted_to_be_clearly_faster_than_a_block(shim:
 
 
 def test_clusters_take_several_matrices_where_all_run_at_once(shim: cuda_shim.Library) -> None:
-    # Of 132 processors.
-    assert [plan(shim, 256, F32, resident=16, count=count).team for count in (1, 16, 17, 32)] == [
-        *(RESIDENT, RESIDENT),
-        *(BLOCK, BLOCK),
-    ]
+    # Of 132 processors, whatever their groups.
+    for at_once in (16, 13, 1):
+        counts = (1, at_once, at_once + 1, 32)
+        teams = [plan(shim, 256, F32, resident=16, count=count, at_once=at_once).team for count in counts]
+        assert teams == [RESIDENT, RESIDENT, BLOCK, BLOCK], at_once
     assert plan(shim, 512, F32, resident=16, count=32).team == RESIDENT  # a block has no room
 
 
@@ -451,31 +453,46 @@ def test_a_smaller_launch_leaves_the_limit_of_shared_memory(shim: cuda_shim.Libr
     assert shim.attributes_set <= 1
 
 
+def clusters_run(shim: cuda_shim.Library) -> list[int]:
+    """Whether clusters run, of how many resident blocks they may be, and how many of 8 such run at once."""
+    (answer,) = shim.run("call_clusters_run", shim.empty(3, dtype=torch.int64), seeds=(0,))
+    numbers: list[int] = answer.tolist()
+    return numbers
+
+
+def test_no_module_is_left_for_a_capture_to_load(shim: cuda_shim.Library) -> None:
+    # One kernel of damped_inverse.cu, and one of factored_inverse.cu, which a resident cluster's launch needs as well.
+    shim.reset_counts()
+    clusters_run(shim)
+    assert shim.kernels_asked == 2
+
+
 @pytest.mark.parametrize(
-    ("ptx_version", "groups", "processors", "expected", "resident"),
+    ("ptx_version", "groups", "processors", "expected", "resident", "at_once"),
     [
-        (90, 1, 16, True, 16),
-        (100, 16, 18, True, 16),
-        (120, 1, 8, True, 8),
-        (110, 3, 6, True, 6),  # small blocks of a cluster share a processor, those with all its shared memory do not
-        (90, 1, 1, False, 0),
-        (80, 1, 16, False, 0),
-        (86, 1, 16, False, 0),
-        (90, 0, 16, False, 0),
+        (90, 1, 16, True, 16, 2),
+        (100, 16, 18, True, 16, 32),
+        (90, 7, 15, True, 8, 7),  # 105 processors, of which 13 clusters of 8 would be, had they no groups
+        (120, 1, 8, True, 8, 1),
+        (110, 3, 6, True, 6, 0),  # small blocks of a cluster share a processor, those with all its shared memory do not
+        (90, 1, 1, False, 0, 0),
+        (80, 1, 16, False, 0, 0),
+        (86, 1, 16, False, 0, 0),
+        (90, 0, 16, False, 0, 0),
     ],
 )
 def test_clusters_only_where_they_were_compiled_and_fit(
-    shim: cuda_shim.Library, ptx_version: int, groups: int, processors: int, expected: bool, resident: int
+    shim: cuda_shim.Library, ptx_version: int, groups: int, processors: int, expected: bool, resident: int, at_once: int
 ) -> None:
     # What a driver makes of PTX for 8.0 takes each block for a cluster of its own, on a chip that has clusters too: it
     # would read items eight times beyond the last.
     set_device = shim.call.shim_set_device
     set_device(*map(ctypes.c_int64, (ptx_version, groups, processors)))
     try:
-        (answer,) = shim.run("call_clusters_run", shim.empty(2, dtype=torch.int64), seeds=(0,))
+        answer = clusters_run(shim)
     finally:
         set_device(*map(ctypes.c_int64, (90, 1, 16)))
-    assert answer.tolist() == [expected, resident]
+    assert answer == [expected, resident, at_once]
     assert (plan(shim, 400, F32, clusters=expected).team == CLUSTER) == expected
     assert (plan(shim, 400, F32, clusters=expected, resident=resident).team == RESIDENT) == (resident >= 8)
 
@@ -488,17 +505,12 @@ def test_only_an_error_that_speaks_of_clusters_means_that_none_fit(shim: cuda_sh
     # The answer is kept for the life of the process: no other error may become one.
     fail_query = shim.call.shim_fail_query
 
-    def asked() -> list[int]:
-        (answer,) = shim.run("call_clusters_run", shim.empty(2, dtype=torch.int64), seeds=(0,))
-        numbers: list[int] = answer.tolist()
-        return numbers
-
     try:
         fail_query(*map(ctypes.c_int64, (queries_right, OUT_OF_MEMORY)))
         with pytest.raises(cuda_shim.ShimError, match=f"error {OUT_OF_MEMORY}"):
-            asked()
+            clusters_run(shim)
         fail_query(*map(ctypes.c_int64, (queries_right, INVALID_CLUSTER_SIZE)))
-        assert asked() == [[0, 16], [1, 8]][queries_right]
+        assert clusters_run(shim) == [[0, 16, 2], [1, 8, 2]][queries_right]
     finally:
         fail_query(*map(ctypes.c_int64, (-1, 0)))
-    assert asked() == [1, 16]
+    assert clusters_run(shim) == [1, 16, 2]

@@ -69,9 +69,9 @@ cudaError_t breakdown_counter_address(unsigned** address) {
 }
 #endif
 
-cudaError_t clusters_run(bool* run, int* resident_blocks) {
+cudaError_t clusters_run(bool* run, int* resident_blocks, int* resident_clusters) {
   *run = false;
-  *resident_blocks = 0;
+  *resident_blocks = *resident_clusters = 0;
   const auto* kernel = reinterpret_cast<const void*>(damped_inverse_cluster_kernel<double>);  // which takes the most
   cudaFuncAttributes compiled;
   if (const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel); error != cudaSuccess) return error;
@@ -82,21 +82,26 @@ cudaError_t clusters_run(bool* run, int* resident_blocks) {
   error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   const size_t tile = inverse_tile_bytes(sizeof(double));
-  error = cluster_fits(run, kernel, kInverseClusterBlocks, kInverseClusterThreads, tile);
+  int active = 0;
+  error = clusters_at_once(&active, kernel, kInverseClusterBlocks, kInverseClusterThreads, tile);
   if (error != cudaSuccess) return error;
+  *run = active > 0;
   // With a processor's whole shared memory a block has it to itself: where so many have, those of any kernel fit.
   const auto* resident = reinterpret_cast<const void*>(damped_inverse_resident_kernel<double>);
-  const auto fit = [&](int blocks) {
-    bool fits = false;
+  const auto at_once = [&](int blocks) {
+    int count = 0;
     const auto cluster = static_cast<unsigned>(blocks);
     if (error == cudaSuccess) {
-      error = cluster_fits(&fits, resident, cluster, kInverseClusterThreads, static_cast<size_t>(most));
+      error = clusters_at_once(&count, resident, cluster, kInverseClusterThreads, static_cast<size_t>(most));
     }
-    return fits;
+    return count;
   };
-  int blocks = fit(kInverseLargeCluster) ? kInverseLargeCluster : kInverseClusterBlocks;
-  while (blocks > 1 && !fit(blocks)) --blocks;
+  const bool large = at_once(kInverseLargeCluster) > 0;
+  *resident_clusters = at_once(kInverseClusterBlocks);
+  int blocks = large ? kInverseLargeCluster : kInverseClusterBlocks;
+  while (!large && blocks > 1 && at_once(blocks) == 0) --blocks;
   *resident_blocks = blocks > 1 ? blocks : 0;
+  if (error == cudaSuccess && *resident_blocks >= kInverseClusterBlocks) error = load_factored_inverse();
   return error;
 }
 
@@ -122,8 +127,7 @@ cudaError_t launch_damped_inverse(
         damped_inverse_resident_kernel<T>, shape, batch, static_cast<int>(n), plan.resident, own, plan.workspace_bytes,
         breakdowns);
     if (error != cudaSuccess) return error;
-    return launch_factored_inverse(
-        batch, count, static_cast<int>(n), own, plan.workspace_bytes, count >= plan.tall_squares_from, stream);
+    return launch_factored_inverse(batch, count, static_cast<int>(n), plan, own, stream);
   }
   return launch(
       damped_inverse_cluster_kernel<T>, shape, batch, static_cast<int>(n), static_cast<unsigned char*>(workspace),

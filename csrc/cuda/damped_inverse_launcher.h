@@ -15,10 +15,10 @@ cudaError_t launch_damped_inverse(
     const InverseItem<T>* items, int count, int64_t n, const InversePlan& plan, void* workspace, unsigned* breakdowns,
     cudaStream_t stream);
 
-// Limits::clusters and Limits::resident_blocks of the current device, for all kernels: an extension of PTX below 9.0
-// has kernels without clusters, and a chip or a slice of one may have fewer processors in a group than a cluster has
-// blocks.
-cudaError_t clusters_run(bool* run, int* resident_blocks);
+// Limits::clusters, ::resident_blocks and ::resident_clusters of the current device, for all kernels: an extension of
+// PTX below 9.0 has kernels without clusters, and a chip or a slice of one may have fewer processors in a group than a
+// cluster has blocks. Loads what a capture would forbid to load.
+cudaError_t clusters_run(bool* run, int* resident_blocks, int* resident_clusters);
 
 // The current device's own counter for launch_damped_inverse. Zero when the process begins.
 cudaError_t breakdown_counter_address(unsigned** address);

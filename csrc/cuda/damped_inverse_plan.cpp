@@ -93,8 +93,9 @@ InversePlan plan_damped_inverse(int64_t n, int64_t count, size_t element_bytes, 
   if (block.team == InverseTeam::kNone) {
     return resident.team != InverseTeam::kNone ? resident : by(InverseTeam::kCluster);
   }
-  // A cluster's time is that of all of them only where all run at once; either way the bits are the same.
-  const bool at_once = resident.team != InverseTeam::kNone && count * resident.blocks <= limits.processors;
+  // A cluster's time is that of all of them only where all run at once; either way the bits are the same. Where a block
+  // has room a cluster is of kInverseClusterBlocks.
+  const bool at_once = resident.team != InverseTeam::kNone && count <= limits.resident_clusters;
   return at_once && n > cluster_above(element_bytes) ? resident : block;
 }
 

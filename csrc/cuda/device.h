@@ -36,10 +36,10 @@ inline Limits limits_of_current_device() {
     const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     int shared = 0, processors = 0;
     bool clusters = false, warpgroups = false;
-    int resident_blocks = 0;
+    int resident_blocks = 0, resident_clusters = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    C10_CUDA_CHECK(clusters_run(&clusters, &resident_blocks));
+    C10_CUDA_CHECK(clusters_run(&clusters, &resident_blocks, &resident_clusters));
     C10_CUDA_CHECK(warpgroups_run(&warpgroups));
     unsigned* address = nullptr;
     C10_CUDA_CHECK(launch_counters_address(&address));
@@ -47,7 +47,7 @@ inline Limits limits_of_current_device() {
     C10_CUDA_CHECK(breakdown_counter_address(&address));
     breakdown_counters[static_cast<size_t>(device)] = address;
     known[static_cast<size_t>(device)] = {
-        static_cast<size_t>(shared), processors, clusters, warpgroups, resident_blocks};
+        static_cast<size_t>(shared), processors, clusters, warpgroups, resident_blocks, resident_clusters};
   });
   return known[static_cast<size_t>(device)];
 }

@@ -69,11 +69,16 @@ cudaError_t launch_square(const Factored<T>& factored, int count, cudaStream_t s
 
 }  // namespace
 
+cudaError_t load_factored_inverse() {
+  cudaFuncAttributes compiled;
+  return cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(inverse_strip_kernel<float>));
+}
+
 template <class T>
 cudaError_t launch_factored_inverse(
-    const InverseBatch<T>& batch, int count, int n, unsigned char* workspace, size_t workspace_bytes, bool tall,
+    const InverseBatch<T>& batch, int count, int n, const InversePlan& plan, unsigned char* workspace,
     cudaStream_t stream) {
-  const Factored<T> factored{batch, n, workspace, workspace_bytes};
+  const Factored<T> factored{batch, n, workspace, plan.workspace_bytes};
   const int along = tiles_along(n);
   LaunchShape shape{};
   shape.grid = dim3(static_cast<unsigned>(count), static_cast<unsigned>(along * (kTile / kStrip)));
@@ -82,14 +87,14 @@ cudaError_t launch_factored_inverse(
   shape.stream = stream;
   if (const cudaError_t error = launch(inverse_strip_kernel<T>, shape, factored); error != cudaSuccess) return error;
   if constexpr (sizeof(T) == 4) {
-    if (tall) return launch_square<T, kTallSquare>(factored, count, stream);
+    if (count >= plan.tall_squares_from) return launch_square<T, kTallSquare>(factored, count, stream);
   }
   return launch_square<T, 1>(factored, count, stream);
 }
 
 template cudaError_t launch_factored_inverse<float>(
-    const InverseBatch<float>&, int, int, unsigned char*, size_t, bool, cudaStream_t);
+    const InverseBatch<float>&, int, int, const InversePlan&, unsigned char*, cudaStream_t);
 template cudaError_t launch_factored_inverse<double>(
-    const InverseBatch<double>&, int, int, unsigned char*, size_t, bool, cudaStream_t);
+    const InverseBatch<double>&, int, int, const InversePlan&, unsigned char*, cudaStream_t);
 
 }  // namespace consequentialism::cuda

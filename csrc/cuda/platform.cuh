@@ -197,10 +197,10 @@ inline bool refuses_cluster(cudaError_t error) {
          error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
 }
 
-// Whether the current device has room for a cluster of so many blocks of the kernel.
-inline cudaError_t cluster_fits(
-    bool* fits, const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes) {
-  *fits = false;
+// How many clusters of so many blocks of the kernel the current device has room for at once, 0 where for none.
+inline cudaError_t clusters_at_once(
+    int* count, const void* kernel, unsigned cluster, unsigned threads, size_t shared_bytes) {
+  *count = 0;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;
@@ -218,7 +218,7 @@ inline cudaError_t cluster_fits(
     cudaGetLastError();  // or the next check would take it for its own
     return cudaSuccess;
   }
-  *fits = error == cudaSuccess && active > 0;
+  if (error == cudaSuccess) *count = active;
   return error;
 }
 

@@ -156,7 +156,7 @@ class Library:
         self.call.shim_set_seconds.argtypes = [ctypes.c_double]
         self.call.shim_message.restype = ctypes.c_char_p
         self.call.shim_set_resident_blocks.argtypes = [ctypes.c_uint64]
-        for count in ("launches", "shared_bytes", "switches", "attributes_set"):
+        for count in ("launches", "shared_bytes", "switches", "attributes_set", "kernels_asked"):
             getattr(self.call, f"shim_{count}").restype = ctypes.c_uint64
 
     def guarded(self, tensor: Tensor, name: str = "a buffer", alignment: int = 16) -> Guarded:
@@ -235,6 +235,11 @@ class Library:
     def attributes_set(self) -> int:
         """How often a kernel's limit of shared memory was set."""
         return int(self.call.shim_attributes_set())
+
+    @property
+    def kernels_asked(self) -> int:
+        """Of how many kernels attributes were asked for, which loads the modules that they are in."""
+        return int(self.call.shim_kernels_asked())
 
     def reset_counts(self) -> None:
         self.call.shim_reset_counts()

@@ -55,9 +55,11 @@ extern "C" int call_damped_inverse_double(
 // forced: as plan_of.
 extern "C" int call_plan_damped_inverse(
     int64_t* plan, int64_t n, int64_t count, int64_t element_bytes, int64_t shared_limit, bool clusters,
-    int64_t resident_blocks, bool forced) {
+    int64_t resident_blocks, int64_t resident_clusters, bool forced) {
   const auto bytes = static_cast<size_t>(element_bytes);
-  const Limits limits{static_cast<size_t>(shared_limit), 132, clusters, false, static_cast<int>(resident_blocks)};
+  Limits limits{static_cast<size_t>(shared_limit), 132, clusters};
+  limits.resident_blocks = static_cast<int>(resident_blocks);
+  limits.resident_clusters = static_cast<int>(resident_clusters);
   const InversePlan made =
       forced ? plan_of(n, bytes, shared_limit, resident_blocks) : plan_damped_inverse(n, count, bytes, limits);
   plan[0] = static_cast<int64_t>(made.team);
@@ -80,9 +82,10 @@ extern "C" int call_plan_damped_inverse_by(int64_t* plan, int64_t n, int64_t ele
 
 extern "C" int call_clusters_run(int64_t* answer) {
   bool run = false;
-  int resident_blocks = 0;
-  const cudaError_t error = clusters_run(&run, &resident_blocks);
+  int resident_blocks = 0, resident_clusters = 0;
+  const cudaError_t error = clusters_run(&run, &resident_blocks, &resident_clusters);
   answer[0] = run ? 1 : 0;
   answer[1] = resident_blocks;
+  answer[2] = resident_clusters;
   return error;
 }

@@ -69,6 +69,10 @@ uint64_t shim_attributes_set() {
   return shim::state.attributes_set;
 }
 
+uint64_t shim_kernels_asked() {
+  return shim::state.kernels_asked.size();
+}
+
 // At most kResidentBlocks.
 void shim_set_resident_blocks(uint64_t count) {
   shim::state.resident_blocks = count;
@@ -94,6 +98,7 @@ void shim_destroy_streams() {
 
 void shim_reset_counts() {
   shim::state.launches = shim::state.shared_bytes = shim::state.switches = shim::state.attributes_set = 0;
+  shim::state.kernels_asked.clear();
 }
 
 }  // extern "C"

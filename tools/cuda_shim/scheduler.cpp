@@ -389,8 +389,11 @@ cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->ptxVersion = consequentialism::cuda::shim::state.ptx_version;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  consequentialism::cuda::shim::State& state = consequentialism::cuda::shim::state;
+  const std::lock_guard guard(state.lock);
+  state.kernels_asked.insert(kernel);
+  attributes->ptxVersion = state.ptx_version;
   return cudaSuccess;
 }
 

@@ -135,6 +135,7 @@ struct State {
   unsigned long long next_stream_id = 1;
   std::map<const void*, size_t> allowed_shared;  // by kernel
   std::set<const void*> allowed_clusters;        // kernels that may have more than every chip takes
+  std::set<const void*> kernels_asked;           // for their attributes, which loads the module that they are in
 
   std::list<Region> buffers;
   std::deque<Region> shared;
