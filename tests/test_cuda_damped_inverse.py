@@ -43,11 +43,11 @@ def tile_bytes(dtype: torch.dtype) -> int:
     return 32 * (32 * (4 if dtype == F32 else 8) + 16)
 
 
-def strip_bytes(along: int, dtype: torch.dtype) -> int:
+def strip_bytes(along: int, dtype: torch.dtype, line: int = 64) -> int:
     """Shared memory of a block that inverts 16 columns: tiles and strips, and for each further warp two stages of 96
     lines."""
     size = torch.empty((), dtype=dtype).element_size()
-    return 4 * tile_bytes(dtype) + 4 * 32 * 16 * size + -(-max(along - 2, 0) // 3) * 2 * 96 * 80
+    return 4 * tile_bytes(dtype) + 4 * 32 * 16 * size + -(-max(along - 2, 0) // 3) * 2 * 96 * (line + 16)
 
 
 class Plan(NamedTuple):
@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     shared: int  # bytes of a block
     workspace: int  # bytes
     room: int  # tiles of its own that a resident block has in shared memory
+    line: int  # bytes of a row in the stages of the strips that follow a resident cluster
 
 
 def plan(
@@ -72,7 +73,7 @@ def plan(
 ) -> Plan:
     """``resident``: blocks of a resident cluster, of which ``at_once`` of 8 run at once."""
     size = torch.empty((), dtype=dtype).element_size()
-    arguments = (shim.empty(6, dtype=torch.int64), n, count, size, shared, clusters, resident, at_once, forced)
+    arguments = (shim.empty(7, dtype=torch.int64), n, count, size, shared, clusters, resident, at_once, forced)
     (made,) = shim.run("call_plan_damped_inverse", *arguments, seeds=(0,))
     return Plan(*map(int, made))
 
@@ -329,7 +330,7 @@ def test_plan_never_asks_for_more_than_there_is(
     shim: cuda_shim.Library, dtype: torch.dtype, shared: int, clusters: bool
 ) -> None:
     for n in range(0, 1100):
-        team, threads, blocks, shared_bytes, workspace, _ = plan(shim, n, dtype, shared, clusters)
+        team, threads, blocks, shared_bytes, workspace, *_ = plan(shim, n, dtype, shared, clusters)
         if team == NONE:
             assert n == 0 or n > 1056 or not clusters
             continue
@@ -356,7 +357,8 @@ def test_resident_plan(shim: cuda_shim.Library, dtype: torch.dtype, shared: int,
         panels = -(-along // rows) - (-along // columns) + 1
         if made.team != RESIDENT:
             assert made == without
-            assert made.team != CLUSTER or panels > shared // tile_bytes(dtype) or strip_bytes(along, dtype) > shared
+            narrowest = strip_bytes(along, dtype, 32 if dtype == F32 else 64)
+            assert made.team != CLUSTER or panels > shared // tile_bytes(dtype) or narrowest > shared
             continue
         assert without.team == CLUSTER or (without.team, dtype) == (BLOCK, F32)
         assert (made.threads, made.blocks) == (256, blocks)
@@ -364,7 +366,8 @@ def test_resident_plan(shim: cuda_shim.Library, dtype: torch.dtype, shared: int,
         assert made.shared <= shared
         assert made.shared % tile_bytes(dtype) == 0
         assert made.room == tiles - panels >= 0
-        assert strip_bytes(along, dtype) <= shared
+        assert strip_bytes(along, dtype, made.line) <= shared
+        assert made.line == (64 if strip_bytes(along, dtype) <= shared else 32)
         own = [0] * made.blocks
         for j in range(along):
             for i in range(j + 1):
@@ -377,6 +380,24 @@ def test_every_resident_order_fits(shim: cuda_shim.Library) -> None:
     """On Hopper no order up to 1056 lacks shared memory for what follows the factor."""
     for dtype in (F32, F64):
         assert all(plan(shim, n, dtype, resident=16).team != CLUSTER for n in range(1, 1057))
+
+
+def test_largest_resident_orders_with_99_kb(shim: cuda_shim.Library) -> None:
+    """Float32 to 448 by strips with wide stages, to 832 with narrow ones; float64 to 352, without narrow ones."""
+    lines = [plan(shim, n, F32, 101376, resident=8).line for n in (1, 160, 161, 448, 449, 832, 833, 1056)]
+    assert lines == [0, 0, 64, 64, 32, 32, 0, 0]
+    teams = [plan(shim, n, F64, 101376, resident=8).team for n in (352, 353)]
+    assert teams == [RESIDENT, CLUSTER]
+
+
+@pytest.mark.parametrize(("n", "shared"), [(130, 36000), (257, 60000), (449, 101376)])
+def test_strips_with_narrow_stages_give_the_same_bits(shim: cuda_shim.Library, n: int, shared: int) -> None:
+    lines = [plan(shim, n, F32, room, resident=8, forced=True).line for room in (shared, SHARED)]
+    assert lines == [32, 64]
+    gram = gram_of("random", n, F32)
+    expected, _ = invert(shim, gram[None], resident=8, seeds=(0,))
+    own, _ = invert(shim, gram[None], shared=shared, resident=8, seeds=(0, 1) if n < 449 else (1,))
+    assert torch.equal(own, expected)
 
 
 def test_room_of_resident_clusters(shim: cuda_shim.Library) -> None:

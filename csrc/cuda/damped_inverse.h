@@ -71,7 +71,9 @@ struct InversePlan {
   size_t shared_bytes = 0;     // of a block
   size_t workspace_bytes = 0;  // of a matrix, in global memory
   ResidentShape resident{};
-  int tall_squares_from = 0;  // as factored_inverse.h has it, after a resident cluster
+  // After a resident cluster, as factored_inverse.h has them.
+  int strip_line = 0;
+  int tall_squares_from = 0;
 };
 
 // Of `count` matrices that are given together.

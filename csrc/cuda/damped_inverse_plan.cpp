@@ -46,7 +46,8 @@ InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared
     most_own = std::max(most_own, own);
   }
   const auto most = static_cast<int64_t>(shared_bytes / inverse_tile_bytes(element_bytes));
-  if (most < panels || strip_bytes(static_cast<int>(along), element_bytes) > shared_bytes) return {};
+  const int line = strip_line(static_cast<int>(along), element_bytes, shared_bytes);
+  if (most < panels || line == 0) return {};
   const int64_t tiles = std::min(most, panels + most_own);
   InversePlan plan;
   plan.team = InverseTeam::kResident;
@@ -56,6 +57,7 @@ InversePlan plan_resident_inverse(int64_t n, size_t element_bytes, size_t shared
   plan.workspace_bytes =
       kInverseStateBytes + tile_bytes(along, kMoreTiles, element_bytes) + tile_bytes(along, 0, element_bytes);
   plan.resident = {static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(tiles - panels)};
+  plan.strip_line = line;
   plan.tall_squares_from = tall_squares_from(static_cast<int>(along));
   return plan;
 }

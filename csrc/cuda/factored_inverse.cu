@@ -29,14 +29,14 @@ struct Factored {
 };
 
 // A block for each item (x) and strip (y), the longest ones first.
-template <class T>
+template <class T, int kLine>
 __global__ void __launch_bounds__(kMaxStripWarps* kWarpSize)
     inverse_strip_kernel(const __grid_constant__ Factored<T> factored) {
   const auto item = static_cast<int>(blockIdx.x);
   if (!factored.exists(item)) return;
   constexpr int kOfTile = kTile / kStrip;
   const auto strip = static_cast<int>(gridDim.y - 1 - blockIdx.y);
-  const InverseStrip<T> own(
+  const InverseStrip<T, kLine> own(
       strip / kOfTile, strip % kOfTile, factored.factor(item), factored.inverse(item), dynamic_shared<T>());
   own.run();
 }
@@ -56,6 +56,20 @@ __global__ void __launch_bounds__(SquareTraits<T, kTiles>::kThreads)
       dynamic_shared<T>());
 }
 
+template <class T>
+cudaError_t launch_strips(const Factored<T>& factored, int count, int line, cudaStream_t stream) {
+  const int along = tiles_along(factored.n);
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(count), static_cast<unsigned>(along * (kTile / kStrip)));
+  shape.block = dim3(static_cast<unsigned>(strip_warps(along)) * kWarpSize);
+  shape.shared_bytes = strip_bytes(along, sizeof(T), line);
+  shape.stream = stream;
+  if constexpr (sizeof(T) == 4) {
+    if (line == kNarrowStripLine) return launch(inverse_strip_kernel<T, kNarrowStripLine>, shape, factored);
+  }
+  return line == kStripLine ? launch(inverse_strip_kernel<T, kStripLine>, shape, factored) : cudaErrorInvalidValue;
+}
+
 template <class T, int kTiles>
 cudaError_t launch_square(const Factored<T>& factored, int count, cudaStream_t stream) {
   const int along = tiles_along(factored.n), groups = (along + kTiles - 1) / kTiles;
@@ -71,7 +85,7 @@ cudaError_t launch_square(const Factored<T>& factored, int count, cudaStream_t s
 
 cudaError_t load_factored_inverse() {
   cudaFuncAttributes compiled;
-  return cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(inverse_strip_kernel<float>));
+  return cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(inverse_strip_kernel<float, kStripLine>));
 }
 
 template <class T>
@@ -79,13 +93,9 @@ cudaError_t launch_factored_inverse(
     const InverseBatch<T>& batch, int count, int n, const InversePlan& plan, unsigned char* workspace,
     cudaStream_t stream) {
   const Factored<T> factored{batch, n, workspace, plan.workspace_bytes};
-  const int along = tiles_along(n);
-  LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(count), static_cast<unsigned>(along * (kTile / kStrip)));
-  shape.block = dim3(static_cast<unsigned>(strip_warps(along)) * kWarpSize);
-  shape.shared_bytes = strip_bytes(along, sizeof(T));
-  shape.stream = stream;
-  if (const cudaError_t error = launch(inverse_strip_kernel<T>, shape, factored); error != cudaSuccess) return error;
+  if (const cudaError_t error = launch_strips(factored, count, plan.strip_line, stream); error != cudaSuccess) {
+    return error;
+  }
   if constexpr (sizeof(T) == 4) {
     if (count >= plan.tall_squares_from) return launch_square<T, kTallSquare>(factored, count, stream);
   }

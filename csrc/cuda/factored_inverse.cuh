@@ -146,7 +146,7 @@ __device__ __forceinline__ void solve_strip(
 // Columns 16 half, ... of column j of V's tiles, by one block. From row j up: with V[k] known every row above takes its
 // share of it. The next of them is the first warp's, which then solves it; of the others each keeps the sums of kGroup
 // rows of tiles in registers from the beginning to the end, and reads U ahead of them for itself alone.
-template <class T>
+template <class T, int kLine>
 class InverseStrip {
  public:
   __device__ __forceinline__ InverseStrip(int j, int half, const T* factor, T* inverse, T* shared)
@@ -171,8 +171,8 @@ class InverseStrip {
   static constexpr int kStride = TileTraits<T>::kStride;
   static constexpr int kPack = TileTraits<T>::kPack;
   static constexpr int kStripElements = kTile * kStrip;
-  static constexpr int kDepth = static_cast<int>(kStripLine / sizeof(T));  // columns of U in a stage
-  static constexpr int kStageStride = static_cast<int>(kPadded / sizeof(T));
+  static constexpr int kDepth = kLine / static_cast<int>(sizeof(T));  // columns of U in a stage
+  static constexpr int kStageStride = padded_strip_line(kLine) / static_cast<int>(sizeof(T));
   static constexpr int kStageElements = kGroup * kTile * kStageStride;
   static constexpr int kSlices = kTile / kDepth;
   static_assert(kStripStages == 2 && kSlices % kStripStages == 0);
@@ -216,11 +216,14 @@ class InverseStrip {
 
   // Tiles of a column lie behind one another, and so do their rows.
   __device__ __forceinline__ void fetch_stage(int k, int slice) const {
+    constexpr int kPacks = kDepth / kPack, kRows = static_cast<int>(kWarpSize) / kPacks;  // at once
     const int rows = own_rows(k) * kTile;
-    const T* from = factor_at(first_row(), k) + slice * kDepth + lane_ % 4 * kPack;
-    T* to = stage(slice) + lane_ % 4 * kPack;
+    const T* from = factor_at(first_row(), k) + slice * kDepth + lane_ % kPacks * kPack;
+    T* to = stage(slice) + lane_ % kPacks * kPack;
 #pragma unroll 4
-    for (int row = lane_ / 4; row < rows; row += 8) copy_async_16(to + row * kStageStride, from + row * kStride, 16);
+    for (int row = lane_ / kPacks; row < rows; row += kRows) {
+      copy_async_16(to + row * kStageStride, from + row * kStride, 16);
+    }
     copy_async_commit();
   }
 

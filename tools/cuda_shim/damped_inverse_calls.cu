@@ -51,8 +51,8 @@ extern "C" int call_damped_inverse_double(
       rank, multiplier, relative, scaled_by_c);
 }
 
-// plan: team, threads, blocks, shared bytes, workspace bytes, tiles of its own that a resident block has room for.
-// forced: as plan_of.
+// plan: team, threads, blocks, shared bytes, workspace bytes, tiles of its own that a resident block has room for,
+// bytes of a strip's line. forced: as plan_of.
 extern "C" int call_plan_damped_inverse(
     int64_t* plan, int64_t n, int64_t count, int64_t element_bytes, int64_t shared_limit, bool clusters,
     int64_t resident_blocks, int64_t resident_clusters, bool forced) {
@@ -68,6 +68,7 @@ extern "C" int call_plan_damped_inverse(
   plan[3] = static_cast<int64_t>(made.shared_bytes);
   plan[4] = static_cast<int64_t>(made.workspace_bytes);
   plan[5] = made.resident.room;
+  plan[6] = made.strip_line;
   return 0;
 }
 
