@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import consequentialism as cw
 from consequentialism.optim.known import KNOWN
-from consequentialism.optim.rules import _DECLARED
+from consequentialism.optim.rules import _DECLARED, decay_of, share_of
 
 # Where a package has its optimizers.
 MODULES = {
@@ -43,8 +43,8 @@ ELSEWHERE = sorted({package for package, _ in TESTED} - {"torch", "pytorch_optim
 FLOAT32 = ("bitsandbytes", "torchao")  # which compute in it
 
 
-def maker(package: str, name: str, decay: float) -> Callable[[Any], torch.optim.Optimizer]:
-    """How a class is made, with a weight decay where it has one and the rule says what it is."""
+def maker(package: str, name: str, decay: float, **given: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    """How a class is made, with a weight decay where it has one and the rule says what it is, and a momentum."""
     pytest.importorskip(package)
     cls = getattr(importlib.import_module(MODULES.get(package, package)), name)
     taken = inspect.signature(cls).parameters
@@ -54,10 +54,12 @@ def maker(package: str, name: str, decay: float) -> Callable[[Any], torch.optim.
         without = rule.decay == "within" or rule.reads == "position" or (package, name) in SKIPPING
         options["weight_decay"] = 0.0 if without else decay
     if "relative_step" in taken:
-        options |= {"relative_step": False, "scale_parameter": not decay or package != "transformers"}
-    if "momentum" in taken and package == "bitsandbytes" and name[:3] in ("SGD", "LAR"):
+        options |= {"relative_step": False, "scale_parameter": not decay or "scale_parameter" not in rule.without}
+    if "momentum" in taken and not (decay and "momentum" in rule.without):
         options["momentum"] = 0.9
-    return lambda parameters: cls(list(parameters), **options)
+    if "delta" in rule.without and decay:
+        options["delta"] = 0.0
+    return lambda parameters: cls(list(parameters), **{**options, **given})
 
 
 def white(rows: int, inputs: int) -> Tensor:
@@ -72,6 +74,8 @@ def run(layer: nn.Linear, optimizer: torch.optim.Optimizer, x: Tensor, steps: in
     torch.manual_seed(0)
     places = []
     for step in range(steps):
+        for group in optimizer.param_groups if step == 3 else ():
+            group["lr"] /= 2
         optimizer.zero_grad()
         layer(x).backward(randn(*layer(x).shape, seed=step + 1).to(x.dtype))
         optimizer.step()
@@ -79,11 +83,11 @@ def run(layer: nn.Linear, optimizer: torch.optim.Optimizer, x: Tensor, steps: in
     return places
 
 
-def assert_plain_where_the_root_is_the_identity(package: str, name: str, inputs: int = 6) -> None:
+def assert_plain_where_the_root_is_the_identity(package: str, name: str, inputs: int = 6, **given: Any) -> None:
     """Decay, state and everything that it reads: only the coordinates are not there to be seen."""
     dtype, bound = (F32, 2e-5) if package in FLOAT32 else (F64, 1e-6)
     bound = 1e-3 if inputs == 64 else bound  # the last bit of a gradient decides which way a state is rounded
-    make, x = maker(package, name, 0.1), white(2 * inputs, inputs).to(dtype)
+    make, x = maker(package, name, 0.1, **given), white(2 * inputs, inputs).to(dtype)
     layers = [nn.Linear(inputs, inputs, dtype=dtype) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     plain = make(layers[0].parameters())
@@ -109,6 +113,109 @@ def test_so_are_those_of_packages_that_are_installed(package: str, monkeypatch: 
             assert_plain_where_the_root_is_the_identity(package, name)
             if name.endswith(("4bit", "8bit", "Fp8")):  # a state of 4,096 numbers is quantized
                 assert_plain_where_the_root_is_the_identity(package, name, 64)
+
+
+SIZED = [key for key, rule in TESTED.items() if rule.reads == "weights" and rule.decay == "decoupled"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("package", "name"), SIZED, ids=[".".join(key) for key in SIZED])
+def test_beside_the_weights_size_a_decay_takes_the_share_that_it_takes_plainly(package: str, name: str) -> None:
+    """The step of a gradient of 0 is the decay alone."""
+    shares = []
+    for emended in (False, True):
+        layer = nn.Linear(6, 5, dtype=F64)
+        optimizer = maker(package, name, 0.5)(layer.parameters())
+        if emended:
+            optimizer = cw.optim.Emended(optimizer, layer, damping=0.1, exponent=0.5)
+        x = randn(30, 6) * torch.tensor([1, 2, 3, 0.3, 0.1, 1], dtype=F64)
+        start = layer.weight.detach().clone()
+        layer(x).backward(randn(30, 5) * 0)
+        optimizer.step()
+        shares.append(layer.weight.detach() / start)
+    assert shares[0].max() < 1
+    assert_close(name, shares[1], shares[0], EXACT)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_the_plain_optimizer_where_that_ascends() -> None:
+    """pytorch_optimizer's have the option as an attribute."""
+    package = pytest.importorskip("pytorch_optimizer")
+    ascending = [
+        name
+        for own, name in AT_HAND
+        if own == "pytorch_optimizer" and "maximize" in inspect.signature(getattr(package, name)).parameters
+    ]
+    assert len(ascending) > 10
+    for name in ascending:
+        assert_plain_where_the_root_is_the_identity("pytorch_optimizer", name, maximize=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("package", "name", "options"),
+    [
+        ("optimi", "Adam", {"decouple_lr": True}),
+        ("optimi", "RAdam", {"decouple_lr": True, "max_lr": 0.05}),
+        ("optimi", "SGD", {"decouple_lr": True}),
+        ("optimi", "Adan", {"decouple_lr": True}),
+        ("pytorch_optimizer", "ScalableShampoo", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ],
+)
+def test_it_is_the_plain_optimizer_with_an_option_of_its_own(package: str, name: str, options: dict[str, Any]) -> None:
+    pytest.importorskip(package)
+    assert_plain_where_the_root_is_the_identity(package, name, **options)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "group", "share"),
+    [
+        ("timm", "SGDW", {"momentum": 0.9, "corrected_weight_decay": False}, 0.99),
+        ("timm", "Mars", {"lr_1d_factor": 1.0}, 0.99),
+        ("timm", "AdamP", {"wd_ratio": 0.1, "delta": 0.0}, 0.99),
+        ("torch_optimizer", "SGDP", {"delta": 0.0, "momentum": 0}, 0.99),
+        ("optimi", "Adam", {"decouple_wd": False, "decouple_lr": True, "max_lr": 0.2}, 0.95),
+        ("optimi", "Adam", {"decouple_wd": False, "decouple_lr": False, "max_lr": None}, 1),
+        ("optimi", "Adan", {"decouple_lr": True, "max_lr": 0.2, "adam_wd": False}, 1 / 1.05),
+        ("torch_optimizer", "Shampoo", {"momentum": 0.0}, 1),
+    ],
+)
+def test_the_share_that_a_decay_leaves(package: str, name: str, group: dict[str, Any], share: float) -> None:
+    group = {"lr": 0.1, "weight_decay": 0.1, **group}
+    assert share_of(decay_of(KNOWN[package, name], group, name), group) == pytest.approx(share, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "group", "match"),
+    [
+        ("timm", "SGDW", {"corrected_weight_decay": True}, "with corrected_weight_decay=True; set one of them to 0"),
+        ("timm", "Mars", {"lr_1d_factor": 0.5}, "with lr_1d_factor=0.5; set lr_1d_factor to 1 or weight_decay to 0"),
+        ("timm", "AdamP", {"delta": 0.1}, "of AdamP is in coordinates with delta=0.1; set one of them to 0"),
+        ("timm", "SGDP", {"delta": 0.0, "momentum": 0.9}, "with momentum=0.9; set one of them to 0"),
+        ("torch_optimizer", "AdamP", {"delta": 0.1}, "with delta=0.1"),
+        ("pytorch_optimizer", "AdamP", {"delta": 0.0, "weight_decouple": False}, "set weight_decouple to True or"),
+        ("torch_optimizer", "Adafactor", {"relative_step": True, "lr": None}, "with relative_step=True; set one"),
+        ("torch_optimizer", "Adafactor", {"lr": None}, "weight_decay=0.1 of Adafactor needs a learning rate; set lr"),
+        ("torch_optimizer", "Adafactor", {"scale_parameter": True}, "with scale_parameter=True; set one of them to 0"),
+        ("torch_optimizer", "Shampoo", {"momentum": 0.9}, "of Shampoo is in coordinates with momentum=0.9"),
+        ("optimi", "Adan", {"adam_wd": True}, "of Adan is in coordinates with adam_wd=True"),
+    ],
+)
+def test_a_decay_that_is_another_one_with_an_option(package: str, name: str, group: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        decay_of(KNOWN[package, name], {"lr": 0.1, "weight_decay": 0.1, **group}, name)
+
+
+def test_an_option_that_is_an_attribute() -> None:
+    AdaBelief = type("AdaBelief", (torch.optim.SGD,), {"__module__": "torch_optimizer.adabelief"})
+    model = mlp(F64)
+    optimizer = AdaBelief(model.parameters(), weight_decay=0.1)
+    cw.optim.Emended(optimizer, model)
+    model = mlp(F64)
+    optimizer = AdaBelief(model.parameters(), weight_decay=0.1)
+    optimizer._weight_decouple = True
+    with pytest.raises(ValueError, match=r"it is not known what weight_decay=.* does in AdaBelief"):
+        cw.optim.Emended(optimizer, model)
 
 
 CHANGING = [key for key in AT_HAND if TESTED[key].reads == "change"]
@@ -201,6 +308,11 @@ def test_the_classes_are_there(name: str) -> None:
     [
         ("LARS", {}, "weight_decay=0.1 of LARS is a part of the update that it scales, .*; set it to 0"),
         ("NovoGrad", {}, "weight_decay=0.1 of NovoGrad is a part of the update"),
+        ("ScalableShampoo", {}, "weight_decay=0.1 of ScalableShampoo is a part of the update"),
+        ("AdaFactor", {}, "weight_decay=0.1 of AdaFactor is in coordinates with relative_step=True"),
+        ("AdamP", {}, "weight_decay=0.1 of AdamP is in coordinates with delta=0.1; set one of them to 0"),
+        ("SGDP", {}, "weight_decay=0.1 of SGDP is in coordinates with delta=0.1; set one of them to 0"),
+        ("Shampoo", {"momentum": 0.9}, "weight_decay=0.1 of Shampoo is in coordinates with momentum=0.9"),
         ("Prodigy", {}, "weight_decay of Prodigy acts on several places in the coordinates; set it to 0, got 0.1"),
         ("AdaHessian", {}, "AdaHessian cannot be stepped in coordinates, for it takes a curvature"),
         ("Nero", None, "Nero cannot be stepped in coordinates, for it changes the weights' size itself"),

@@ -362,7 +362,7 @@ class Emended(torch.optim.Optimizer):
         hidden = [p for unit in waiting for p in (unit.weight, unit.bias) if p is not None]
         with hooks_around(self.optimizer), without_gradients(hidden):
             groups = {id(p): group for group in self.param_groups for p in group["params"]}
-            parts = parts_of(self.units, states, groups, self._rule, self._name)
+            parts = parts_of(self.units, states, groups, self._rule, self.optimizer)
             if self.outputs is not None and (refreshes or self._outputs_alone_due()):
                 root_outputs(self.optimizer, parts, self.outputs, int(self._steps) + 1)
             rooted: Rooted = iter

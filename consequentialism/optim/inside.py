@@ -37,6 +37,7 @@ class Part(NamedTuple):
     groups: list[dict[str, Any]]
     decays: list[str]
     left: Tensor | None = None  # L, where its outputs have a root too
+    maximizes: bool = False  # of groups that do not say it themselves
 
     def gradients(self) -> list[Tensor]:
         """``L [g | g_bias] S`` in the gradients' type, coupled decay counted."""
@@ -53,7 +54,7 @@ class Part(NamedTuple):
     def coupled(self) -> list[Any]:
         """The decay that is added to each gradient, where it is coupled."""
         return [
-            local(parameter) * (group["weight_decay"] * (-1 if group.get("maximize") else 1))
+            local(parameter) * (group["weight_decay"] * (-1 if group.get("maximize", self.maximizes) else 1))
             if decay == "coupled"
             else 0
             for parameter, group, decay in zip(self.parameters, self.groups, self.decays, strict=True)
@@ -78,7 +79,7 @@ Rooted = Callable[[Sequence[Part]], Iterable[Part]]  # the parts, each with its 
 
 
 def parts_of(
-    units: Sequence[Unit], states: Sequence[State], groups: dict[int, Any], rule: Rule, name: str
+    units: Sequence[Unit], states: Sequence[State], groups: dict[int, Any], rule: Rule, optimizer: torch.optim.Optimizer
 ) -> list[Part]:
     """The units whose weights have gradients; they are those that they were.
 
@@ -86,6 +87,7 @@ def parts_of(
         ValueError: A group with a weight decay of which nothing is known.
     """
     parts = []
+    maximizes = bool(getattr(optimizer, "maximize", False))  # where pytorch_optimizer's have it
     acts: dict[int, str] = {}  # the decay of each group
     for unit, state in zip(units, states, strict=True):
         weight: Any = unit.own
@@ -101,9 +103,9 @@ def parts_of(
         root = state["root"].view(unit.slot.shape) if "root" in state else None
         for group in own:
             if id(group) not in acts:
-                acts[id(group)] = decay_of(rule, group, name)
+                acts[id(group)] = decay_of(rule, group, type(optimizer).__name__)
         decays = [acts[id(group)] for group in own]
-        parts.append(Part(unit, root, parameters, own, decays, state.get("output_root")))
+        parts.append(Part(unit, root, parameters, own, decays, state.get("output_root"), maximizes))
     return parts
 
 

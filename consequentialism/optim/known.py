@@ -24,6 +24,7 @@ class Rule(NamedTuple):
             a position in the coordinates, where it keeps others to compare it with.
         refused: Why it cannot be wrapped.
         without: Options, or attributes of the optimizer, with which its weight decay is another one that is not known.
+        only_with: Options, each with the one value with which its weight decay is known.
     """
 
     decay: Decay | None = None
@@ -31,12 +32,19 @@ class Rule(NamedTuple):
     reads: Reads = "change"
     refused: str | None = None
     without: tuple[str, ...] = ()
+    only_with: tuple[tuple[str, float], ...] = ()
 
 
 _COUPLED, _DECOUPLED, _PROXIMAL, _NONE = Rule("coupled"), Rule("decoupled"), Rule("proximal"), Rule("none")
 _POSITION, _ORTHOGONAL = Rule("coupled", reads="position"), Rule("decoupled", orthogonalises=True)
 _SIZED, _SIZED_WITHIN = Rule("decoupled", reads="weights"), Rule("within", reads="weights")
 _BY_OTHER_RATES = ("relative_step", "scale_parameter")
+_BY_RATE = Rule("decoupled", reads="weights", without=_BY_OTHER_RATES)
+# AdamP decays by wd_ratio of its rate where it projects, which it does not with delta=0, and SGDP over 1 - momentum;
+# pytorch_optimizer's add a coupled decay to a gradient that they have read already.
+_ADAMP = Rule("decoupled", reads="weights", without=("delta",), only_with=(("weight_decouple", True),))
+_SGDP = _ADAMP._replace(without=("delta", "momentum"))
+_SHAMPOO = Rule("coupled", without=("momentum",))  # it mixes the momentum in before the decay
 _CORRECTED = ("corrected_weight_decay",)
 _TIMM, _TIMM_SIZED_WITHIN = Rule("decoupled", without=_CORRECTED), Rule("within", reads="weights", without=_CORRECTED)
 
@@ -63,16 +71,19 @@ _BY_PACKAGE: dict[str, dict[Rule, str]] = {
         Rule(refused="it steps in coordinates already"): "Emended",
     },
     "pytorch_optimizer": {
-        _COUPLED: "AdaDelta AdaMax Adai AdEMAMix ADOPT AggMo DiffGrad PAdam PID QHAdam QHM RAdam ScalableShampoo SGDW "
-        "Shampoo SWATS",
+        _COUPLED: "AdaDelta AdaMax Adai AdEMAMix ADOPT AggMo DiffGrad PAdam PID QHAdam QHM RAdam SGDW SWATS",
+        _SHAMPOO: "Shampoo",
         _DECOUPLED: "AdaBelief AdaBound AdamC AdaMod AdaNorm AdaPNM AdamWSN Ano BCOS CAME Conda EXAdam Fira GaLore "
         "Grams GrokFastAdamW Kate LaProp Lion PNM RACS SGDSaI SignSGD SimplifiedAdEMAMix SOAP SPAM StableSPAM TAM "
         "Tiger VSGD Yogi",
         _PROXIMAL: "Adan",
         _NONE: "AdaShift Gravity MSVAG SM3",
-        _SIZED: "AdaFactor AdamP Lamb SGDP",
+        _SIZED: "Lamb",
+        _BY_RATE: "AdaFactor",
+        _ADAMP: "AdamP",
+        _SGDP: "SGDP",
         _SIZED_WITHIN: "LARS",
-        Rule("within"): "NovoGrad",
+        Rule("within"): "NovoGrad ScalableShampoo",
         _POSITION: "DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD MADGRAD Prodigy Ranger ScheduleFreeAdamW "
         "ScheduleFreeRAdam ScheduleFreeSGD",
         Rule(orthogonalises=True): "MuonBase",
@@ -103,7 +114,7 @@ _BY_PACKAGE: dict[str, dict[Rule, str]] = {
     "optimi": {
         _COUPLED: "Adam RAdam SGD",
         _DECOUPLED: "AdamW Lion",
-        _PROXIMAL: "Adan",
+        Rule("proximal", without=("adam_wd",)): "Adan",  # which it takes, and in some versions leaves aside
         _POSITION: "Ranger",
     },
     "prodigyopt": {_POSITION: "Prodigy"},
@@ -113,22 +124,28 @@ _BY_PACKAGE: dict[str, dict[Rule, str]] = {
     },
     "timm": {
         _COUPLED: "NAdamLegacy",
-        Rule("coupled", without=_CORRECTED): "Adopt RMSpropTF SGDW",
-        _TIMM: "AdaBelief AdamWLegacy LaProp Lion NAdamW",
-        _DECOUPLED: "Mars RAdamLegacy",
+        Rule("coupled", without=_CORRECTED): "Adopt RMSpropTF",
+        _TIMM: "AdaBelief AdamWLegacy LaProp Lion NAdamW SGDW",
+        _DECOUPLED: "RAdamLegacy",
+        Rule("decoupled", only_with=(("lr_1d_factor", 1),)): "Mars",
         Rule("decoupled", without=("unscaled_wd", *_CORRECTED)): "AdafactorBigVision",
         Rule("decoupled", reads="weights", without=_BY_OTHER_RATES[:1]): "Adafactor",
         _PROXIMAL: "Adan",
-        _SIZED: "AdamP SGDP",
+        _ADAMP: "AdamP",
+        _SGDP: "SGDP",
         _TIMM_SIZED_WITHIN: "Lamb Lars",
         Rule("within", without=_CORRECTED): "NvNovoGrad",
         _POSITION: "MADGRAD",
         _CURVATURE: "Adahessian",
     },
     "torch_optimizer": {
-        _COUPLED: "AdaBelief AdaBound AggMo DiffGrad PID QHAdam Shampoo SWATS Yogi",
+        _COUPLED: "AdaBound AggMo DiffGrad PID QHAdam SWATS Yogi",
+        Rule("coupled", without=("_weight_decouple",)): "AdaBelief",
+        _SHAMPOO: "Shampoo",
         _DECOUPLED: "AdaMod RAdam",
-        _SIZED: "Adafactor AdamP SGDP",
+        _BY_RATE: "Adafactor",
+        _ADAMP: "AdamP",
+        _SGDP: "SGDP",
         _SIZED_WITHIN: "Lamb LARS",
         Rule("within"): "NovoGrad",
         _POSITION: "MADGRAD",
@@ -138,7 +155,7 @@ _BY_PACKAGE: dict[str, dict[Rule, str]] = {
         _COUPLED: "Adam4bit Adam8bit AdamFp8",
         _DECOUPLED: "AdamW4bit AdamW8bit AdamWFp8",
     },
-    "transformers": {Rule("decoupled", reads="weights", without=_BY_OTHER_RATES): "Adafactor"},
+    "transformers": {_BY_RATE: "Adafactor"},
 }
 KNOWN: dict[tuple[str, str], Rule] = {
     (package, name): rule

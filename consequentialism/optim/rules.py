@@ -121,12 +121,26 @@ def decay_of(rule: Rule, group: dict[str, Any], name: str) -> Decay:
     decay = group.get("weight_decay")
     if not _is_on(decay):
         return "none"
+    acts = _act_of(decay, rule, group, name)
+    if acts in ("decoupled", "proximal") and group.get("lr", 0) is None:
+        raise ValueError(f"optimizer: weight_decay={decay!r} of {name} needs a learning rate; set lr, got None")
+    return acts
+
+
+def _act_of(decay: Any, rule: Rule, group: dict[str, Any], name: str) -> Decay:
+    """How a ``weight_decay`` other than 0 acts."""
     option = next((key for key in rule.without if group.get(key)), None)
     if option is not None:
         raise ValueError(
             f"optimizer: it is not known what weight_decay={decay!r} of {name} is in coordinates with "
             f"{option}={group[option]!r}; set one of them to 0"
         )
+    for option, only in rule.only_with:
+        if option in group and group[option] != only:
+            raise ValueError(
+                f"optimizer: it is not known what weight_decay={decay!r} of {name} is in coordinates with "
+                f"{option}={group[option]!r}; set {option} to {only!r} or weight_decay to 0"
+            )
     if rule.reads == "position":
         raise ValueError(
             f"optimizer: weight_decay of {name} acts on several places in the coordinates; set it to 0, got {decay!r}"
@@ -139,6 +153,8 @@ def decay_of(rule: Rule, group: dict[str, Any], name: str) -> Decay:
             f"optimizer: weight_decay={decay!r} of {name} is a part of the update that it scales, which is another one "
             "in coordinates; set it to 0"
         )
+    if rule.decay == "coupled" and group.get("decouple_lr"):
+        return "decoupled"
     if key is not None and rule.decay != "proximal":
         return "coupled"
     if rule.decay is None:
