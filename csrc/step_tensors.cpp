@@ -43,7 +43,8 @@ py::object tensors_of(PyObject* parameter, PyObject* states, PyObject* keys) {
     PyObject* const value = value_of(state, key);
     const at::Tensor* const tensor = dense_in(value);
     if (tensor == nullptr) return py::none();
-    if (tensor->scalar_type() != dtype && PyUnicode_CompareWithASCIIString(key, "step") != 0) return py::none();
+    const bool counts = PyUnicode_CompareWithASCIIString(key, "step") == 0;  // in any type that the kernels count in
+    if (counts ? !tensor->is_floating_point() : tensor->scalar_type() != dtype) return py::none();
     found[i + 2] = py::handle(value);
   }
   return found;

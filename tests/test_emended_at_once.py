@@ -260,6 +260,24 @@ def test_the_optimizer_inside_steps_what_is_not_served_and_knows_that_there_was_
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
+def test_counts_that_are_integers_are_stepped_in_python(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+        optimizer = cw.optim.Emended(getattr(torch.optim, name)(model.parameters(), 0.01), model)
+        train(model, optimizer, randn(20, 6, dtype=F32), 2)
+        for parameter in model.parameters():
+            optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].long()
+        train(model, optimizer, randn(20, 6, dtype=F32), 2)
+        results.append(parameters_of(model))
+        steps_in_python(monkeypatch)
+    for own, expected in zip(*results, strict=True):
+        assert_close(name, own, expected, 10 * TOLERANCE[own.dtype])
+
+
+@needs_kernels
 def test_a_rule_that_keeps_nothing_is_served_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of SGD without a momentum there is no state, nor of the norms."""
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
