@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from emended_helpers import EXACT, mlp, parameters_of, squares, train
 from torch import nn
 
 import consequentialism as cw
+from consequentialism.optim.checks import check_moved
 
 
 def emended(model: nn.Module, lr: float = 0.5, **options: Any) -> cw.optim.Emended:
@@ -129,7 +131,12 @@ def test_a_model_moved_after_a_plain_load_is_followed() -> None:
     assert optimizer.state[model[0].weight]["root"].dtype == F64
 
 
-@pytest.mark.parametrize("make", [adamw, cw.optim.Muon], ids=["AdamW", "Muon"])
+def adafactor(model: nn.Module) -> cw.optim.Emended:
+    """Its state of a matrix is a row and a column."""
+    return cw.optim.Emended(torch.optim.Adafactor(model.parameters(), 0.1), model)
+
+
+@pytest.mark.parametrize("make", [adamw, adafactor, cw.optim.Muon], ids=["AdamW", "Adafactor", "Muon"])
 @pytest.mark.parametrize("target", [F64, torch.bfloat16])
 def test_a_model_moved_between_steps_is_told_how_its_state_follows(make: Any, target: torch.dtype) -> None:
     model, x = mlp(torch.float32), randn(20, 6)
@@ -149,6 +156,16 @@ def test_a_model_moved_between_steps_is_told_how_its_state_follows(make: Any, ta
     assert losses[-1] < losses[0]
     root = optimizer.state[model[0].weight]["root"]
     assert root.dtype == (F64 if target == F64 else torch.float32)
+
+
+def test_scales_beside_a_quantized_moment_do_not_follow() -> None:
+    weight = nn.Parameter(torch.zeros(4, 5, dtype=torch.bfloat16))
+    unit: Any = SimpleNamespace(own=weight, name="0", stepped_as=(torch.float32, weight.device))
+    scales = {"absmax1": torch.ones(3), "step": torch.tensor(1.0), "output_root": torch.eye(4)}
+    check_moved([unit], {weight: {"state1": torch.zeros(4, 5, dtype=torch.uint8), **scales}})
+    check_moved([unit], {weight: {"output_root": torch.eye(4)}})
+    with pytest.raises(RuntimeError, match=r"layer '0' was torch.float32 on cpu at its last"):
+        check_moved([unit], {weight: {"row_var": torch.ones(4, 1)}})
 
 
 def test_a_model_on_another_device_is_told_so_in_forward() -> None:

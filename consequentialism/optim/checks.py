@@ -18,6 +18,7 @@ from ..nn.module import EmendedModule
 from ..options import as_count, as_number, check_choice
 from ..solve.root import KINDS
 from .memory import KEYS
+from .outputs import KEYS as OUTPUT_KEYS
 from .record import FOLLOW
 from .rules import UNKNOWN, Rule, decay_of, rule_of, why_refused
 from .units import Unit
@@ -144,20 +145,21 @@ def check_moved(units: Sequence[Unit], states: Mapping[Any, Any]) -> None:
     """Raise where a weight has another type or device than at its last step, and state was left behind.
 
     After `check_weights`, by which the weights are those that they were. Roots of another type alone serve on: products
-    are in their type.
+    are in their type. State of the weight's shape tells, and other state where there is none, as Adafactor's rows and
+    columns: beside a quantized moment there are scales that are float32 whatever the weight is.
     """
     for unit in units:
         weight = unit.own
         before, now = unit.stepped_as, (weight.dtype, weight.device)
         if before is None or before == now:
             continue
-        left = [
+        kept = [
             value
             for key, value in states.get(weight, {}).items()
-            if isinstance(value, Tensor) and value.shape == weight.shape and key not in KEYS
-            if (value.dtype, value.device) == before
+            if isinstance(value, Tensor) and value.ndim and key not in (*KEYS, *OUTPUT_KEYS)
         ]
-        if left or before[1] != now[1]:
+        telling = [value for value in kept if value.shape == weight.shape] or kept
+        if any((value.dtype, value.device) == before for value in telling) or before[1] != now[1]:
             raise RuntimeError(
                 f"consequentialism.optim.Emended: layer {unit.name!r} was {before[0]} on {before[1]} at its last step "
                 f"and is {now[0]} on {now[1]} now, where the optimizer's state did not follow: {FOLLOW}"
