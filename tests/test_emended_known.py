@@ -15,7 +15,7 @@ from emended_helpers import EXACT, mlp, train
 from torch import Tensor, nn
 
 import consequentialism as cw
-from consequentialism.optim.known import KNOWN
+from consequentialism.optim.known import KNOWN, Rule
 from consequentialism.optim.rules import _DECLARED, decay_of, share_of
 
 # Where a package has its optimizers.
@@ -337,20 +337,38 @@ def test_a_decay_of_several_places_that_begins_later() -> None:
         train(model, optimizer, randn(20, 6), 1)
 
 
-def named(rows: list[str]) -> dict[str, set[str]]:
-    """The classes that the page's table names, by package."""
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        package, _, classes, *_ = (cell.strip().strip("`") for cell in row.strip("|").split(" | "))
-        found.setdefault(package, set()).update(classes.replace("`", "").split(", "))
-    return found
+ACTS = {
+    "coupled": "added to the gradient",
+    "decoupled": "taken from the weights",
+    "proximal": "divides weights and step",
+    "within": "refused",
+    "none": "has none",
+    None: "to be declared",
+}
+READS = {"change": "nothing", "weights": "the weights' size", "position": "places of its own"}
 
 
-def test_the_page_names_them_all() -> None:
+def cells(rule: Rule) -> tuple[str, str]:
+    """What the page says of a rule: of its weight decay, and of what it reads."""
+    if rule.refused is not None:
+        return "not served", f"the class is refused: {rule.refused}"
+    acts = ["refused" if rule.reads == "position" else ACTS[rule.decay]]
+    if rule.without:
+        acts.append("refused with " + ", ".join(f"`{option}`" for option in rule.without))
+    if rule.only_with:
+        acts.append("refused unless " + ", ".join(f"`{option}={value!r}`" for option, value in rule.only_with))
+    return "; ".join(acts), READS[rule.reads] + "; its update is orthogonal" * rule.orthogonalises
+
+
+def test_the_page_says_what_the_table_says() -> None:
     page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    known: dict[str, set[str]] = {}
-    for package, name in KNOWN:
+    known: dict[tuple[str, str, str], set[str]] = {}
+    for (package, name), rule in KNOWN.items():
         if package != "consequentialism":
-            known.setdefault(package, set()).add(name)
-    assert named(rows) == known
+            known.setdefault((package, *cells(rule)), set()).add(name)
+    said: dict[tuple[str, str, str], set[str]] = {}
+    for row in page.splitlines():
+        if row.startswith("| `"):
+            package, acts, classes, reads = row.strip("| ").split(" | ")
+            said.setdefault((package.strip("`"), acts, reads), set()).update(classes.replace("`", "").split(", "))
+    assert said == known
