@@ -142,9 +142,9 @@ def test_numbers_of_muon_are_those_of_the_steps_in_python(dtype: torch.dtype, mo
             assert served == [0, 1, 3, 8, True]
         steps_in_python(monkeypatch)
     for (key, parameter), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert_close(key, parameter, expected, 100 * TOLERANCE[dtype])  # the iteration multiplies rounding
+        assert_close(key, parameter, expected, 10 * TOLERANCE[dtype])  # the iteration multiplies rounding
         for moment, value in results[1].state[expected].items():
-            assert_close(f"{key} {moment}", results[0].state[parameter][moment], value, 100 * TOLERANCE[dtype])
+            assert_close(f"{key} {moment}", results[0].state[parameter][moment], value, 10 * TOLERANCE[dtype])
 
 
 @needs_kernels
@@ -201,7 +201,7 @@ def test_polar_factor_errs_no_more_than_twice_as_much_as_one_step_at_a_time(
         made[dtype] = parameter.double()
     exact = orthogonalised(matrix.float().double(), coefficients, steps, 1e-7)
     plain = orthogonalised(matrix.float(), coefficients, steps, 1e-7).double()
-    assert_close("float64", made[F64], orthogonalised(matrix, coefficients, steps, 1e-7), 1e-9)
+    assert_close("float64", made[F64], orthogonalised(matrix, coefficients, steps, 1e-7), 10 * TOLERANCE[F64])
     allowed = 2 * float((plain - exact).norm()) + 1e-5 * float(exact.norm())
     assert float((made[F32] - exact).norm()) <= allowed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F32, F64, assert_close, randn
+from cases import F32, F64, TOLERANCE, assert_close, randn
 from emended_helpers import EXACT, mlp, train
 from torch import Tensor, nn
 
@@ -40,7 +40,8 @@ OWN_TESTS = {("torch", "Muon"), ("torch", "ASGD"), ("pytorch_optimizer", "MuonBa
 TESTED = {key: rule for key, rule in SERVED.items() if key not in OWN_TESTS}
 AT_HAND = [key for key in TESTED if key[0] in ("torch", "pytorch_optimizer")]
 ELSEWHERE = sorted({package for package, _ in TESTED} - {"torch", "pytorch_optimizer"})
-FLOAT32 = ("bitsandbytes", "torchao")  # which compute in it
+FLOAT32 = {key for key in TESTED if key[0] in ("bitsandbytes", "torchao")}  # they compute in it
+FLOAT32 |= {("timm", "RAdamLegacy"), ("torch_optimizer", "RAdam")}
 
 
 def maker(package: str, name: str, decay: float, **given: Any) -> Callable[[Any], torch.optim.Optimizer]:
@@ -85,8 +86,9 @@ def run(layer: nn.Linear, optimizer: torch.optim.Optimizer, x: Tensor, steps: in
 
 def assert_plain_where_the_root_is_the_identity(package: str, name: str, inputs: int = 6, **given: Any) -> None:
     """Decay, state and everything that it reads: only the coordinates are not there to be seen."""
-    dtype, bound = (F32, 2e-5) if package in FLOAT32 else (F64, 1e-6)
-    bound = 1e-3 if inputs == 64 else bound  # the last bit of a gradient decides which way a state is rounded
+    dtype = F32 if (package, name) in FLOAT32 else F64
+    # The last bit of a gradient decides which way a quantized state is rounded.
+    bound = 1e-3 if inputs == 64 else TOLERANCE[dtype]
     make, x = maker(package, name, 0.1, **given), white(2 * inputs, inputs).to(dtype)
     layers = [nn.Linear(inputs, inputs, dtype=dtype) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
